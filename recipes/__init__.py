@@ -1,0 +1,1 @@
+"""Runs that a user starts: training, evaluation, generation, calibration, inspection and the demo."""
