@@ -1,0 +1,124 @@
+"""The attention function and the mask function that transformers calls while gates are on.
+
+Each base implementation ("sdpa", "eager", ...) has a gated twin, registered under its own name. With the gates off the
+model's config names the base implementation again, so that nothing of ours runs at all.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from retention_gates.kernels.retention_attention import retention_attention
+
+PREFIX = "retention_gates_"
+
+
+def gated_implementation(base_implementation: str | None) -> str:
+    """The name under which the gated twin of a base attention implementation is registered."""
+    base = base_implementation or "eager"
+    # transformers takes any name with "flash" in it for one of its own flash kernels
+    name = PREFIX + base.replace("flash_attention", "fa").replace("|", "_").replace("/", "_")
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, partial(attention_forward, base_implementation=base))
+        AttentionMaskInterface.register(name, partial(attention_mask_for, base_implementation=base))
+    return name
+
+
+def base_implementation_of(gated_name: str) -> str:
+    """The base implementation whose gated twin is registered under this name."""
+    return ALL_ATTENTION_FUNCTIONS[gated_name].keywords["base_implementation"]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    base_implementation: str,
+    log_beta: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    cache_layer: Any = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer: over a bounded cache, decayed by log_beta, or the base implementation's.
+
+    Args:
+        query: [B, HQ, T, D]; key and value: [B, H, S, D].
+        log_beta: [B, H, T] for training attention, else None.
+        cache_layer: the layer of a bounded cache that just took key and value, else None.
+    """
+    if cache_layer is None and log_beta is None:
+        base = _base_attention(module, base_implementation)
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        if s_aux is not None:
+            kwargs["s_aux"] = s_aux
+        return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout:
+        raise ValueError(
+            f"attention dropout of {dropout} while retention gates are on: teacher and student would differ by chance. "
+            "Set attention_dropout = 0 in the model's config."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache_layer is not None:
+        output = cache_layer.attend(query, key, value, scale=scale, softcap=softcap, sinks=s_aux)
+    else:
+        output = retention_attention(
+            query, key, value, log_beta, scale=scale, document_ids=document_ids, softcap=softcap, sinks=s_aux
+        )
+    return output.transpose(1, 2).contiguous(), None  # [B, T, HQ, D]
+
+
+def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> torch.Tensor | None:
+    """Full-attention layers get the 2-D padding mask as it is, so that nothing [T, T] is built; others the base's mask."""
+    if kwargs.get("local_size") is not None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[base_implementation](*args, **kwargs)
+    if kwargs.get("use_vmap"):
+        raise ValueError(
+            "This model overlays its causal mask with one of its own (images or prefixes seen in both directions); "
+            "retention gates know causal text only. Run it under model.disable_adapter()."
+        )
+    return kwargs.get("attention_mask")
+
+
+def base_causal_mask(
+    module: nn.Module, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache
+) -> torch.Tensor | None:
+    """The mask the base implementation would have got for a full-attention layer and a cache that evicts nothing."""
+    base = base_implementation_of(module.config._attn_implementation)
+    length, layer = hidden_states.shape[1], module.layer_idx
+    kv_length, kv_offset = cache.get_mask_sizes(length, layer)
+    if padding_mask is not None:
+        padding_mask = padding_mask.bool()
+    return ALL_MASK_ATTENTION_FUNCTIONS[base](
+        batch_size=hidden_states.shape[0],
+        q_length=length,
+        kv_length=kv_length,
+        q_offset=cache.get_seq_length(layer),
+        kv_offset=kv_offset,
+        mask_function=causal_mask_function,
+        attention_mask=padding_mask,
+        allow_is_causal_skip=True,
+        dtype=hidden_states.dtype,
+        device=hidden_states.device,
+        config=module.config,
+    )
+
+
+def _base_attention(module: nn.Module, base_implementation: str) -> Callable[..., Any]:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(base_implementation, eager)

@@ -1,0 +1,43 @@
+"""What a gated attention layer asks of a cache layer that bounds its memory."""
+
+from abc import abstractmethod
+
+import torch
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin
+
+
+class GatedCacheLayer(CacheLayerMixin):
+    """A cache layer that decides itself which entries a query sees.
+
+    Every forward pass of a layer makes three calls, in this order: the wrapper around the attention module calls
+    `stage`, transformers' `Cache.update` calls `update`, and the registered attention function calls `attend`.
+    """
+
+    @abstractmethod
+    def stage(self, module: nn.Module, log_beta: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Takes what `update` does not get.
+
+        Args:
+            module: the wrapper that calls; a cache belongs to one model.
+            log_beta: [B, H, T] fp32, as the gate gave it.
+            valid: [B, T] bool, False for padding; None if all are real.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Plain attention of the new queries [B, HQ, T, D] over what is held and what is new -> [B, HQ, T, Dv].
+
+        Args:
+            key, value: what `update` returned: the new entries, [B, H, T, D].
+            sinks: an extra logit per query head [HQ] in the softmax's denominator.
+        """

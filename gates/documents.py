@@ -1,0 +1,39 @@
+"""Which document of its row a token belongs to."""
+
+import torch
+
+
+def document_ids_from(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch_size: int
+) -> torch.Tensor | None:
+    """Document index of every token [B, T], -1 for padding; None if the rows are one document each.
+
+    Packing shows as position_ids that do not go up by one, and only where there is no mask: as in transformers.
+
+    Args:
+        attention_mask: 2-D padding mask [B, T], 1 or True for real tokens.
+        position_ids: [B, T] or [1, T].
+
+    Raises:
+        ValueError: for a mask that is not 2-D; ages cannot be read from it.
+    """
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"Retention gates need a 2-D padding mask [batch, tokens], not one of shape {list(attention_mask.shape)}: "
+                "pass the padding mask itself, or switch the gates off with model.disable_adapter()."
+            )
+        return attention_mask.long() - 1
+    if position_ids is None:
+        return None
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    return starts.cumsum(-1).expand(batch_size, -1)
+
+
+def document_offsets(document_ids: torch.Tensor) -> torch.Tensor:
+    """Position of every token inside its document [B, T]; what it says of padding has no meaning."""
+    index = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids.diff(dim=-1) != 0
+    return index - torch.where(is_start, index, 0).cummax(-1).values

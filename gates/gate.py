@@ -1,0 +1,80 @@
+"""The gate: hidden states in, log of a token's retention coefficient out."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from retention_gates.gates.config import RetentionGateConfig
+
+
+class RetentionGate(nn.Module):
+    """`log_beta = logsigmoid(logits(x))`, always computed and stored in fp32.
+
+    bf16 weights would lose every update (steps are below their spacing), so a cast of the whole model moves the gate to
+    the new device but leaves its dtype alone.
+
+    Source: TRIM-KV, arXiv 2512.03324, section 3.
+    """
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> [B, T, H]
+        raise NotImplementedError
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden states [B, T, C] -> log_beta [B, H, T], fp32, below 0."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return F.logsigmoid(self.logits(hidden_states.float())).transpose(1, 2)
+
+    def _apply(self, fn, recurse=True):
+        def keep_fp32(tensor: torch.Tensor) -> torch.Tensor:
+            out = fn(tensor)
+            return out if out.dtype == tensor.dtype else tensor.to(out.device)
+
+        return super()._apply(keep_fp32, recurse)
+
+
+class MLPGate(RetentionGate):
+    """One hidden layer; the standard gate."""
+
+    def __init__(self, hidden_size: int, heads: int, config: RetentionGateConfig):
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, config.gate_width, dtype=torch.float32)
+        self.output = nn.Linear(config.gate_width, heads, dtype=torch.float32)
+        self.activation = ACT2FN[config.activation]
+        _initialise(self.hidden, 0.0)
+        _initialise(self.output, half_life_to_bias(config.initial_half_life))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.activation(self.hidden(x)))
+
+
+class LinearGate(RetentionGate):
+    """No hidden layer: smaller, and a little worse at equal steps."""
+
+    def __init__(self, hidden_size: int, heads: int, config: RetentionGateConfig):
+        super().__init__()
+        self.output = nn.Linear(hidden_size, heads, dtype=torch.float32)
+        _initialise(self.output, half_life_to_bias(config.initial_half_life))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(x)
+
+
+GATES: dict[str, type[RetentionGate]] = {"mlp": MLPGate, "linear": LinearGate}
+
+
+def half_life_to_bias(half_life: float) -> float:
+    """The bias b whose retention halves after `half_life` tokens: half_life = ln 2 * exp(b)."""
+    return math.log(half_life / math.log(2.0))
+
+
+def half_life(log_beta: torch.Tensor) -> torch.Tensor:
+    """Tokens until half of a token's retention is left; infinite where log_beta is 0."""
+    return -math.log(2.0) / log_beta
+
+
+def _initialise(layer: nn.Linear, bias: float) -> None:
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.constant_(layer.bias, bias)

@@ -1,0 +1,68 @@
+"""The frozen output head: hidden states to logits, as numbers a loss can work with."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from retention_gates.gates.families import text_config
+from retention_gates.gates.model import find_gated_model
+
+
+@dataclass
+class OutputHead:
+    """logits = softcap * tanh(logit_scale * (x W^T + b) / softcap), without the tanh where softcap is None."""
+
+    weight: torch.Tensor  # [V, C]
+    bias: torch.Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> "OutputHead":
+        """Reads the head of a gated model from its modules and config, and checks it against the model's own logits.
+
+        Raises:
+            ValueError: if the model does something else with its hidden states.
+        """
+        gated = find_gated_model(model)
+        base = gated.model
+        config = text_config(base)
+        module = base.get_output_embeddings()
+        if module is None:
+            raise ValueError(f"{type(base).__name__} has no output head: load the base with AutoModelForCausalLM.")
+        scale = 1.0
+        if getattr(config, "logit_scale", None) is not None:
+            scale *= config.logit_scale
+        if getattr(config, "logits_scaling", None) is not None:
+            scale /= config.logits_scaling
+        head = cls(
+            weight=module.weight,
+            bias=getattr(module, "bias", None),
+            logit_scale=scale,
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+        head._check(gated, base)
+        return head
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., C] -> [..., V], in fp32 after the matmul."""
+        logits = nn.functional.linear(hidden_states, self.weight, self.bias).float() * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @torch.no_grad()
+    def _check(self, gated: nn.Module, base: nn.Module) -> None:
+        was_training = base.training
+        base.eval()
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self.weight.device)
+        # only the head is compared, so that any hidden state will do
+        hidden = gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
+        own = base(input_ids=ids, use_cache=False).logits.float()
+        base.train(was_training)
+        ours = self.logits(hidden)
+        tolerance = 1e-3 if self.weight.dtype == torch.float32 else 3e-2
+        if not torch.allclose(ours, own.to(ours.device), rtol=tolerance, atol=tolerance * own.abs().max().item()):
+            raise ValueError(
+                f"{type(base).__name__} changes its logits in a way its config does not tell (largest difference "
+                f"{(ours - own).abs().max().item():.3g}): distillation through this head would be wrong."
+            )

@@ -1,0 +1,144 @@
+"""The wrapper around one attention module of the base model."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.utils import logging
+
+from retention_gates.gates.attention import PREFIX, base_causal_mask
+from retention_gates.gates.cache_layer import GatedCacheLayer
+from retention_gates.gates.config import RetentionGateConfig
+from retention_gates.gates.documents import document_ids_from, document_offsets
+from retention_gates.gates.gate import GATES, RetentionGate
+from retention_gates.gates.recording import Recording
+
+logger = logging.get_logger(__name__)
+
+
+class RetentionGatedAttention(nn.Module, BaseTunerLayer):
+    """An attention module with a gate beside it. The module itself is called, never copied.
+
+    Without a cache it trains: attention decays with log_beta (TRIM-KV, arXiv 2512.03324, eq. 3). With a bounded cache
+    attention is plain and the cache evicts. With any other cache attention is plain and nothing is evicted.
+    """
+
+    adapter_layer_names = ("retention_gate",)
+    other_param_names = ("protected_tokens",)
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.retention_gate = nn.ModuleDict()
+        self.protected_tokens: dict[str, int] = {}
+        self.recording: Recording | None = None
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:  # decoder layers may read attributes of their attention module
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def update_layer(self, adapter_name: str, config: RetentionGateConfig, hidden_size: int, heads: int) -> None:
+        self.retention_gate[adapter_name] = GATES[config.gate_type](hidden_size, heads, config)
+        self.protected_tokens[adapter_name] = config.protected_tokens
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        parameter = next(self.base_layer.parameters())
+        device = device or parameter.device
+        gate = self.retention_gate[adapter_name]
+        if device.type != "meta" and not any(p.is_meta for p in gate.parameters()):
+            gate.to(device)
+
+    @property
+    def active_gate_name(self) -> str | None:
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.retention_gate]
+        if len(names) > 1:
+            raise ValueError(
+                f"Adapters {names} are active at once; a layer has one gate: model.set_adapter(one of them)."
+            )
+        return names[0] if names else None
+
+    @property
+    def active_gate(self) -> RetentionGate | None:
+        name = self.active_gate_name
+        return None if name is None else self.retention_gate[name]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        gate = self.active_gate
+        if gate is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        self._check_implementation()
+        padding_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if cache is None:
+            return self._forward_decayed(gate, hidden_states, *args, **kwargs)
+        cache_layer = (
+            cache.layers[self.base_layer.layer_idx] if self.base_layer.layer_idx < len(cache.layers) else None
+        )
+        if isinstance(cache_layer, GatedCacheLayer):
+            valid = None if padding_mask is None else padding_mask[:, -hidden_states.shape[1] :].bool()
+            with torch.no_grad():
+                cache_layer.stage(self, gate(hidden_states), valid)
+            return self.base_layer(hidden_states, *args, cache_layer=cache_layer, **kwargs)
+        logger.warning_once(
+            f"Retention gates are on but the cache is a {type(cache).__name__}: nothing is evicted and memory grows. "
+            "Pass past_key_values=BoundedCache(model, memory_size=...), or use_cache=False to see the decayed attention."
+        )
+        kwargs["attention_mask"] = base_causal_mask(self.base_layer, hidden_states, padding_mask, cache)
+        return self.base_layer(hidden_states, *args, **kwargs)
+
+    def _forward_decayed(self, gate: RetentionGate, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        recording = self.recording
+        layerwise = recording is not None and recording.layerwise
+        if layerwise:
+            hidden_states = hidden_states.detach()
+        documents = document_ids_from(kwargs.get("attention_mask"), kwargs.get("position_ids"), len(hidden_states))
+        log_beta = self._protect(gate(hidden_states), documents)
+        student = self.base_layer(hidden_states, *args, log_beta=log_beta, document_ids=documents, **kwargs)
+        if recording is None:
+            return student
+        recording.log_beta.append(log_beta)
+        recording.document_ids = documents
+        if not layerwise:
+            return student
+        with torch.no_grad():  # the same attention without decay, so that one mask serves both
+            undecayed = torch.zeros_like(log_beta)
+            teacher = self.base_layer(hidden_states, *args, log_beta=undecayed, document_ids=documents, **kwargs)
+        recording.layer_losses.append(_relative_error(student[0], teacher[0], documents))
+        return teacher
+
+    def _protect(self, log_beta: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+        protected = self.protected_tokens[self.active_gate_name]
+        if not protected:
+            return log_beta
+        if documents is None:
+            offsets = torch.arange(log_beta.shape[-1], device=log_beta.device)[None]
+        else:
+            offsets = document_offsets(documents)
+        return log_beta.masked_fill((offsets < protected)[:, None], 0.0)
+
+    def _check_implementation(self) -> None:
+        name = self.base_layer.config._attn_implementation
+        if not name.startswith(PREFIX):
+            raise ValueError(
+                f"The attention implementation was set to {name!r} after the gates were added, which would ignore them. "
+                "Choose attn_implementation when the base model is loaded, before get_peft_model."
+            )
+
+
+def _relative_error(student: torch.Tensor, teacher: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    """Squared error of the attention output [B, T, C] over its squared norm, padding left out."""
+    error = (student - teacher).float().square().sum(-1)
+    size = teacher.float().square().sum(-1)
+    if documents is not None:
+        error, size = error * (documents >= 0), size * (documents >= 0)
+    return error.sum() / size.sum().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,240 @@
+"""Retention gates as a PEFT tuner."""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
+from retention_gates.gates.cache_layer import GatedCacheLayer
+from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
+from retention_gates.gates.families import full_attention_layers, key_value_heads, text_config
+from retention_gates.gates.layer import RetentionGatedAttention
+
+ROLLS_BACK = {
+    "assistant_model": "assisted decoding",
+    "prompt_lookup_num_tokens": "prompt-lookup decoding",
+    "assistant_early_exit": "self-speculative decoding",
+}
+
+
+class RetentionGateModel(BaseTuner):
+    """The base model with a gate beside every chosen attention layer.
+
+    While an adapter is enabled, the config names our attention implementation; with the gates off it names the base's,
+    so that the base model runs as if nothing had been added.
+    """
+
+    prefix = "retention_gate"
+    tuner_layer_cls = RetentionGatedAttention
+    target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def gated_layers(self) -> list[RetentionGatedAttention]:
+        """The wrapped attention modules that have a gate in the active adapter, by layer index."""
+        layers = [m for m in self.model.modules() if isinstance(m, RetentionGatedAttention)]
+        active = [m for m in layers if any(name in m.retention_gate for name in self.active_adapters)]
+        return sorted(active, key=lambda layer: layer.base_layer.layer_idx)
+
+    @property
+    def active_config(self) -> RetentionGateConfig:
+        """The config of the one active adapter."""
+        if len(self.active_adapters) != 1:
+            raise ValueError(f"{len(self.active_adapters)} adapters are active, not one: model.set_adapter(name).")
+        return self.peft_config[self.active_adapters[0]]
+
+    def forward(self, *args: Any, last_hidden_state_only: bool = False, **kwargs: Any) -> Any:
+        """As the base model's forward; `last_hidden_state_only` gives what lm_head would get, [B, T, C], instead."""
+        if not last_hidden_state_only:
+            return self.model(*args, **kwargs)
+        for unused in ("labels", "return_dict"):
+            kwargs.pop(unused, None)
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        return self.model.get_decoder()(*args, **kwargs)[0]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's generate; refuses what cannot work with a cache that forgets."""
+        generation_config = kwargs.get("generation_config")
+
+        def option(name: str) -> Any:
+            given = kwargs.get(name)
+            return getattr(generation_config, name, None) if given is None else given
+
+        bounded = any(
+            isinstance(layer, GatedCacheLayer) for layer in getattr(kwargs.get("past_key_values"), "layers", ())
+        )
+        for name, what in ROLLS_BACK.items():
+            if bounded and option(name) is not None:
+                raise ValueError(
+                    f"{name} means {what}, which rolls the cache back; a bounded cache has overwritten what was there. "
+                    f"Leave {name} out, or generate without a BoundedCache under model.disable_adapter()."
+                )
+        if option("cache_implementation") is not None and self._gates_on:
+            raise ValueError(
+                f"cache_implementation={option('cache_implementation')!r} makes a cache that evicts nothing. Pass "
+                "past_key_values=BoundedCache(model, memory_size=...), or generate under model.disable_adapter()."
+            )
+        return self.model.generate(*args, **kwargs)
+
+    # ---- what PEFT calls while adapters come and go ----
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config  # the modules are found in _prepare_model, from the model itself
+
+    def _prepare_model(self, peft_config: RetentionGateConfig, model: nn.Module) -> None:
+        full = full_attention_layers(model)
+        config = text_config(model)
+        wanted = peft_config.gated_layers if peft_config.gated_layers is not None else peft_config.layers_to_transform
+        missing = sorted(set(wanted or ()) - set(full))
+        if missing:
+            raise ValueError(
+                f"Layers {missing} of {type(model).__name__} cannot have a gate: its full-attention layers are "
+                f"{list(full)}. Choose among them, or the base model the adapter was made for."
+            )
+        chosen = sorted(set(wanted)) if wanted is not None else list(full)
+        if not chosen:
+            raise ValueError("layers_to_transform=[] leaves no layer to gate: leave it out to gate all.")
+        facts = {
+            "gated_layers": chosen,
+            "hidden_size": config.hidden_size,
+            "num_key_value_heads": key_value_heads(config),
+            "target_modules": {full[layer] for layer in chosen},
+        }
+        if peft_config.gated_layers is not None and peft_config.layers_to_transform is None:
+            _compare("gated_layers", peft_config.gated_layers, list(full))
+        for name, fact in facts.items():
+            if getattr(peft_config, name) is not None:
+                _compare(name, getattr(peft_config, name), fact)
+            setattr(peft_config, name, fact)
+        shares = peft_config.budget_shares
+        if shares is not None and [len(row) for row in shares] != [facts["num_key_value_heads"]] * len(chosen):
+            raise ValueError(
+                f"budget_shares must be [{len(chosen)} gated layers][{facts['num_key_value_heads']} KV heads], not "
+                f"{[len(row) for row in shares]} heads in {len(shares)} layers: run retention-gates calibrate again."
+            )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        return key in peft_config.target_modules
+
+    def _create_and_replace(
+        self,
+        peft_config: RetentionGateConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **unused: Any,
+    ) -> None:
+        assert peft_config.hidden_size is not None and peft_config.num_key_value_heads is not None
+        sizes = (peft_config.hidden_size, peft_config.num_key_value_heads)
+        if isinstance(target, RetentionGatedAttention):
+            target.update_layer(adapter_name, peft_config, *sizes)
+            return
+        layer = RetentionGatedAttention(target)
+        layer._active_adapter = self.active_adapter
+        layer.update_layer(adapter_name, peft_config, *sizes)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's own version wants a weight on the wrapped module
+        if isinstance(child, RetentionGatedAttention):
+            self._switch(False)  # unload: the base's attention again
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._switch(True)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._switch(enabled and bool(self.active_adapters))
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._switch(True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._switch(bool(self.active_adapters))
+
+    @property
+    def _gates_on(self) -> bool:
+        return text_config(self.model)._attn_implementation.startswith(PREFIX)
+
+    def _switch(self, on: bool) -> None:
+        """Lets the configs name our attention implementation or the base's."""
+        attention = [m.base_layer for m in self.model.modules() if isinstance(m, RetentionGatedAttention)]
+        for config in {id(c): c for c in [text_config(self.model), *(a.config for a in attention)]}.values():
+            current = config._attn_implementation
+            if on and not (current or "").startswith(PREFIX):
+                config._attn_implementation = gated_implementation(current)
+            elif not on and (current or "").startswith(PREFIX):
+                config._attn_implementation = base_implementation_of(current)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own version expects the adapter's name right before the parameter; a gate has layers in between
+        return key.replace(f".{cls.prefix}.{adapter_name}.", f".{cls.prefix}.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = model.state_dict()
+        expected = {k: v for k, v in own.items() if f".{cls.prefix}.{adapter_name}." in k}
+        problems = [f"missing {key}" for key in expected.keys() - remapped.keys()]
+        problems += [f"unexpected {key}" for key in remapped.keys() - expected.keys()]
+        for key in expected.keys() & remapped.keys():
+            if expected[key].shape != remapped[key].shape:
+                problems.append(f"{key} has shape {list(remapped[key].shape)}, not {list(expected[key].shape)}")
+            elif not remapped[key].is_floating_point():
+                problems.append(f"{key} is {remapped[key].dtype}, not floating point")
+            elif not remapped[key].isfinite().all():
+                problems.append(f"{key} has NaN or infinite values")
+        if problems:
+            shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise ValueError(
+                f"The adapter's weights do not fit its config and this base model: {shown}. Save or download the "
+                "adapter again, and load it on the base model it was trained for."
+            )
+        return remapped
+
+
+def find_gated_model(model: nn.Module) -> RetentionGateModel:
+    """The RetentionGateModel inside a PeftModel, or inside what wraps one.
+
+    Raises:
+        ValueError: if there are no retention gates.
+    """
+    for module in model.modules():
+        if isinstance(module, RetentionGateModel):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no retention gates: PeftModel.from_pretrained(base, adapter) loads trained ones, "
+        "get_peft_model(base, RetentionGateConfig()) adds untrained ones (enough for policies that need none)."
+    )
+
+
+def _compare(name: str, adapter: Any, base: Any) -> None:
+    same = set(adapter) == set(base) if isinstance(adapter, (list, set)) else adapter == base
+    if not same:
+        raise ValueError(
+            f"The adapter was made for a base model with {name} = {_short(adapter)}, but this one has {_short(base)}: "
+            "load the base model named in its adapter_config.json."
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(sorted(value) if isinstance(value, set) else value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = RetentionGateConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = RetentionGateModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = RetentionGateModel.prefix
