@@ -70,8 +70,8 @@ def attention_forward(
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout:
         raise ValueError(
-            f"attention dropout of {dropout} while retention gates are on: teacher and student would differ by chance. "
-            "Set attention_dropout = 0 in the model's config."
+            f"attention dropout of {dropout} while retention gates are on: teacher and student would differ by "
+            "chance. Set attention_dropout = 0 in the model's config."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache_layer is not None:
@@ -84,7 +84,7 @@ def attention_forward(
 
 
 def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> torch.Tensor | None:
-    """Full-attention layers get the 2-D padding mask as it is, so that nothing [T, T] is built; others the base's mask."""
+    """The 2-D padding mask as it is for full attention, so that nothing [T, T] is built; the base's for the rest."""
     if kwargs.get("local_size") is not None:
         return ALL_MASK_ATTENTION_FUNCTIONS[base_implementation](*args, **kwargs)
     if kwargs.get("use_vmap"):

@@ -103,14 +103,14 @@ class RetentionGateConfig(PeftConfig):
             near = {key: difflib.get_close_matches(key, sorted(known), n=1) for key in unknown}
             hints = [f"{key!r}" + (f" (nearest known: {near[key][0]!r})" if near[key] else "") for key in unknown]
             raise ValueError(
-                f"adapter_config.json has keys that this version of retention-gates does not know: {', '.join(hints)}. "
+                f"adapter_config.json has keys this version of retention-gates does not know: {', '.join(hints)}. "
                 "It was probably written by a newer version: pip install -U retention-gates."
             )
         return super().check_kwargs(**kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Reads `adapter_config.json`; a weights file beside it that is cut short or no safetensors is refused here."""
+        """Reads `adapter_config.json`; refuses a weights file beside it that is cut short or no safetensors."""
         weights = os.path.join(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if os.path.isfile(weights):
             try:

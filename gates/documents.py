@@ -20,7 +20,7 @@ def document_ids_from(
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             raise ValueError(
-                f"Retention gates need a 2-D padding mask [batch, tokens], not one of shape {list(attention_mask.shape)}: "
+                f"Retention gates need a 2-D padding mask [batch, tokens], not a mask {list(attention_mask.shape)}: "
                 "pass the padding mask itself, or switch the gates off with model.disable_adapter()."
             )
         return attention_mask.long() - 1

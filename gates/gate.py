@@ -13,8 +13,8 @@ from retention_gates.gates.config import RetentionGateConfig
 class RetentionGate(nn.Module):
     """`log_beta = logsigmoid(logits(x))`, always computed and stored in fp32.
 
-    bf16 weights would lose every update (steps are below their spacing), so a cast of the whole model moves the gate to
-    the new device but leaves its dtype alone.
+    bf16 weights would lose every update (steps are below their spacing), so a cast of the whole model moves the gate
+    to the new device but leaves its dtype alone.
 
     Source: TRIM-KV, arXiv 2512.03324, section 3.
     """

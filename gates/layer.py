@@ -91,7 +91,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             return self.base_layer(hidden_states, *args, cache_layer=cache_layer, **kwargs)
         logger.warning_once(
             f"Retention gates are on but the cache is a {type(cache).__name__}: nothing is evicted and memory grows. "
-            "Pass past_key_values=BoundedCache(model, memory_size=...), or use_cache=False to see the decayed attention."
+            "Pass past_key_values=BoundedCache(model, memory_size=...), or use_cache=False for the decayed attention."
         )
         kwargs["attention_mask"] = base_causal_mask(self.base_layer, hidden_states, padding_mask, cache)
         return self.base_layer(hidden_states, *args, **kwargs)
@@ -130,7 +130,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         name = self.base_layer.config._attn_implementation
         if not name.startswith(PREFIX):
             raise ValueError(
-                f"The attention implementation was set to {name!r} after the gates were added, which would ignore them. "
+                f"The attention implementation was set to {name!r} after the gates were added and would ignore them. "
                 "Choose attn_implementation when the base model is loaded, before get_peft_model."
             )
 

@@ -69,7 +69,7 @@ class RetentionGateModel(BaseTuner):
         for name, what in ROLLS_BACK.items():
             if bounded and option(name) is not None:
                 raise ValueError(
-                    f"{name} means {what}, which rolls the cache back; a bounded cache has overwritten what was there. "
+                    f"{name} means {what}, which rolls the cache back; a bounded cache has overwritten what was. "
                     f"Leave {name} out, or generate without a BoundedCache under model.disable_adapter()."
                 )
         if option("cache_implementation") is not None and self._gates_on:
