@@ -1,0 +1,46 @@
+"""Argument checks that several ops share. Each raises ValueError with the argument's name."""
+
+import torch
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Raises ValueError unless `tensor` has `shape`; `letters` says what its axes mean, such as "[B, H, T]"."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {letters} = {list(shape)}, not {list(tensor.shape)}.")
+
+
+def check_same_device(reference_name: str, reference: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError unless every tensor lies on the device of `reference`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {reference_name} is on {reference.device}: move it there first."
+            )
+
+
+def check_log_beta(log_beta: torch.Tensor) -> None:
+    """Raises ValueError unless log_beta is [B, H, T], fp32, finite and <= 0, with at least one token."""
+    if log_beta.ndim != 3 or log_beta.shape[-1] == 0:
+        raise ValueError(f"log_beta must have shape [B, H, T] with T >= 1, not {list(log_beta.shape)}.")
+    if log_beta.dtype != torch.float32:
+        raise ValueError(
+            f"log_beta must be torch.float32, not {log_beta.dtype}: ages in the thousands multiply its rounding "
+            "error. Compute it in fp32 rather than casting it here."
+        )
+    # a value can't be looked at while a graph is traced
+    if not torch.compiler.is_compiling():
+        allowed = (log_beta <= 0) & log_beta.isfinite()
+        if not bool(allowed.all()):
+            raise ValueError(
+                f"log_beta must be finite and <= 0, the log of a coefficient in (0, 1], but holds "
+                f"{log_beta[~allowed][0].item()}: take the logsigmoid of the gate's output."
+            )
+
+
+def check_document_ids(document_ids: torch.Tensor | None, log_beta: torch.Tensor) -> None:
+    """Raises ValueError unless document_ids is None or int64 [B, T] to go with log_beta [B, H, T]."""
+    if document_ids is None:
+        return
+    check_shape("document_ids", document_ids, (log_beta.shape[0], log_beta.shape[2]), "[B, T]")
+    if document_ids.dtype != torch.int64:
+        raise ValueError(f"document_ids must be torch.int64, not {document_ids.dtype}: convert it with .long().")

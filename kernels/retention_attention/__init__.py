@@ -1,0 +1,61 @@
+"""Attention whose keys fade with age. See README.md in this folder."""
+
+import torch
+
+from retention_gates.kernels.checks import check_document_ids, check_log_beta, check_same_device, check_shape
+from retention_gates.kernels.retention_attention import naive
+
+
+def retention_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_beta: torch.Tensor,
+    *,
+    scale: float,
+    document_ids: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention in which a key loses log_beta of its logit with every step of age, [B, HQ, T, Dv].
+
+    softmax_i(q_t k_i * scale + (t - i) * log_beta_i) v_i, i <= t (TRIM-KV, arXiv 2512.03324, eq. 3), bias and softmax
+    in fp32, output in query's dtype. Differentiable in query, key, value, log_beta and sinks; nothing [T, T] is kept.
+
+    Args:
+        query: [B, HQ, T, D]; query head h reads KV head h // G.
+        key: [B, H, T, D].
+        value: [B, H, T, Dv].
+        log_beta: fp32 [B, H, T], <= 0 per token.
+        scale: what q k is multiplied with.
+        document_ids: int64 [B, T]. A token sees its own document only; rows of padding (-1) give 0. None: all one.
+        softcap: logits become softcap * tanh(q k * scale / softcap) before the bias.
+        sinks: [HQ], one more logit per query head in the softmax's denominator.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that don't go together, and for a positive log_beta.
+    """
+    check_log_beta(log_beta)
+    check_document_ids(document_ids, log_beta)
+    batch, heads, tokens = log_beta.shape
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have 4 axes [B, heads, T, head dim], not shape {list(tensor.shape)}.")
+        if tensor.dtype != query.dtype or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} is {tensor.dtype} and query {query.dtype}: query, key and value must share a floating dtype."
+            )
+    query_heads, head_dim = query.shape[1], query.shape[3]
+    check_shape("query", query, (batch, query_heads, tokens, head_dim), "[B, HQ, T, D]")
+    check_shape("key", key, (batch, heads, tokens, head_dim), "[B, H, T, D]")
+    check_shape("value", value, (batch, heads, tokens, value.shape[3]), "[B, H, T, Dv]")
+    if query_heads == 0 or query_heads % heads:
+        raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} KV heads of key.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
+    if sinks is not None:
+        check_shape("sinks", sinks, (query_heads,), "[HQ]")
+    check_same_device("query", query, key=key, value=value, log_beta=log_beta, document_ids=document_ids, sinks=sinks)
+    return naive.retention_attention(
+        query, key, value, log_beta, scale=scale, document_ids=document_ids, softcap=softcap, sinks=sinks
+    )
