@@ -56,7 +56,11 @@ def tiny_config(family: str, **changes):
 def tiny_model(family: str = "llama", **changes) -> PreTrainedModel:
     """A random model of the family, the same at every call, in eval mode."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+    config = tiny_config(family, **changes)
+    # older transformers run a softcapped model with sdpa, which leaves the softcap out
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    arguments = {"attn_implementation": "eager"} if softcap is not None else {}
+    model = AutoModelForCausalLM.from_config(config, **arguments).eval()
     for parameter in model.parameters():  # a default init is so small that attention would be nearly uniform
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.15)
