@@ -1,0 +1,42 @@
+"""What a model must be before its gates can be trained."""
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from retention_gates.gates.model import find_gated_model
+from retention_gates.trainers.config import RetentionTrainingArguments
+
+
+def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
+    """Raises ValueError unless exactly the gates of `model` can be trained with `args`."""
+    gated = find_gated_model(model)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"The model must be a PeftModel, as get_peft_model gives it, not a {type(model).__name__}.")
+    gates = {f"{layer.base_layer.layer_idx}": layer.active_gate for layer in gated.gated_layers}
+    parameters = {f"the gate of layer {i}: {n}": p for i, g in gates.items() if g for n, p in g.named_parameters()}
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {parameter.dtype}, which would lose every update: gates train in torch.float32. Cast the "
+                "base only, before get_peft_model."
+            )
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"{name} is frozen: load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+    own = {id(parameter) for parameter in parameters.values()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise ValueError(f"{name} would be trained, but the base model stays frozen: requires_grad_(False) first.")
+    protected = gated.active_config.protected_tokens
+    for name, sizes in (("memory_size", [args.memory_size]), ("eval_memory_sizes", args.eval_memory_sizes)):
+        if min(sizes, default=protected + 1) <= protected:
+            raise ValueError(
+                f"{name}={min(sizes)} leaves no room beside {protected} protected tokens: at least {protected + 1}."
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs, which transformers would drive with DataParallel: start the run "
+            "with accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )

@@ -1,0 +1,167 @@
+"""The arguments of a training run."""
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import get_args
+
+from transformers import TrainingArguments
+
+from retention_gates.trainers.losses import CapacityNormalisation
+
+OBJECTIVES = ("end_to_end", "layerwise")
+EVAL_BUDGETS = ("uniform", "calibrated")
+
+# Options of TrainingArguments that this trainer would ignore, or that would break exact resume.
+REFUSED = {
+    "auto_find_batch_size": "choose per_device_train_batch_size yourself, so that a run can be repeated",
+    "label_smoothing_factor": "the teacher's distribution is the target",
+    "neftune_noise_alpha": "teacher and student must see the same embeddings",
+    "push_to_hub": "push the finished adapter instead",
+    "resume_from_checkpoint": "pass it to train(), or resume=true on the command line",
+    "save_only_model": "a checkpoint without the optimiser cannot be resumed; the adapter is saved anyway",
+    "use_liger_kernel": "the loss is computed in chunks already",
+}
+
+
+@dataclass
+class RetentionTrainingArguments(TrainingArguments):
+    """Arguments of `RetentionTrainer`; the defaults are those found to work for the gates of small and large models.
+
+    Raises:
+        ValueError: for a value that no run can use, or an option of TrainingArguments that would be ignored.
+    """
+
+    objective: str = field(
+        default="end_to_end",
+        metadata={
+            "help": "end_to_end: match the model's own forecasts. layerwise: match each attention layer's output on "
+            "the model's own activations, with no backward pass through the model; 3 to 4 times cheaper."
+        },
+    )
+    memory_size: int = field(
+        default=64, metadata={"help": "Retained mass per KV head, in tokens, above which the capacity loss sets in."}
+    )
+    capacity_weight: float = field(default=1.0, metadata={"help": "Weight of the capacity loss."})
+    capacity_normalisation: CapacityNormalisation = field(
+        default="length",
+        metadata={"help": "length: excess mass over the position, at all steps; excess: over the most it could be."},
+    )
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of forward_kl, or of the layerwise error with objective=layerwise."}
+    )
+    next_token_weight: float = field(
+        default=None,  # type: ignore[assignment]  # filled in
+        metadata={"help": "Weight of the next-token loss, 1.0 unless given; end_to_end only."},
+    )
+    loss_chunk_size: int = field(
+        default=1024, metadata={"help": "Positions whose logits exist at a time; end_to_end only."}
+    )
+    eval_memory_sizes: list[int] = field(
+        default_factory=lambda: [64, 128],
+        metadata={"help": "Mean entries per KV head of the evaluations under real eviction."},
+    )
+    eval_budgets: str = field(
+        default="uniform", metadata={"help": f"How those entries are divided: {' or '.join(EVAL_BUDGETS)}."}
+    )
+
+    # What TRIM-KV's loss wants of the optimiser; see "found by trying" in the design notes.
+    max_steps: int = field(default=300, metadata={"help": "Optimiser steps."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per device and forward pass."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Rows per device in evaluation."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up, or their share if below 1."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the gates' matrices."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of Adam."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute layers in the backward pass; yes unless given, end_to_end only."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Must stay False: gates reach the loss past the model's output."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows have what the loss needs and no more."})
+    dataloader_pin_memory: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Pin the memory of rows; yes where there is an accelerator."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    report_to: None | str | list[str] = field(
+        default_factory=lambda: ["tensorboard"] if find_spec("tensorboard") else [],
+        metadata={"help": "Where logs go beside log.jsonl; tensorboard where it is installed."},
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("objective", self.objective, OBJECTIVES)
+        _check_choice("capacity_normalisation", self.capacity_normalisation, get_args(CapacityNormalisation))
+        _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
+        for name in ("memory_size", "loss_chunk_size"):
+            _check_count(name, getattr(self, name))
+        for size in self.eval_memory_sizes:
+            _check_count("eval_memory_sizes", size)
+        for name, reason in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not for training gates: {reason}.")
+        if self.ddp_find_unused_parameters:
+            raise ValueError(
+                "ddp_find_unused_parameters=True would take gates for unused: they reach the loss past the model's "
+                "output. Leave it out."
+            )
+        self._settle_objective()
+        for name in ("capacity_weight", "kl_weight", "next_token_weight"):
+            _check_weight(name, getattr(self, name))
+        if self.kl_weight == 0 and self.next_token_weight == 0:
+            raise ValueError("kl_weight and next_token_weight are both 0: only forgetting would be rewarded.")
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = "agreement" in self.metric_for_best_model
+        super().__post_init__()
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = self.device.type != "cpu"
+
+    def _settle_objective(self) -> None:
+        """Fills in what depends on the objective and refuses what it would ignore."""
+        end_to_end = self.objective == "end_to_end"
+        checkpointing = getattr(self, "activation_checkpointing", None)  # the newer name in transformers
+        if checkpointing is None:
+            checkpointing = self.gradient_checkpointing
+        if not end_to_end:
+            if checkpointing:
+                raise ValueError(
+                    "gradient_checkpointing=True has nothing to recompute with objective='layerwise', which has no "
+                    "backward pass through the model: leave it out."
+                )
+            if self.next_token_weight:
+                raise ValueError(
+                    f"next_token_weight={self.next_token_weight!r} needs objective='end_to_end': the layerwise one "
+                    "never looks at the model's forecasts."
+                )
+        checkpointing = end_to_end if checkpointing is None else bool(checkpointing)
+        if self.next_token_weight is None:
+            self.next_token_weight = 1.0 if end_to_end else 0.0
+        self.gradient_checkpointing = checkpointing
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = checkpointing
+        # the reentrant form would lose the gradient of what is recorded inside a layer
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if hasattr(self, name) and getattr(self, name) is None:
+                setattr(self, name, {"use_reentrant": False})
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0)
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}; the nearest is {near[0]!r}.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
+
+
+def _check_weight(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")

@@ -1,0 +1,78 @@
+"""Rows of tokens on their way into the loss."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from retention_gates.kernels.distill_loss import NO_TARGET
+
+COLUMNS = ("input_ids", "position_ids", "labels")
+
+
+class RowCollator:
+    """Stacks rows of equal length into int64 [B, T] each of input_ids, position_ids and labels.
+
+    A row is full: there is no padding. position_ids start anew at 0 with every document packed into it; labels are the
+    row's own tokens, -100 where a token is no target.
+
+    Raises:
+        ValueError: for a row that no loss can be computed from.
+    """
+
+    def __init__(self, max_length: int | None):
+        self.max_length = max_length
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for row in rows:
+            self.check(row)
+        lengths = sorted({len(row["input_ids"]) for row in rows})
+        if len(lengths) > 1:
+            raise ValueError(f"Rows of {lengths} tokens meet in one batch: pack all of them to the same length.")
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in COLUMNS}
+
+    def check(self, row: dict[str, Any]) -> None:
+        """Raises ValueError unless the row can be trained on."""
+        missing = [name for name in COLUMNS if name not in row]
+        if missing:
+            raise ValueError(f"A training row has {sorted(row)} but needs {list(COLUMNS)}: {missing[0]!r} is missing.")
+        lengths = {name: len(row[name]) for name in COLUMNS}
+        length = lengths["input_ids"]
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"A training row's columns differ in length: {lengths}.")
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"A training row has {length} tokens, the model has {self.max_length} positions "
+                "(max_position_embeddings): pack shorter rows."
+            )
+        documents = packed_documents(torch.as_tensor(row["position_ids"])[None])
+        targets, _ = next_token_targets(torch.as_tensor(row["labels"])[None], documents)
+        if bool((targets == NO_TARGET).all()):
+            raise ValueError(
+                f"A training row of {length} tokens has no target: no label other than {NO_TARGET} follows a token of "
+                "the same document. Leave such rows out."
+            )
+
+
+def packed_documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """Index of every token's document in its row [B, T], from positions that start anew with each document."""
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    return starts.cumsum(-1)
+
+
+def next_token_targets(labels: torch.Tensor, documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each position has to predict.
+
+    Args:
+        labels: [B, T], the row's own tokens or -100.
+        documents: [B, T], the index of each token's document.
+
+    Returns:
+        targets [B, T]: the label of the next token of the same document, -100 if there is none.
+        counted [B, T]: True where the next token is of the same document: a teacher's forecast is worth copying there.
+    """
+    counted = torch.zeros_like(documents, dtype=torch.bool)
+    counted[:, :-1] = documents[:, 1:] == documents[:, :-1]
+    targets = labels.roll(-1, dims=-1).masked_fill(~counted, NO_TARGET)
+    return targets, counted

@@ -1,0 +1,303 @@
+"""Trains the gates of a frozen model to forget what its own forecasts do not need."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import nn
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from retention_gates.gates.families import text_config
+from retention_gates.gates.head import OutputHead
+from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.recording import Recording, record
+from retention_gates.kernels.distill_loss import distill_loss
+from retention_gates.trainers.callbacks import PER_LAYER, Averages, JsonLinesLog, LogWhenSaving, ProgressLine
+from retention_gates.trainers.checkpoint import (
+    checkpoints_in,
+    last_checkpoint,
+    read_manifest,
+    remove_folder,
+    remove_unfinished,
+    whole_folder,
+    write_manifest,
+)
+from retention_gates.trainers.checks import check_model
+from retention_gates.trainers.config import RetentionTrainingArguments
+from retention_gates.trainers.evaluation import Contender, compare_rows
+from retention_gates.trainers.losses import CapacityLoss, capacity_loss
+from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
+
+Batch = dict[str, torch.Tensor]
+EVAL_METRICS = ("kl", "nll", "full_nll", "agreement")
+
+
+class RetentionTrainer(Trainer):
+    """transformers' Trainer with the retention objective, evaluation under eviction, and checkpoints that are whole.
+
+    The teacher is the model itself with its gates off. Only gates are trained and only they are saved.
+
+    Source: TRIM-KV, arXiv 2512.03324, section 3.3.
+
+    Args:
+        model: a PeftModel with retention gates: `get_peft_model(base, RetentionGateConfig())`.
+        train_dataset: rows as `data.packing` makes them; see `trainers.rows.RowCollator`.
+        eval_dataset: token ids [R, T], one document each; what `evaluate` scores.
+
+    Raises:
+        ValueError: for a model or rows that gates cannot be trained on.
+    """
+
+    args: RetentionTrainingArguments
+    model: PeftModel
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: RetentionTrainingArguments,
+        train_dataset: Any,
+        eval_dataset: torch.Tensor | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        check_model(model, args)
+        collator = RowCollator(getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None))
+        if len(train_dataset) == 0:
+            raise ValueError("train_dataset is empty: it needs at least one row.")
+        collator.check(train_dataset[0])
+        if eval_dataset is not None and len(eval_dataset) < args.world_size:
+            raise ValueError(f"eval_dataset has {len(eval_dataset)} rows for {args.world_size} ranks: give each one.")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[LogWhenSaving(), JsonLinesLog(Path(str(args.output_dir))), *callbacks],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False  # each forward pass gives a mean, to be divided by a step's passes
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressLine())
+        self._averages = Averages()
+        self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+    # ---- the objective ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Distillation from the model without gates, plus what retained mass above memory_size costs."""
+        assert not return_outputs, "rows are scored by evaluate(), under real eviction"
+        self._averages.start_clock()
+        for dropout in self._dropouts:
+            dropout.eval()  # else teacher and student would differ by chance
+        if self.args.objective == "layerwise":
+            distillation, recording, terms = self._match_layers(model, inputs)
+        else:
+            distillation, recording, terms = self._match_forecasts(model, inputs)
+        capacity = capacity_loss(
+            recording.log_beta,
+            self.args.memory_size,
+            document_ids=recording.document_ids,
+            normalisation=self.args.capacity_normalisation,
+        )
+        terms |= {"capacity_loss": capacity.loss.detach()} | self._describe(recording, capacity)
+        self._averages.add(terms, inputs["input_ids"].numel())
+        return distillation + self.args.capacity_weight * capacity.loss
+
+    def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
+        """kl_weight * KL(teacher, student) + next_token_weight * cross entropy."""
+        targets, counted = next_token_targets(inputs["labels"], packed_documents(inputs["position_ids"]))
+        tokens = _tokens(inputs)
+        with torch.no_grad(), self.model.disable_adapter():
+            teacher_hidden = self.model(**tokens)  # [B, T, C]
+        with record(model) as recording:
+            student_hidden = model(**tokens)  # [B, T, C]
+        head = self._output_head
+        distilled = distill_loss(
+            student_hidden.flatten(0, 1),
+            teacher_hidden.flatten(0, 1),
+            head.weight,
+            targets.flatten(),
+            mask=counted.flatten(),
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            kl_weight=self.args.kl_weight,
+            next_token_weight=self.args.next_token_weight,
+            chunk_size=self.args.loss_chunk_size,
+        )
+        terms = {"forward_kl": distilled.forward_kl, "next_token_loss": distilled.next_token_loss}
+        return distilled.total, recording, terms
+
+    def _match_layers(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
+        """kl_weight * the mean over layers of the relative error of the attention output."""
+        with record(model, layerwise=True) as recording:
+            model(**_tokens(inputs))  # every layer passes on the teacher's output: no gradient leaves it
+        layer_error = torch.stack(recording.layer_losses).mean()
+        return self.args.kl_weight * layer_error, recording, {"layer_error": layer_error.detach()}
+
+    @property
+    def _output_dir(self) -> Path:
+        assert self.args.output_dir is not None  # transformers fills it in
+        return Path(self.args.output_dir)
+
+    @cached_property
+    def _output_head(self) -> OutputHead:
+        return OutputHead.from_model(self.model)
+
+    @torch.no_grad()
+    def _describe(self, recording: Recording, capacity: CapacityLoss) -> Batch:
+        """Mean retained mass, overall and per layer, in tokens, and the mean log of the half-life in tokens."""
+        layers = find_gated_model(self.model).gated_layers
+        terms = {"retained_mass": capacity.retained_mass.mean()}
+        for layer, mass in zip(layers, capacity.retained_mass, strict=True):
+            terms[f"{PER_LAYER}{layer.base_layer.layer_idx:02d}"] = mass
+        log_beta = torch.stack(recording.log_beta)
+        decays = log_beta < 0
+        logs = (-log_beta).clamp(min=torch.finfo(log_beta.dtype).tiny).log() * decays
+        terms["log_half_life"] = math.log(math.log(2.0)) - logs.sum() / decays.sum().clamp(min=1)
+        return terms
+
+    # ---- what a run tells ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a log of training steps, not of an evaluation or of the whole run
+            logs = logs | self._averages.drain(self.accelerator)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores rows [R, T] under real eviction at each of eval_memory_sizes; means over rows: `eval_kl_64`."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("There is no eval_dataset: give the trainer one, or evaluate(eval_dataset=...).")
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
+        records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
+        if self.accelerator.num_processes > 1:
+            records = gather_object(records)
+        metrics: dict[str, float] = {}
+        for size in self.args.eval_memory_sizes:
+            scores = [record for record in records if record["memory_size"] == size]
+            for name in EVAL_METRICS:
+                metrics[f"{metric_key_prefix}_{name}_{size}"] = sum(score[name] for score in scores) / len(scores)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, from the last checkpoint in output_dir with True, from the one named with a path.
+
+        Raises:
+            ValueError: if there is no whole checkpoint to resume from, if it was written by another kind of run, or if
+                output_dir holds checkpoints and none was asked for.
+        """
+        output_dir = self._output_dir
+        if self.args.should_save:
+            remove_unfinished(output_dir)
+        self.accelerator.wait_for_everyone()
+        if not resume_from_checkpoint:
+            found = checkpoints_in(output_dir)
+            if found:
+                raise ValueError(
+                    f"{output_dir} holds the checkpoints of an earlier run, {found[-1].name} the last: resume with "
+                    "train(resume_from_checkpoint=True), or choose another output_dir."
+                )
+            return super().train(None, *args, **kwargs)
+        checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+        if checkpoint is None:
+            raise ValueError(f"There is no checkpoint in {output_dir} to resume from: train without resuming.")
+        self._check_same_run(checkpoint, read_manifest(checkpoint))
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if 0 < self.args.max_steps <= state.global_step:  # transformers would train one more step
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+            if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load_best_model()
+            return TrainOutput(state.global_step, math.nan, {})
+        return super().train(str(checkpoint), *args, **kwargs)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter to `folder`, as a whole or not at all."""
+        with whole_folder(
+            folder, is_writer=self.args.should_save, barrier=self.accelerator.wait_for_everyone
+        ) as staging:
+            self.save_model(str(staging))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        assert output_dir is not None
+        # save_embedding_layers="auto" would ask the Hub at every save whether the base's vocabulary has changed
+        self.model.save_pretrained(
+            output_dir, state_dict=state_dict, is_main_process=self.args.should_save, save_embedding_layers=False
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        output_dir, state = self._output_dir, self.state
+        target = output_dir / f"checkpoint-{state.global_step}"
+        if state.best_global_step:
+            best = output_dir / f"checkpoint-{state.best_global_step}"
+            if best == target or best.exists():
+                state.best_model_checkpoint = str(best)
+        barrier = self.accelerator.wait_for_everyone
+        with whole_folder(target, is_writer=self.args.should_save, barrier=barrier) as staging:
+            folder = str(staging)
+            self.save_model(folder, _internal_call=True)
+            self._save_optimizer_and_scheduler(folder)
+            self._save_scaler(folder)
+            self._save_rng_state(folder)
+            if self.args.should_save:
+                assert isinstance(state.stateful_callbacks, dict)
+                for part in (*self.callback_handler.callbacks, self.control):
+                    if isinstance(part, ExportableState):
+                        state.stateful_callbacks[type(part).__name__] = part.state()
+                state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            barrier()
+            if self.args.should_save:
+                write_manifest(staging, self._run_facts())
+        if self.args.should_save:
+            self._drop_old_checkpoints()
+
+    def _drop_old_checkpoints(self) -> None:
+        checkpoints = checkpoints_in(self._output_dir)
+        kept = {str(checkpoints[-1]), self.state.best_model_checkpoint} - {None}
+        surplus = len(checkpoints) - max(self.args.save_total_limit or len(checkpoints), len(kept))
+        for checkpoint in [c for c in checkpoints if str(c) not in kept][: max(0, surplus)]:
+            remove_folder(checkpoint)
+
+    def _run_facts(self) -> dict[str, int]:
+        """What has to stay the same for a resumed run to see the same rows in the same order."""
+        ranks = self.accelerator.num_processes
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks
+        return {"ranks": ranks, "rows_per_step": rows, "seed": self.args.seed}
+
+    def _check_same_run(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        for name, value in self._run_facts().items():
+            if manifest[name] != value:
+                raise ValueError(
+                    f"{checkpoint} was written with {name} = {manifest[name]}, now it is {value}: the run would go on "
+                    "with other rows. Resume as it was started, or start anew in another output_dir."
+                )
+
+
+def _tokens(inputs: Batch) -> dict[str, Any]:
+    return {
+        "input_ids": inputs["input_ids"],
+        "position_ids": inputs["position_ids"],
+        "use_cache": False,
+        "last_hidden_state_only": True,
+    }
