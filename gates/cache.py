@@ -1,0 +1,221 @@
+"""The caches to pass as past_key_values: one of fixed size, and what it shares with the simulated one."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from retention_gates.gates.budgets import LEAST_CALIBRATED, Budgets, calibrated_budgets, uniform_budgets
+from retention_gates.gates.eviction_rule import EvictionRule, Span, count_offsets
+from retention_gates.gates.families import text_config
+from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.policies import find_policy
+from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.gates.slot_layer import SlotLayer
+
+
+class EvictingCache(Cache):
+    """A cache whose gated layers evict by a rule; every other layer has the cache that transformers gives it."""
+
+    layer_class: type[RuledLayer]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        memory_size: int,
+        *,
+        policy: str = "retention",
+        budgets: str | Budgets | None = None,
+        protected_tokens: int | None = None,
+        buffer_size: int = 1,
+        seed: int = 0,
+    ):
+        gated = find_gated_model(model)
+        config = gated.active_config
+        owners = {wrapper.layer_idx: wrapper for wrapper in gated.gated_layers}
+        protected_tokens = config.protected_tokens if protected_tokens is None else protected_tokens
+        _check_integer("memory_size", memory_size, least=1)
+        _check_integer("protected_tokens", protected_tokens, least=0)
+        _check_integer("buffer_size", buffer_size, least=1)
+        _check_integer("seed", seed)
+        self.memory_size = memory_size
+        self.budgets_from: str | Budgets
+        self.budgets_from = ("calibrated" if config.budget_shares else "uniform") if budgets is None else budgets
+        assert config.num_key_value_heads is not None
+        self._shares = config.budget_shares
+        self._shape = (len(owners), config.num_key_value_heads)
+        self.protected: tuple[Span, ...] = ((0, protected_tokens),)
+        chosen = find_policy(policy)
+        layers: list[Any] = DynamicCache(config=text_config(gated.model)).layers
+        for (layer, owner), row in zip(owners.items(), self._budgets(self.protected), strict=True):
+            rule = EvictionRule(chosen, tuple(row), buffer_size, self.protected, seed, layer)
+            layers[layer] = self.layer_class(rule, owner)
+        super().__init__(layers=layers)
+
+    @property
+    def gated_layers(self) -> list[Any]:
+        """The layers that evict, in order."""
+        return [layer for layer in self.layers if isinstance(layer, RuledLayer)]
+
+    @property
+    def budgets(self) -> Budgets:
+        """Entries that every gated layer and KV head keeps."""
+        return [list(layer.rule.budgets) for layer in self.gated_layers]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has been seen."""
+        return all(layer.is_empty for layer in self.gated_layers)
+
+    def _budgets(self, protected: tuple[Span, ...]) -> Budgets:
+        """The budgets that were asked for, with room for a token beside the protected ones in every head."""
+        layers, heads = self._shape
+        least = count_offsets(protected) + 1
+        if self.memory_size < least:
+            raise ValueError(
+                f"memory_size={self.memory_size} must be at least {least}, for {least - 1} protected tokens and one "
+                "more: raise it, or protect and pin fewer tokens."
+            )
+        if self.budgets_from == "uniform":
+            return uniform_budgets(layers, heads, self.memory_size)
+        if self.budgets_from == "calibrated":
+            if not self._shares:
+                raise ValueError(
+                    'budgets="calibrated" needs budget shares, which the adapter does not have: run `retention-gates '
+                    'calibrate` on it, or choose budgets="uniform".'
+                )
+            floor = max(least, min(LEAST_CALIBRATED, self.memory_size))
+            return calibrated_budgets(self._shares, self.memory_size, floor)
+        if not isinstance(self.budgets_from, list):
+            raise ValueError(
+                f'budgets={self.budgets_from!r} is unknown: choose "uniform", "calibrated" or a list [layers][heads].'
+            )
+        return _checked(self.budgets_from, layers, heads, self.memory_size, least)
+
+    def pin(self, start: int, stop: int) -> None:
+        """Keeps the tokens start..stop-1 of every row for good, a system prompt say; they count in every budget.
+
+        Counted from each row's first real token, so that left padding makes no difference. Before the first token,
+        calibrated budgets are fitted anew so that every head has room; later the budgets stay.
+
+        Raises:
+            ValueError: if a head has no room for them beside what is protected already and one token more, or if a
+                head has evicted one of them.
+        """
+        _check_integer("start", start, least=0)
+        _check_integer("stop", stop, least=start + 1)
+        protected = (*self.protected, (start, stop))
+        budgets = self._budgets(protected) if self.is_empty else self.budgets
+        least = count_offsets(protected) + 1
+        smallest = min(min(row) for row in budgets)
+        if smallest < least:
+            raise ValueError(
+                f"pin({start}, {stop}): for {least - 1} protected tokens every KV head needs {least} entries; one has "
+                f"{smallest}. Pin before the first token, raise memory_size, or pin fewer tokens."
+            )
+        for layer in self.gated_layers:
+            if not layer.holds((start, stop)):
+                raise ValueError(
+                    f"pin({start}, {stop}): layer {layer.rule.layer} has evicted some of these tokens. Pin them "
+                    "before they are read, or right after."
+                )
+        for layer, row in zip(self.gated_layers, budgets, strict=True):
+            layer.set_rule(tuple(row), protected)
+        self.protected = protected
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_batch(key_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
+        self._check_batch(conv_states)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def _check_batch(self, states: torch.Tensor) -> None:
+        allocated = {layer.batch_size for layer in self.gated_layers if layer.is_initialized}
+        if allocated and states.shape[0] not in allocated:
+            raise ValueError(
+                f"This cache was allocated for a batch of {allocated.pop()} and got one of {states.shape[0]}: make a "
+                "new one, or change it with cache.batch_repeat_interleave(n) or cache.batch_select_indices(rows)."
+            )
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1 if layer_idx is None else super().get_max_length(layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.gated_layers:  # before a layer of transformers has lost anything
+            layer.crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        for layer in self.gated_layers:
+            layer.activate_past_recording()
+
+
+class BoundedCache(EvictingCache):
+    """A KV cache of fixed size: `model.generate(**inputs, past_key_values=BoundedCache(model, memory_size=512))`.
+
+    Every KV head keeps the entries that its gate gives the longest life, in slots allocated at the first token and
+    never more. One cache serves one batch, over as many calls as a conversation has turns; `reset` starts anew.
+
+    Method: TRIM-KV, "Cache What Lasts", arXiv 2512.03324.
+
+    Args:
+        model: a model with retention gates; the cache works with this one only.
+        memory_size: entries kept per KV head, in the mean over all gated layers and heads.
+        policy: "retention" (the trained gates), or a rival: "streaming_llm", "random", "key_norm".
+        budgets: "uniform", "calibrated" (by the adapter's budget shares), or the entries of every gated layer and KV
+            head, [layers][heads]. None: "calibrated" if the adapter has shares, else "uniform".
+        protected_tokens: leading tokens of each row that are never evicted, counted in every head's budget. None: as
+            many as the adapter was trained with.
+        buffer_size: entries above its budget that a head may collect before it evicts as many at once.
+        seed: of the policy "random".
+
+    Raises:
+        ValueError: for sizes that leave no room, unknown names, and a model without gates.
+    """
+
+    layer_class = SlotLayer
+
+    @property
+    def slots(self) -> int:
+        """Entries that one row has room for, over all gated layers and KV heads."""
+        return sum(layer.slots for layer in self.gated_layers)
+
+    def memory_bytes(self) -> int:
+        """Bytes held now, by the slots and by the layers that transformers keeps."""
+        return sum(
+            layer.memory_bytes() if isinstance(layer, SlotLayer) else _storage_bytes(layer) for layer in self.layers
+        )
+
+
+def _storage_bytes(layer: Any) -> int:
+    """Bytes of all tensors that are attributes of a layer of transformers, or values of a dict that is one."""
+    held = [value for value in vars(layer).values() if not isinstance(value, dict)]
+    held += [value for states in vars(layer).values() if isinstance(states, dict) for value in states.values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int) -> Budgets:
+    entries = [entry for row in budgets for entry in row]
+    sizes = [len(row) for row in budgets]
+    if sizes != [heads] * layers or not all(isinstance(entry, int) and entry >= least for entry in entries):
+        raise ValueError(
+            f"budgets={budgets!r} must be integers of at least {least}, [{layers} gated layers][{heads} KV heads]."
+        )
+    if sum(entries) != memory_size * len(entries):
+        raise ValueError(
+            f"budgets have {sum(entries) / len(entries):g} entries per head in the mean, which must be memory_size, "
+            f"not {memory_size}."
+        )
+    return [list(row) for row in budgets]
+
+
+def _check_integer(name: str, value: object, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        wanted = "an integer" if least is None else f"an integer of at least {least}"
+        raise ValueError(f"{name}={value!r} must be {wanted}.")

@@ -1,0 +1,64 @@
+"""What one layer of a cache keeps: the policy, with everything that a run chooses."""
+
+from dataclasses import dataclass
+
+import torch
+
+from retention_gates.gates.policies import Policy
+
+Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
+
+
+@dataclass(frozen=True)
+class EvictionRule:
+    """Decides for one layer which entries may go and in which order.
+
+    Offsets count from a row's first real token, so that left padding changes nothing.
+    """
+
+    policy: Policy
+    budgets: tuple[int, ...]  # [H] entries per KV head
+    buffer_size: int  # entries above its budget that a head may hold before it evicts
+    protected: tuple[Span, ...]  # never evicted, counted inside the budget
+    seed: int
+    layer: int
+
+    def __post_init__(self) -> None:
+        assert min(self.budgets) > self.protected_count, (
+            "a head must be able to hold a token beside the protected ones"
+        )
+
+    @property
+    def protected_count(self) -> int:
+        return count_offsets(self.protected)
+
+    def recent(self, device: torch.device) -> torch.Tensor | None:
+        """The youngest entries that each head is sure of, int64 [H]; None if the policy promises none.
+
+        A share of the budget, as far as protected entries leave room.
+        """
+        if not self.policy.recent_fraction:
+            return None
+        wanted = [int(self.policy.recent_fraction * budget) for budget in self.budgets]
+        room = [budget - self.protected_count for budget in self.budgets]
+        return torch.tensor([min(pair) for pair in zip(wanted, room, strict=True)], device=device)
+
+    def is_protected(self, offset: torch.Tensor) -> torch.Tensor:
+        """Whether the tokens at these offsets are never evicted, bool of the same shape."""
+        result = torch.zeros_like(offset, dtype=torch.bool)
+        for start, stop in self.protected:
+            result |= (offset >= start) & (offset < stop)
+        return result
+
+    def score(self, log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """The policy's score [B, H, T], of log_beta [B, H, T], key [B, H, T, D] and offset [B, T]."""
+        return self.policy.score(log_beta, key, offset, self.seed, self.layer)
+
+
+def count_offsets(spans: tuple[Span, ...]) -> int:
+    """Offsets that lie in at least one span."""
+    count, reached = 0, 0
+    for start, stop in sorted(spans):
+        count += max(0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return count

@@ -1,0 +1,16 @@
+"""Entries with large keys go first."""
+
+import torch
+
+from retention_gates.gates.policies.policy import Policy
+
+
+def score(log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
+    """Minus the key's L2 norm: keys of small norm tend to be attended to most.
+
+    Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", https://arxiv.org/abs/2406.11430
+    """
+    return -key.float().norm(dim=-1)
+
+
+KEY_NORM = Policy("key_norm", linear_in_age=False, needs_gates=False, recent_fraction=0.5, score=score)

@@ -1,0 +1,80 @@
+"""What the layers of our caches have in common."""
+
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from retention_gates.gates.cache_layer import GatedCacheLayer
+from retention_gates.gates.eviction_rule import EvictionRule
+
+
+class RuledLayer(GatedCacheLayer):
+    """A cache layer that evicts by a rule: whose it is, what is staged, and what cannot be done with it."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, rule: EvictionRule, owner: nn.Module):
+        super().__init__()
+        self.rule = rule
+        self.owner = weakref.ref(owner)  # a copy of the cache must not copy the model
+        self.is_empty = True  # known without asking the device
+        self.is_attending = False
+        self.staged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def set_rule(self, budgets: tuple[int, ...], protected: tuple[tuple[int, int], ...]) -> None:
+        """Changes what the rule protects and, while the layer is empty, the budgets."""
+        assert self.is_empty or budgets == self.rule.budgets
+        self.rule = replace(self.rule, budgets=budgets, protected=protected)
+
+    def stage(self, module: nn.Module, log_beta: torch.Tensor, valid: torch.Tensor | None) -> None:
+        if module is not self.owner():
+            raise ValueError(
+                "This cache was made for another model, and a cache holds the keys of one: make one for this model, "
+                "BoundedCache(model, memory_size=...)."
+            )
+        if self.is_attending:
+            raise ValueError(
+                "The last forward pass with this cache broke off in the middle, so that its layers do not agree: call "
+                "cache.reset() and start the sequence again."
+            )
+        self.staged = (log_beta, valid)
+
+    def take_staged(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """log_beta [B, H, T] and valid [B, T] or None of this forward pass.
+
+        Raises:
+            ValueError: if no gate ran.
+        """
+        if self.staged is None:
+            raise ValueError(
+                "This cache got keys but no gate ran: the gates are off (disable_adapter), or another model uses it. "
+                "Switch the gates on, or pass past_key_values=transformers.DynamicCache()."
+            )
+        staged, self.staged = self.staged, None
+        self.is_attending = True
+        return staged
+
+    def get_max_length(self) -> int:
+        return -1  # bounded in entries, not in tokens
+
+    def reset(self) -> None:
+        """Forgets all tokens; what is allocated and what is pinned stay."""
+        self.is_empty, self.is_attending, self.staged = True, False, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): a cache that evicts cannot go back, what was there is overwritten. Take a "
+                "copy.deepcopy of the cache before the tokens that you may want to remove."
+            )
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "Assisted, prompt-lookup and speculative decoding roll the cache back, and a cache that evicts cannot go "
+            "back: generate without them."
+        )

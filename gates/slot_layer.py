@@ -1,0 +1,266 @@
+"""One layer's cache of fixed size: a ragged row of slots that new tokens overwrite in place."""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from retention_gates.gates.eviction_rule import EvictionRule, Span
+from retention_gates.gates.masked_attention import masked_attention
+from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.kernels.gate_evict import chunk_evict, gate_evict
+from retention_gates.kernels.slot_attention import slot_attention
+
+STATE = ("keys", "values", "score", "slot_positions", "pending", "start")  # one row per sequence of the batch
+
+
+class SlotLayer(RuledLayer):
+    """Keeps each KV head's budget of entries and never moves one: a new token overwrites an evicted one.
+
+    Head h owns slots head_offsets[h]:head_offsets[h + 1] of N, its budget + buffer_size. State, allocated once, at the
+    first token: keys [B, N, D]; values [B, N, Dv]; score [B, N] fp32, inf for protected entries; slot_positions [B, N]
+    int64, the column of the sequence, -1 for empty; pending [B, N], evicted after the last step and overwritten next;
+    seen [], columns so far; start [B], the column of the first real token.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    score: torch.Tensor
+    slot_positions: torch.Tensor
+    pending: torch.Tensor
+    start: torch.Tensor
+    seen: torch.Tensor
+
+    def __init__(self, rule: EvictionRule, owner: nn.Module):
+        super().__init__(rule, owner)
+        self.chunk: tuple[torch.Tensor, torch.Tensor, bool] | None = None
+        self.head_offsets = self._offsets()
+
+    def _offsets(self) -> tuple[int, ...]:
+        sizes = (budget + self.rule.buffer_size for budget in self.rule.budgets)
+        return tuple(accumulate(sizes, initial=0))
+
+    @property
+    def slots(self) -> int:
+        """Entries there is room for, all KV heads of one row together."""
+        return self.head_offsets[-1]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
+        shape = (self.batch_size, self.slots)
+        with torch.inference_mode(False):  # a cache begun in inference mode can then be used outside of it too
+            self.keys = torch.zeros(*shape, key_states.shape[-1], dtype=self.dtype, device=self.device)
+            self.values = torch.zeros(*shape, value_states.shape[-1], dtype=self.dtype, device=self.device)
+            self.score = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            self.slot_positions = torch.full(shape, -1, dtype=torch.int64, device=self.device)
+            self.pending = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self.start = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+            self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.recent = self.rule.recent(self.device)
+        self.is_initialized = True
+
+    @torch.no_grad()
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log_beta, valid = self.take_staged()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[2]
+        columns = (self.seen + torch.arange(tokens, device=self.device)).expand(self.batch_size, tokens)
+        positions = columns
+        if valid is not None:
+            leading = (valid.cumsum(1) == 0).sum(1)
+            self.start += leading.where(self.start == self.seen, 0)  # rows that have not begun yet
+            positions = columns.where(valid, -1)
+        offset = columns - self.start[:, None]
+        score = self.rule.score(log_beta, key_states, offset)
+        score = score.masked_fill(self.rule.is_protected(offset)[:, None], float("inf"))  # [B, H, T]
+        if tokens == 1:
+            gate_evict(
+                self.keys,
+                self.values,
+                self.score,
+                self.slot_positions,
+                self.pending,
+                key_states,
+                value_states,
+                score[:, :, 0],
+                positions[:, 0],
+                self.seen,
+                self.head_offsets,
+                linear_in_age=self.rule.policy.linear_in_age,
+                buffer_size=self.rule.buffer_size,
+                recent=self.recent,
+            )
+        else:
+            self.slot_positions.masked_fill_(self.pending, -1)
+            self.pending.zero_()
+            self.chunk = (score, positions, valid is not None and not bool(valid.all()))
+        self.seen += tokens
+        return key_states, value_states
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.chunk is None:
+            output = slot_attention(
+                query,
+                self.keys,
+                self.values,
+                self.slot_positions,
+                self.head_offsets,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        else:
+            score, positions, padded = self.chunk
+            if self.is_empty and not padded and softcap is None and sinks is None:
+                # what transformers does without a cache, so that a prompt gives what it gives there
+                output = F.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
+                )
+            else:
+                output = self._attend_chunk(query, key, value, positions, scale, softcap, sinks)
+            chunk_evict(
+                self.keys,
+                self.values,
+                self.score,
+                self.slot_positions,
+                key,
+                value,
+                score,
+                positions,
+                self.seen - 1,
+                self.head_offsets,
+                linear_in_age=self.rule.policy.linear_in_age,
+                buffer_size=self.rule.buffer_size,
+                recent=self.recent,
+            )
+            self.chunk = None
+        self.is_empty = self.is_attending = False
+        return output
+
+    def _attend_chunk(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Each token attends to all held entries, and to the chunk up to itself."""
+        heads, tokens = key.shape[1:3]
+        group = query.shape[1] // heads
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril()
+        visible_chunk = causal & (positions >= 0)[:, None, None]  # [B, 1, T, T]
+        outputs = []
+        for head in range(heads):  # one at a time: budgets differ
+            own = slice(0, 0) if self.is_empty else slice(self.head_offsets[head], self.head_offsets[head + 1])
+            held = (self.slot_positions[:, own] >= 0)[:, None, None].expand(-1, -1, tokens, -1)
+            queries = slice(head * group, (head + 1) * group)
+            output = masked_attention(
+                query[:, queries],
+                torch.cat([self.keys[:, None, own], key[:, head : head + 1]], dim=2),
+                torch.cat([self.values[:, None, own], value[:, head : head + 1]], dim=2),
+                torch.cat([held, visible_chunk], dim=3),
+                scale=scale,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[queries],
+            )
+            outputs.append(output)
+        return torch.cat(outputs, dim=1)
+
+    def positions(self, head: int) -> torch.Tensor:
+        """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""
+        if not 0 <= head < len(self.rule.budgets):
+            raise ValueError(f"head={head} must be one of the layer's {len(self.rule.budgets)} KV heads, from 0.")
+        room = self.rule.budgets[head] + self.rule.buffer_size - 1
+        if not self.is_initialized:
+            return torch.full((0, room), -1)
+        nobody = torch.iinfo(torch.int64).max
+        own = slice(self.head_offsets[head], self.head_offsets[head + 1])
+        held = self.slot_positions[:, own].masked_fill(~self._is_held()[:, own], nobody)
+        in_order = held.sort(dim=1).values[:, :room]
+        return in_order.masked_fill(in_order == nobody, -1)
+
+    def _is_held(self) -> torch.Tensor:  # [B, N]
+        return (self.slot_positions >= 0) & ~self.pending
+
+    def _held_inside(self, span: Span) -> torch.Tensor:  # [B, N]
+        offset = self.slot_positions - self.start[:, None]
+        return self._is_held() & (offset >= span[0]) & (offset < span[1])
+
+    def holds(self, span: Span) -> bool:
+        """Whether every head of every row still holds all tokens of the span that it has seen."""
+        if self.is_empty:
+            return True
+        inside = self._held_inside(span)
+        seen_inside = (self.seen - self.start).clamp(max=span[1]).sub(span[0]).clamp(min=0)  # [B]
+        parts = zip(self.head_offsets, self.head_offsets[1:], strict=False)
+        return all(bool((inside[:, start:stop].sum(1) == seen_inside).all()) for start, stop in parts)
+
+    def set_rule(self, budgets: tuple[int, ...], protected: tuple[Span, ...]) -> None:
+        super().set_rule(budgets, protected)
+        before, self.head_offsets = self.head_offsets, self._offsets()
+        if self.head_offsets != before:
+            self.is_initialized = False  # allocated anew at the next token
+        if self.is_initialized:
+            self.recent = self.rule.recent(self.device)
+            for span in protected:
+                self.score.masked_fill_(self._held_inside(span), float("inf"))
+
+    def memory_bytes(self) -> int:
+        """Bytes held by the layer's tensors."""
+        if not self.is_initialized:
+            return 0
+        tensors = [getattr(self, name) for name in (*STATE, "seen")]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def get_seq_length(self) -> Any:
+        """Columns so far, evicted tokens and padding included; a tensor, so that a compiled step need not change."""
+        return self.seen.clone() if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.chunk = None
+        if self.is_initialized:
+            self.slot_positions.fill_(-1)
+            for name in ("pending", "start", "seen"):
+                getattr(self, name).zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_initialized:
+            for name in STATE:
+                state = getattr(self, name)
+                state.copy_(state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change_batch(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._change_batch(lambda state: state[indices.to(state.device)])
+
+    def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.is_initialized:
+            with torch.inference_mode(False):
+                for name in STATE:
+                    setattr(self, name, change(getattr(self, name)))
+            self.batch_size = len(self.start)

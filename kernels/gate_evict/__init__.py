@@ -1,0 +1,160 @@
+"""New tokens take the places of evicted ones, in place. See README.md in this folder."""
+
+import torch
+
+from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.gate_evict import naive
+
+
+@torch.no_grad()
+def gate_evict(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    score: torch.Tensor,
+    positions: torch.Tensor,
+    pending: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    new_score: torch.Tensor,
+    new_position: torch.Tensor,
+    step: torch.Tensor,
+    head_offsets: tuple[int, ...],
+    *,
+    linear_in_age: bool,
+    buffer_size: int = 1,
+    recent: torch.Tensor | None = None,
+) -> None:
+    """Writes one token per row into a free slot of each head and marks the next victims; no other entry moves.
+
+    First the slots marked before are freed. Then, if a head has no free slot left after the write, the buffer_size
+    entries lowest by (step - position) * score, or by score, are marked; among equals the lowest position. Marked
+    entries are still there for this step's attention.
+
+    Args:
+        keys, values, score, positions, pending: the state, changed in place. [B, N, D], [B, N, Dv], fp32 [B, N] with
+            inf for protected entries, int64 [B, N] with -1 for empty slots, bool [B, N] for marked entries.
+        new_key: [B, H, 1, D]; new_value: [B, H, 1, Dv].
+        new_score: fp32 [B, H], inf for a protected token.
+        new_position: int64 [B], -1 for a row whose token is padding and does not enter.
+        step: int64 [], the position of this step.
+        head_offsets: H + 1 integers; head h owns the slots head_offsets[h]:head_offsets[h + 1], as many as its budget
+            and buffer_size together.
+        linear_in_age: whether the score counts per step of age (retention: score = log_beta) or once.
+        buffer_size: entries above its budget that a head may have before it evicts.
+        recent: int64 [H], the age below which an entry is never marked.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that don't go together.
+    """
+    if new_key.ndim != 4 or new_key.shape[2] != 1:
+        raise ValueError(f"new_key must be [B, H, 1, D], not {list(new_key.shape)}: chunk_evict takes several tokens.")
+    _check_state(keys, values, score, positions, new_key, new_value, head_offsets, buffer_size)
+    batch, heads = new_key.shape[:2]
+    check_shape("pending", pending, tuple(positions.shape), "[B, N]")
+    check_shape("new_score", new_score, (batch, heads), "[B, H]")
+    check_shape("new_position", new_position, (batch,), "[B]")
+    check_same_device("keys", keys, pending=pending, new_score=new_score, new_position=new_position, recent=recent)
+    naive.gate_evict(
+        keys,
+        values,
+        score,
+        positions,
+        pending,
+        new_key,
+        new_value,
+        new_score,
+        new_position,
+        step,
+        head_offsets,
+        linear_in_age=linear_in_age,
+        buffer_size=buffer_size,
+        recent=recent,
+    )
+
+
+@torch.no_grad()
+def chunk_evict(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    score: torch.Tensor,
+    positions: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    new_score: torch.Tensor,
+    new_positions: torch.Tensor,
+    step: torch.Tensor,
+    head_offsets: tuple[int, ...],
+    *,
+    linear_in_age: bool,
+    buffer_size: int = 1,
+    recent: torch.Tensor | None = None,
+) -> None:
+    """Takes in several tokens at once, after they have attended: what is held and what is new are cut to the budgets.
+
+    A head with fewer than budget + buffer_size entries, the new ones included, keeps all. Any other keeps its budget:
+    those highest by the rule of `gate_evict`, as of the last new token. Entries that stay do not move. Slots that
+    `gate_evict` marked must have been freed.
+
+    Args: as for `gate_evict`, but
+        new_key: [B, H, T, D]; new_value: [B, H, T, Dv]; new_score: fp32 [B, H, T].
+        new_positions: int64 [B, T], -1 for padding.
+        step: int64 [], the position of the last new token.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that don't go together.
+    """
+    if new_key.ndim != 4 or new_key.shape[2] == 0:
+        raise ValueError(f"new_key must be [B, H, T, D] with T >= 1, not {list(new_key.shape)}.")
+    _check_state(keys, values, score, positions, new_key, new_value, head_offsets, buffer_size)
+    batch, heads, tokens, _ = new_key.shape
+    check_shape("new_score", new_score, (batch, heads, tokens), "[B, H, T]")
+    check_shape("new_positions", new_positions, (batch, tokens), "[B, T]")
+    check_same_device("keys", keys, new_score=new_score, new_positions=new_positions, recent=recent)
+    naive.chunk_evict(
+        keys,
+        values,
+        score,
+        positions,
+        new_key,
+        new_value,
+        new_score,
+        new_positions,
+        step,
+        head_offsets,
+        linear_in_age=linear_in_age,
+        buffer_size=buffer_size,
+        recent=recent,
+    )
+
+
+def _check_state(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    score: torch.Tensor,
+    positions: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    head_offsets: tuple[int, ...],
+    buffer_size: int,
+) -> None:
+    batch, heads, tokens, head_dim = new_key.shape
+    slots = head_offsets[-1]
+    sizes = [stop - start for start, stop in zip(head_offsets, head_offsets[1:], strict=False)]
+    if len(sizes) != heads or head_offsets[0] != 0:
+        raise ValueError(f"head_offsets must be 0 and where each of the {heads} heads ends, not {head_offsets}.")
+    if buffer_size < 1 or min(sizes) <= buffer_size:
+        raise ValueError(f"every head needs more slots than its buffer of {buffer_size} (at least 1), not {sizes}.")
+    check_shape("keys", keys, (batch, slots, head_dim), "[B, N, D]")
+    check_shape("values", values, (batch, slots, values.shape[2]), "[B, N, Dv]")
+    check_shape("new_value", new_value, (batch, heads, tokens, values.shape[2]), "[B, H, T, Dv]")
+    check_shape("score", score, (batch, slots), "[B, N]")
+    check_shape("positions", positions, (batch, slots), "[B, N]")
+    for name, tensor, dtype in (
+        ("score", score, torch.float32),
+        ("positions", positions, torch.int64),
+        ("new_key", new_key, keys.dtype),
+        ("new_value", new_value, values.dtype),
+    ):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}.")
+    check_same_device("keys", keys, values=values, score=score, positions=positions, new_key=new_key)

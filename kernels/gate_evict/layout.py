@@ -1,0 +1,33 @@
+"""The ragged row of a layer's slots: head h owns the slots from head_offsets[h] to head_offsets[h + 1]."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class SlotTable(NamedTuple):
+    """Ways between the ragged row [N] and one line per head, padded to the longest, [H, S]."""
+
+    slot: torch.Tensor  # [H, S] int64, where in the row a head's s-th slot lies, or its first if it has fewer
+    exists: torch.Tensor  # [H, S] bool
+    cell: torch.Tensor  # [N] int64, where in the flattened [H * S] a slot lies
+    sizes: torch.Tensor  # [H] int64, slots of a head
+
+    def by_head(self, row: torch.Tensor) -> torch.Tensor:  # [B, N] -> [B, H, S]
+        return row[:, self.slot]
+
+    def ragged(self, by_head: torch.Tensor) -> torch.Tensor:  # [B, H, S] -> [B, N]
+        return by_head.flatten(1)[:, self.cell]
+
+
+@lru_cache(maxsize=256)
+def slot_table(head_offsets: tuple[int, ...], device: torch.device) -> SlotTable:
+    """The table of a layout; kept, because a layer asks for the same one at every step."""
+    offsets = torch.tensor(head_offsets)
+    sizes = offsets.diff()
+    within = torch.arange(int(sizes.max()))
+    exists = within < sizes[:, None]
+    slot = offsets[:-1, None] + within.where(exists, 0)
+    cell = exists.flatten().nonzero().squeeze(1)
+    return SlotTable(*(tensor.to(device) for tensor in (slot, exists, cell, sizes)))

@@ -1,0 +1,53 @@
+"""Attention of one new token over ragged slots. See README.md in this folder."""
+
+import torch
+
+from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.slot_attention import naive
+
+
+def slot_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    head_offsets: tuple[int, ...],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Plain softmax attention of one query per row over the slots its KV head holds, [B, HQ, 1, Dv] in query's dtype.
+
+    Args:
+        query: [B, HQ, 1, D]; query head h reads the slots of KV head h // G.
+        keys: [B, N, D]; values: [B, N, Dv]. Empty slots may hold anything finite.
+        positions: int64 [B, N], -1 for an empty slot. A head that holds nothing gives 0.
+        head_offsets: H + 1 integers; head h owns the slots head_offsets[h]:head_offsets[h + 1].
+        scale: what q k is multiplied with.
+        softcap: logits become softcap * tanh(q k * scale / softcap).
+        sinks: [HQ], one more logit per query head in the softmax's denominator.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that don't go together.
+    """
+    heads, slots = len(head_offsets) - 1, head_offsets[-1]
+    if query.ndim != 4 or query.shape[2] != 1:
+        raise ValueError(f"query must be one token, [B, HQ, 1, D], not {list(query.shape)}.")
+    batch, query_heads, _, head_dim = query.shape
+    if heads < 1 or query_heads == 0 or query_heads % heads:
+        raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} KV heads.")
+    check_shape("keys", keys, (batch, slots, head_dim), "[B, N, D]")
+    check_shape("values", values, (batch, slots, values.shape[-1]), "[B, N, Dv]")
+    check_shape("positions", positions, (batch, slots), "[B, N]")
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and query {query.dtype}: they must share one floating dtype.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
+    if sinks is not None:
+        check_shape("sinks", sinks, (query_heads,), "[HQ]")
+    check_same_device("query", query, keys=keys, values=values, positions=positions, sinks=sinks)
+    return naive.slot_attention(
+        query, keys, values, positions, head_offsets, scale=scale, softcap=softcap, sinks=sinks
+    )
