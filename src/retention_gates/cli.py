@@ -1,0 +1,70 @@
+"""The command `retention-gates`."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# command -> (the module with its add_arguments and main, one line of help)
+COMMANDS = {
+    "train": ("train", "train gates on a base model, as a YAML file says"),
+    "evaluate": ("evaluate", "compare policies and memory sizes with the full cache"),
+    "generate": ("generate", "generate text with a bounded memory"),
+    "calibrate": ("calibrate", "measure how much memory each head wants and store it in the adapter"),
+    "inspect": ("inspect_gates", "draw what the gates have learnt"),
+}
+PROGRAM = "retention-gates"
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; only the given command's recipe is imported, so that help costs nothing."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="A KV cache of fixed size for any Hugging Face decoder.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, help_line) in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=help_line, description=help_line.capitalize() + ".", allow_abbrev=False
+        )
+        if name == command:
+            recipe = importlib.import_module(f"retention_gates.recipes.{module}")
+            recipe.add_arguments(subparser)
+            subparser.set_defaults(main=recipe.main)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; gives the exit code: 0, 2 for a user's mistake, 130 after ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = build_parser(arguments[0] if arguments else None).parse_args(arguments)
+    try:
+        options.main(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_users_mistake(error):
+            raise
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    from safetensors import SafetensorError
+
+    return isinstance(error, (ValueError, OSError, SafetensorError))
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        from retention_gates import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        parser.exit()

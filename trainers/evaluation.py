@@ -1,0 +1,247 @@
+"""Scores memories of bounded size against the full cache, exactly as a bounded cache would evict, without decoding.
+
+Every score comes from one forward pass through a `SimulatedCache`: what each head holds at every step is what a
+token-by-token decode with `BoundedCache` would hold. The full cache is the base model itself, gates off.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from retention_gates.gates.families import text_config
+from retention_gates.gates.head import OutputHead
+from retention_gates.gates.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.policies import find_policy
+from retention_gates.gates.simulation import SimulatedCache
+
+BUDGETS = ("uniform", "calibrated")
+FULL_CACHE = "full"
+TEXT = "text"
+LOGITS_CHUNK = (
+    256  # tokens whose logits exist at a time: 256 x 262,144 fp32 logits of the largest vocabulary are 256 MiB
+)
+
+Progress = Callable[[int], Any]  # is told how many forward passes x rows were done
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One memory to be scored: who is evicted, how much is kept, and how it is divided."""
+
+    policy: str
+    memory_size: int  # mean entries per KV head
+    budgets: str = "uniform"
+
+    def __post_init__(self) -> None:
+        policy = find_policy(self.policy)
+        if self.budgets not in BUDGETS:
+            raise ValueError(f"budgets={self.budgets!r} is unknown: choose {' or '.join(map(repr, BUDGETS))}.")
+        if self.budgets == "calibrated" and not policy.needs_gates:
+            raise ValueError(
+                f"Calibrated budgets follow what the gates retain, which policy {self.policy!r} does not look at: "
+                "give it uniform budgets."
+            )
+
+
+def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Sequence[str]) -> list[Contender]:
+    """All combinations that have a meaning: calibrated budgets go to policies of trained gates only.
+
+    Raises:
+        ValueError: for an unknown or repeated name, and for a policy that is left without any budgets.
+    """
+    for name, values in (("policies", policies), ("memory sizes", memory_sizes), ("budgets", budgets)):
+        if len(set(values)) != len(values):
+            raise ValueError(f"The {name} {list(values)} name one twice: name each once.")
+    chosen = []
+    for policy in policies:
+        fitting = [b for b in budgets if b != "calibrated" or find_policy(policy).needs_gates]
+        if not fitting:
+            raise ValueError(
+                f"Policy {policy!r} has no use for budgets {list(budgets)}: add 'uniform', or leave it out."
+            )
+        chosen += [Contender(policy, size, division) for division in fitting for size in memory_sizes]
+    if not chosen:
+        raise ValueError("Nothing to compare: name at least one policy, one memory size and one kind of budgets.")
+    return chosen
+
+
+@torch.no_grad()
+def compare_rows(
+    model: nn.Module,
+    rows: torch.Tensor,
+    chosen: Sequence[Contender],
+    *,
+    start: int = 0,
+    batch_size: int = 1,
+    seed: int = 0,
+    progress: Progress = lambda count: None,
+) -> list[dict[str, Any]]:
+    """What each contender loses to the full cache on text: one record per row and contender, the full cache included.
+
+    A record has `kl`, the mean KL(full || contender) in nats per token; `nll` and `full_nll`, the mean negative log
+    likelihood of the next token; and `agreement`, the share of tokens whose most likely successor is the same.
+
+    Args:
+        rows: token ids [R, T], one document each.
+        start: the first position whose forecast counts.
+        seed: of policies that draw by chance.
+
+    Raises:
+        ValueError: for rows that the model has no positions for, or too short to score.
+    """
+    gated = find_gated_model(model)
+    length = rows.shape[1]
+    check_length(gated, length)
+    if not 0 <= start < length - 1:
+        raise ValueError(
+            f"start={start} leaves nothing to score in rows of {length} tokens: choose 0 to {length - 2}."
+        )
+    head = OutputHead.from_model(model)
+    records: list[dict[str, Any]] = []
+    for first in range(0, len(rows), batch_size):
+        ids = rows[first : first + batch_size].to(head.weight.device)
+        full, kept = _hidden_states(gated, ids, chosen, seed, progress)
+        targets = ids[:, start + 1 :]
+        scores = _score_text(head, full[:, start:], [hidden[:, start:] for hidden in kept], targets)
+        for row in range(len(ids)):
+            full_nll = scores["full_nll"][row].item()
+            records.append(
+                {"task": TEXT, "row": first + row, **_name(None), "kl": 0.0, "nll": full_nll, "full_nll": full_nll}
+                | {"agreement": 1.0}
+            )
+            for index, contender in enumerate(chosen):
+                values = {name: scores[name][index, row].item() for name in ("kl", "nll", "agreement")}
+                records.append({"task": TEXT, "row": first + row, **_name(contender), **values, "full_nll": full_nll})
+    return records
+
+
+class Example(Protocol):
+    """What a recall task gives: token ids of the prompt, and of the answer that belongs behind it."""
+
+    @property
+    def prompt_ids(self) -> list[int]: ...
+
+    @property
+    def answer_ids(self) -> list[int]: ...
+
+
+@torch.no_grad()
+def compare_answers(
+    model: nn.Module,
+    task: str,
+    examples: Sequence[Example],
+    chosen: Sequence[Contender],
+    *,
+    batch_size: int = 1,
+    seed: int = 0,
+    progress: Progress = lambda count: None,
+) -> list[dict[str, Any]]:
+    """Whether each contender, and the full cache, would say the answer: one record per example and contender.
+
+    Teacher-forced: the answer is part of the input, and each of its tokens must be the most likely one after what came
+    before. A record has `token_accuracy`, the share of such tokens, and `exact`, 1.0 if all are.
+    """
+    gated = find_gated_model(model)
+    head = OutputHead.from_model(model)
+    records: list[dict[str, Any]] = []
+    for indices in _batches_of_equal_length(examples, batch_size):
+        batch = [examples[i] for i in indices]
+        ids = torch.tensor([example.prompt_ids + example.answer_ids for example in batch], device=head.weight.device)
+        check_length(gated, ids.shape[1])
+        full, kept = _hidden_states(gated, ids, chosen, seed, progress)
+        for contender, hidden in zip([None, *chosen], [full, *kept], strict=True):
+            for row, index in enumerate(indices):
+                answer = slice(len(batch[row].prompt_ids), None)
+                forecast = head.logits(hidden[row, answer.start - 1 : -1]).argmax(-1)
+                share = (forecast == ids[row, answer]).double().mean().item()
+                name = {"task": task, "row": index, **_name(contender)}
+                records.append(name | {"token_accuracy": share, "exact": float(share == 1.0)})
+    return records
+
+
+def check_length(gated: RetentionGateModel, length: int) -> None:
+    """Raises ValueError if the model has no positions for rows of so many tokens."""
+    most = getattr(text_config(gated.model), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ValueError(f"Rows of {length} tokens are longer than the model's {most} positions: make them shorter.")
+
+
+def _name(contender: Contender | None) -> dict[str, Any]:
+    if contender is None:
+        return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
+    return {"policy": contender.policy, "memory_size": contender.memory_size, "budgets": contender.budgets}
+
+
+def _hidden_states(
+    gated: RetentionGateModel, ids: torch.Tensor, chosen: Sequence[Contender], seed: int, progress: Progress
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What lm_head would get from the full cache and from each contender, [B, T, C] each."""
+    was_training = gated.training
+    gated.eval()
+    try:
+        with _gates_off(gated):
+            full = gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
+        progress(len(ids))
+        kept = []
+        for contender in chosen:
+            cache = SimulatedCache(
+                gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=seed
+            )
+            kept.append(gated(input_ids=ids, past_key_values=cache, use_cache=True, last_hidden_state_only=True))
+            progress(len(ids))
+    finally:
+        gated.train(was_training)
+    return full, kept
+
+
+@contextmanager
+def _gates_off(gated: RetentionGateModel) -> Iterator[None]:
+    gated.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        gated.enable_adapter_layers()
+
+
+def _score_text(
+    head: OutputHead, full: torch.Tensor, kept: Sequence[torch.Tensor], targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Means over the tokens of each row: full_nll [B]; kl, nll and agreement [contenders, B].
+
+    Args:
+        full: hidden states [B, T, C]; kept: the same for each contender.
+        targets: [B, T - 1], the next tokens; the last position has a forecast but no target.
+    """
+    batch, tokens = full.shape[:2]
+    step = max(1, LOGITS_CHUNK // batch)
+    sums = {name: full.new_zeros(len(kept), batch, dtype=torch.float64) for name in ("kl", "nll", "agreement")}
+    full_nll = full.new_zeros(batch, dtype=torch.float64)
+    for first in range(0, tokens, step):
+        here = slice(first, first + step)
+        expected = targets[:, here, None]
+        teacher = head.logits(full[:, here]).log_softmax(-1)  # [B, step, V]
+        probabilities, most_likely = teacher.exp(), teacher.argmax(-1)
+        full_nll -= teacher[:, : expected.shape[1]].gather(-1, expected).sum((1, 2))
+        for index, hidden in enumerate(kept):
+            student = head.logits(hidden[:, here]).log_softmax(-1)
+            sums["nll"][index] -= student[:, : expected.shape[1]].gather(-1, expected).sum((1, 2))
+            sums["agreement"][index] += (student.argmax(-1) == most_likely).sum(1)
+            sums["kl"][index] += (probabilities * (teacher - student)).sum((1, 2))
+    counts = {"kl": tokens, "nll": tokens - 1, "agreement": tokens}
+    return {name: total / counts[name] for name, total in sums.items()} | {"full_nll": full_nll / (tokens - 1)}
+
+
+def _batches_of_equal_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Indices of examples that need no padding beside each other."""
+    by_length: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        if not example.prompt_ids or not example.answer_ids:
+            raise ValueError(f"Example {index} has no prompt or no answer: there is nothing to score.")
+        by_length.setdefault(len(example.prompt_ids) + len(example.answer_ids), []).append(index)
+    for indices in by_length.values():
+        for first in range(0, len(indices), batch_size):
+            yield indices[first : first + batch_size]
