@@ -63,7 +63,8 @@ class RetentionTrainingArguments(TrainingArguments):
         metadata={"help": "Mean entries per KV head of the evaluations under real eviction."},
     )
     eval_budgets: str = field(
-        default="uniform", metadata={"help": f"How those entries are divided: {' or '.join(EVAL_BUDGETS)}."}
+        default="uniform",
+        metadata={"help": "How those entries are divided: uniform, or calibrated on the evaluation rows each time."},
     )
 
     # What TRIM-KV's loss wants of the optimiser; see "found by trying" in the design notes.

@@ -20,6 +20,7 @@ from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.recording import Recording, record
 from retention_gates.kernels.distill_loss import distill_loss
+from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import PER_LAYER, Averages, JsonLinesLog, LogWhenSaving, ProgressLine
 from retention_gates.trainers.checkpoint import (
     checkpoints_in,
@@ -185,7 +186,12 @@ class RetentionTrainer(Trainer):
             raise ValueError("There is no eval_dataset: give the trainer one, or evaluate(eval_dataset=...).")
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
+        config = find_gated_model(self.model).active_config
+        stored = config.budget_shares
+        if self.args.eval_budgets == "calibrated":
+            config.budget_shares = measure_shares(self.model, rows)
         records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
+        config.budget_shares = stored
         if self.accelerator.num_processes > 1:
             records = gather_object(records)
         metrics: dict[str, float] = {}
@@ -226,6 +232,8 @@ class RetentionTrainer(Trainer):
         if 0 < self.args.max_steps <= state.global_step:  # transformers would train one more step
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
+            if self.args.should_save:
+                self._drop_old_checkpoints()
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
             return TrainOutput(state.global_step, math.nan, {})

@@ -1,0 +1,155 @@
+"""Trains the gates of a base model as a YAML file says, and saves them as an adapter.
+
+    retention-gates train recipes/smollm2_demo.yaml training.max_steps=200
+    accelerate launch recipes/train.py recipes/smollm2_demo.yaml training.max_steps=200
+
+Both are the same run. Killed at any moment, the same command with `resume=true` behind it goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retention_gates.recipes.output import check_output, claim_output, write_text
+
+if TYPE_CHECKING:  # importing these takes seconds, which --help should not
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from retention_gates.data.tokens import TokenDocument
+    from retention_gates.recipes.run_config import RunConfig
+    from retention_gates.trainers.trainer import RetentionTrainer
+
+RUN_FILE = "run.yaml"
+ADAPTER = "adapter"
+# What may be changed when a run is resumed: it has no effect on what is learnt.
+CHANGEABLE = ("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run: model, gate, data, training, ...")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="replaces values of the file; resume=true goes on with a run that was stopped",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    from retention_gates.gates.model import find_gated_model
+    from retention_gates.recipes.run_config import load_config
+    from retention_gates.trainers.calibration import measure_shares
+
+    config = load_config(options.config, options.overrides)
+    output_dir = Path(str(config.training.output_dir))
+    if config.training.process_index == 0:  # before another rank could have written there
+        check_run(output_dir, config)
+    trainer, calibration_rows = build(config)
+    if config.training.process_index == 0:
+        claim_output(output_dir)
+        write_run(output_dir, config)
+    trainer.accelerator.wait_for_everyone()
+    resuming = config.resume and any(output_dir.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resuming)
+    if calibration_rows is not None:
+        find_gated_model(trainer.model).active_config.budget_shares = measure_shares(trainer.model, calibration_rows)
+    trainer.save_adapter(output_dir / ADAPTER)
+    if config.training.process_index == 0:
+        print(f"The adapter is in {output_dir / ADAPTER}; the run's log in {output_dir / 'log.jsonl'}.")
+
+
+def check_run(output_dir: Path, config: "RunConfig") -> None:
+    """Raises ValueError unless the run may write to output_dir: a new folder, or the same run with resume=true."""
+    import yaml
+
+    from retention_gates.recipes.run_config import differences
+
+    check_output(output_dir)
+    if not (output_dir / RUN_FILE).exists():
+        return
+    if not config.resume:
+        raise ValueError(
+            f"{output_dir} holds a training run already: resume=true goes on with it, another training.output_dir "
+            "starts a new one."
+        )
+    before = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    changed = [key for key in differences(before, config.given) if key not in [f"training.{c}" for c in CHANGEABLE]]
+    if changed:
+        raise ValueError(
+            f"{output_dir} was started with other values of {', '.join(changed)} (see {RUN_FILE} there): resume with "
+            "the same command, or start a new run in another training.output_dir."
+        )
+
+
+def write_run(output_dir: Path, config: "RunConfig") -> None:
+    import yaml
+
+    write_text(output_dir / RUN_FILE, yaml.safe_dump(config.given, sort_keys=False))
+
+
+def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]":
+    """The trainer, with its data and model, and rows [R, T] to calibrate on; writes nothing."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from retention_gates.data.mixture import TrainingRows
+    from retention_gates.data.packing import sample_windows
+    from retention_gates.data.tokens import document_prefix
+    from retention_gates.recipes.loading import load_base, load_tokenizer
+    from retention_gates.trainers.trainer import RetentionTrainer
+
+    args, data = config.training, config.data
+    if args.max_steps < 1:
+        raise ValueError(f"training.max_steps={args.max_steps} must be 1 or more: rows are drawn for so many steps.")
+    evaluates = args.eval_strategy != "no"
+    tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
+    train_documents, test_documents = load_documents_of(config, tokenizer)
+    rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = TrainingRows(
+        train_documents, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
+    )
+    args.train_sampling_strategy = "sequential"  # the rows come shuffled
+
+    def windows(documents: "list[TokenDocument]", count: int, length: int) -> "torch.Tensor":
+        return sample_windows(documents, length, count, seed=args.seed, prefix_ids=document_prefix(tokenizer))
+
+    if evaluates and not test_documents:
+        raise ValueError(
+            "Evaluation while training (training.eval_strategy) needs text that is not trained on: set "
+            "data.test_fraction or data.test_works."
+        )
+    evaluation, calibration = config.evaluation, config.calibration
+    eval_rows = windows(test_documents, evaluation.rows, evaluation.row_length) if evaluates else None
+    calibration_rows = windows(train_documents, calibration.rows, calibration.row_length) if calibration.rows else None
+    base = load_base(config.model.name, gguf_file=config.model.gguf_file, device=args.device, dtype=config.model.dtype)
+    set_seed(args.seed)
+    model = get_peft_model(base, config.gate)
+    return RetentionTrainer(model, args, rows, eval_dataset=eval_rows), calibration_rows
+
+
+def load_documents_of(
+    config: "RunConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> "tuple[list[TokenDocument], list[TokenDocument]]":
+    """Token documents to train and to test on; the latter are empty where nothing is set aside."""
+    from retention_gates.data.sources import Document, load_documents, split_by_work
+    from retention_gates.data.tokens import tokenize_documents
+
+    data = config.data
+    documents: list[Document] = []
+    for source in data.sources:
+        seed = config.training.seed if source.limit is not None else None
+        documents += load_documents(**vars(source), seed=seed)
+    train, test = documents, list[Document]()
+    if data.test_fraction is not None or data.test_works is not None:
+        train, test = split_by_work(
+            documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
+        )
+    return tokenize_documents(train, tokenizer), tokenize_documents(test, tokenizer) if test else []
+
+
+if __name__ == "__main__":
+    from retention_gates.cli import main as command
+
+    sys.exit(command(["train", *sys.argv[1:]]))

@@ -1,0 +1,80 @@
+"""A training run that takes seconds: a tiny model with its tokenizer, a few texts, and the YAML file."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from tiny_models import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = "the a old new red blue ship sea storm king queen castle road river sings sleeps runs falls under over and or".split()
+
+
+def make_model(folder: Path) -> Path:
+    """A llama of 4 layers with random weights, and a word tokenizer, as a folder that from_pretrained reads."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<|endoftext|>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    tiny_model("llama", vocab_size=len(fast)).save_pretrained(folder)
+    return folder
+
+
+def make_texts(folder: Path, works: int = 4, words: int = 600) -> Path:
+    folder.mkdir()
+    for work in range(works):
+        chosen = random.Random(work).choices(WORDS, k=words)
+        (folder / f"work{work}.txt").write_text(" ".join(chosen), encoding="utf-8")
+    return folder
+
+
+def make_run(folder: Path, **training: object) -> Path:
+    """Writes model, texts and run.yaml; gives the path of the latter. Rows of 48 tokens, 8 steps of 2 rows."""
+    run = {
+        "model": {"name": str(make_model(folder / "model"))},
+        "gate": {"gate_width": 16, "initial_half_life": 20.0},
+        "data": {"sources": [str(make_texts(folder / "texts"))], "row_length": 48, "test_works": ["work3"]},
+        "evaluation": {"rows": 2, "row_length": 48},
+        "calibration": {"rows": 2, "row_length": 48},
+        "training": {
+            "output_dir": str(folder / "out"),
+            "objective": "layerwise",
+            "memory_size": 8,
+            "max_steps": 8,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "warmup_steps": 2,
+            "logging_steps": 1,
+            "save_steps": 3,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "eval_memory_sizes": [8],
+            "report_to": [],
+            "use_cpu": True,
+        }
+        | training,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+def train_command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "retention-gates"), "train", *arguments]
+
+
+def run_quietly(command: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def logged(output_dir: Path) -> list[dict]:
+    """The lines of log.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    timed = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]

@@ -1,0 +1,85 @@
+"""A run that is killed at any moment goes on as if it had not been."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_run import logged, make_run, run_quietly, train_command
+
+from retention_gates.trainers.checkpoint import STAGING, checkpoints_in, last_checkpoint
+
+DRIVER = Path(__file__).parents[1] / "support" / "killed_runs.py"
+TRAINER = "retention_gates.trainers.trainer:RetentionTrainer."
+CHECKPOINT = "retention_gates.trainers.checkpoint:"
+
+
+def death(function: str, call: int, when: str = "before") -> dict:
+    return {"function": function, "call": call, "when": when}
+
+
+# 8 steps, checkpoints after steps 3, 6 and 8, evaluations after steps 4 and 8
+SCENARIOS = {
+    "unbroken": [None],
+    "before_any_checkpoint": [death(TRAINER + "compute_loss", 2), None],
+    "in_a_step": [death(TRAINER + "compute_loss", 5, "after"), None],
+    "while_optimising": [death("torch.optim:AdamW.step", 7), None],
+    "while_evaluating": [death("retention_gates.trainers.trainer:compare_rows", 1), None],
+    "in_the_first_save": [death(TRAINER + "_save_optimizer_and_scheduler", 1), None],
+    "in_a_later_save": [death(TRAINER + "_save_rng_state", 2), None],
+    "before_the_rename": [death(CHECKPOINT + "_flush", 2, "after"), None],
+    "before_old_ones_go": [death(TRAINER + "_drop_old_checkpoints", 3), None],
+    "while_an_old_one_goes": [death("shutil:rmtree", 7), None],
+    "before_the_adapter": [death(TRAINER + "save_adapter", 1), None],
+    "in_the_adapter": [death(CHECKPOINT + "_flush", 4), None],
+    "again_and_again": [
+        death(TRAINER + "compute_loss", 3),
+        death(TRAINER + "_save_scaler", 1),
+        death(TRAINER + "compute_loss", 5),
+        death(TRAINER + "_save_rng_state", 1),
+        death(TRAINER + "compute_loss", 3),
+        death(TRAINER + "_save_optimizer_and_scheduler", 2),
+        None,
+    ],
+}
+
+
+def steps(output_dir: Path) -> list[dict]:
+    """What was logged of steps and evaluations; the summary at the end is of the last process only."""
+    return [line for line in logged(output_dir) if "loss" in line or "eval_kl_8" in line]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    config = make_run(folder, objective="end_to_end", gradient_accumulation_steps=2, save_total_limit=2)
+    scenarios = folder / "scenarios.json"
+    scenarios.write_text(json.dumps(SCENARIOS))
+    done = run_quietly([sys.executable, str(DRIVER), str(config), str(scenarios)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "unbroken"])
+def test_a_killed_run_goes_on_bit_for_bit(runs: Path, name: str):
+    lines, reference = steps(runs / name), steps(runs / "unbroken")
+    assert [line["step"] for line in reference if "loss" in line] == list(range(1, 9))
+    assert lines == reference
+    adapters = [load_file(runs / run / "adapter" / "adapter_model.safetensors") for run in (name, "unbroken")]
+    assert all((adapters[0][key] == weights).all() for key, weights in adapters[1].items())
+    configs = [(runs / run / "adapter" / "adapter_config.json").read_text() for run in (name, "unbroken")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_nothing_unfinished_is_left(runs: Path, name: str):
+    assert not (runs / name / STAGING).exists()
+    assert [path.name for path in checkpoints_in(runs / name)] == ["checkpoint-6", "checkpoint-8"]
+    assert last_checkpoint(runs / name) == runs / name / "checkpoint-8"
+
+
+def test_the_command_itself_is_the_same_run(runs: Path):
+    done = run_quietly(train_command(str(runs / "config.yaml"), f"training.output_dir={runs / 'command'}"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert steps(runs / "command") == steps(runs / "unbroken")

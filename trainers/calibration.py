@@ -1,0 +1,24 @@
+"""How many tokens each head keeps alive: what calibrated budgets are divided by."""
+
+import torch
+from torch import nn
+
+from retention_gates.gates.budgets import RetainedMass
+from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.recording import record
+
+
+@torch.no_grad()
+def measure_shares(model: nn.Module, rows: torch.Tensor) -> list[list[float]]:
+    """Mean retained mass in tokens over the later half of each row [R, T]: [gated layers][KV heads]."""
+    gated = find_gated_model(model)
+    was_training = gated.training
+    gated.eval()
+    device = gated.model.get_input_embeddings().weight.device
+    mass = RetainedMass(first_step=rows.shape[1] // 2)
+    for row in rows.to(device):
+        with record(gated) as recording:
+            gated(input_ids=row[None], use_cache=False, last_hidden_state_only=True)
+        mass.add(recording.log_beta, recording.document_ids)
+    gated.train(was_training)
+    return mass.shares()
