@@ -8,7 +8,6 @@ The shares serve every memory size: a head's budget is its share of the total.
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from retention_gates.recipes.loading import (
     add_model_arguments,
@@ -20,10 +19,6 @@ from retention_gates.recipes.loading import (
     load_tokenizer,
 )
 from retention_gates.recipes.output import check_output, claim_output, copy_file, write_text
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 CONFIG = "adapter_config.json"
 
@@ -40,15 +35,21 @@ def main(options: argparse.Namespace) -> None:
     adapter = Path(options.adapter)
     if not (adapter / CONFIG).is_file():
         raise ValueError(
-            f"--adapter {adapter} is no folder with an {CONFIG}, which calibration changes. Download an adapter of the "
-            "Hub first, with hf download."
+            f"--adapter {adapter} is no folder with an {CONFIG}, which calibration changes. Download an adapter of "
+            "the Hub first, with hf download."
         )
     if options.output is not None:
         check_output(options.output)
+
+    from retention_gates.gates.model import find_gated_model
+    from retention_gates.trainers.calibration import measure_shares
+    from retention_gates.trainers.evaluation import check_length
+
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
     rows = load_rows(options, tokenizer, load_token_documents(options, tokenizer))
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
+    check_length(find_gated_model(model), options.length)
     shares = measure_shares(model, rows)
     target = adapter
     if options.output is not None:
@@ -61,26 +62,6 @@ def main(options: argparse.Namespace) -> None:
         f"retained mass per KV head, in tokens: median {flat[len(flat) // 2]:.1f}, least {flat[0]:.1f}, "
         f"most {flat[-1]:.1f}; stored in {target / CONFIG}"
     )
-
-
-def measure_shares(model: "nn.Module", rows: "torch.Tensor") -> list[list[float]]:
-    """Mean retained mass in tokens over the later half of each row [R, T]: [gated layers][KV heads]."""
-    import torch
-    from tqdm.auto import tqdm
-
-    from retention_gates import find_gated_model, record
-    from retention_gates.gates.budgets import RetainedMass
-    from retention_gates.trainers.evaluation import check_length
-
-    gated = find_gated_model(model)
-    check_length(gated, rows.shape[1])
-    mass = RetainedMass(first_step=rows.shape[1] // 2)
-    for row in tqdm(rows, desc="calibrating", unit="row"):
-        with torch.no_grad(), record(gated) as recording:
-            ids = row[None].to(gated.model.get_input_embeddings().weight.device)
-            gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
-        mass.add(recording.log_beta, recording.document_ids)
-    return mass.shares()
 
 
 def store_shares(adapter: Path, shares: list[list[float]]) -> None:

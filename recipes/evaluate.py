@@ -154,7 +154,7 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _budgets_of(model: "nn.Module") -> list[str]:
-    from retention_gates import find_gated_model
+    from retention_gates.gates.model import find_gated_model
 
     return list(BUDGETS) if find_gated_model(model).active_config.budget_shares else ["uniform"]
 

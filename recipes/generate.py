@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from retention_gates import BoundedCache
+    from retention_gates.gates.cache import BoundedCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> None:
 
     import torch
 
-    from retention_gates import BoundedCache
+    from retention_gates.gates.cache import BoundedCache
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
@@ -94,7 +94,8 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, chat: bool)
     if not tokenizer.chat_template:
         raise ValueError("The model's tokenizer has no chat template: leave --chat out.")
     turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def full_cache_bytes(cache: "BoundedCache", tokens: int) -> int:

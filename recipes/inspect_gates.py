@@ -66,8 +66,8 @@ def main(options: argparse.Namespace) -> None:
 
     import torch
 
-    from retention_gates import find_gated_model
-    from retention_gates.recipes.calibrate import measure_shares
+    from retention_gates.gates.model import find_gated_model
+    from retention_gates.trainers.calibration import measure_shares
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
@@ -79,6 +79,7 @@ def main(options: argparse.Namespace) -> None:
     masses = torch.tensor(measure_shares(model, rows))
 
     layers = find_gated_model(model).active_config.gated_layers
+    assert layers is not None
     folder = claim_output(options.output)
     measured = f"{len(rows)} passages of {rows.shape[1]} tokens"
     with replacing(folder / HALF_LIFE) as temporary:
@@ -94,9 +95,9 @@ def main(options: argparse.Namespace) -> None:
             reading.eviction_times >= reading.tokens,
             temporary,
             layers=layers,
-            title=f"Which of {reading.tokens} tokens each head keeps; {options.memory_size} entries per head in the mean",
+            title=f"What each head keeps of {reading.tokens} tokens, at {options.memory_size} entries on average",
         )
-    words = [tokenizer.decode([token]) for token in shown.tolist()]
+    words = [str(tokenizer.decode([token])) for token in shown.tolist()]
     page = token_page(
         words,
         reading.half_lives,
@@ -117,8 +118,8 @@ def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budg
     """
     import torch
 
-    from retention_gates import find_gated_model
     from retention_gates.gates.gate import half_life
+    from retention_gates.gates.model import find_gated_model
     from retention_gates.gates.simulation import SimulatedCache
     from retention_gates.trainers.evaluation import check_length
 
@@ -126,10 +127,12 @@ def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budg
     check_length(gated, len(ids))
     cache = SimulatedCache(gated, memory_size, budgets=budgets)
     said: list[torch.Tensor] = []  # log_beta [1, H, T] of each gated layer, in order
-    hooks = [
-        layer.active_gate.register_forward_hook(lambda gate, inputs, log_beta: said.append(log_beta[0].cpu()))
-        for layer in gated.gated_layers
-    ]
+
+    def listen(gate: nn.Module, inputs: tuple, log_beta: torch.Tensor) -> None:
+        said.append(log_beta[0].cpu())
+
+    gates = [gate for layer in gated.gated_layers if (gate := layer.active_gate) is not None]
+    hooks = [gate.register_forward_hook(listen) for gate in gates]
     try:
         with torch.no_grad():
             place = gated.model.get_input_embeddings().weight.device
@@ -152,8 +155,9 @@ def median_half_lives(model: "nn.Module", rows: "torch.Tensor") -> "torch.Tensor
     """Median half-life in tokens of unprotected tokens of the rows [R, T], as in training: [layers, H]."""
     import torch
 
-    from retention_gates import find_gated_model, record
     from retention_gates.gates.gate import half_life
+    from retention_gates.gates.model import find_gated_model
+    from retention_gates.gates.recording import record
 
     gated = find_gated_model(model)
     protected = gated.active_config.protected_tokens

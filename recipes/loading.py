@@ -82,7 +82,8 @@ def load_base(
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     options = _gguf_options(gguf_file)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options).to(place).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
+    return model.to(place).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
@@ -102,7 +103,8 @@ def load_model(
     """A base model with the adapter's gates; without an adapter, untrained gates, for policies that ignore them."""
     from peft import PeftModel, get_peft_model
 
-    from retention_gates import RetentionGateConfig, find_gated_model
+    from retention_gates.gates.config import RetentionGateConfig
+    from retention_gates.gates.model import find_gated_model
 
     base = load_base(base_name(name, adapter), gguf_file=gguf_file, device=device, dtype=dtype)
     if adapter is None:
@@ -118,7 +120,7 @@ def base_name(name: str | None, adapter: str | None) -> str:
         return name
     if adapter is None:
         raise ValueError("No model was given: name one with --model, or a trained adapter with --adapter.")
-    from retention_gates import RetentionGateConfig
+    from retention_gates.gates.config import RetentionGateConfig
 
     recorded = RetentionGateConfig.from_pretrained(adapter).base_model_name_or_path
     if not recorded:

@@ -68,7 +68,7 @@ def heat_map(values: "torch.Tensor", path: Path, *, layers: Sequence[int], title
 def kept_tokens(
     lifetimes: "torch.Tensor", held: "torch.Tensor", path: Path, *, layers: Sequence[int], title: str
 ) -> None:
-    """Which tokens each head keeps: colour says for how long, black that a token is still held at the end.
+    """Which tokens each head keeps: colour says for how long, red that a token is still held at the end.
 
     Args:
         lifetimes: steps from a token's creation to its eviction, [layers, H, T].
@@ -87,8 +87,8 @@ def kept_tokens(
     image = axes.imshow(
         grid, norm=LogNorm(1, max(2.0, float(grid.max()))), cmap="cividis", aspect="auto", interpolation="nearest"
     )
-    black = ListedColormap([(0, 0, 0, 0), "#B2182B"])  # see-through where evicted
-    axes.imshow(still, cmap=black, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    red = ListedColormap(["#00000000", "#B2182B"])  # see-through where evicted
+    axes.imshow(still, cmap=red, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     step = max(1, math.ceil(count / 15))
     axes.set_yticks(
         [i * heads + (heads - 1) / 2 for i in range(0, count, step)], [str(layers[i]) for i in range(0, count, step)]
