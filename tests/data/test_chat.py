@@ -1,0 +1,129 @@
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from retention_gates.data.chat import encode_chat
+from retention_gates.data.sources import Document
+from retention_gates.data.tokens import document_prefix, tokenize_documents
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the river"},
+    {"role": "assistant", "content": "\n\n old stone"},
+    {"role": "user", "content": "and the garden?"},
+    {"role": "assistant", "content": "quiet"},
+]
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    other.chat_template = template
+    return other
+
+
+def target_texts(ids: list[int], targets, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of each run of targets."""
+    runs, previous = [], False
+    for token, is_target in zip(ids, targets.tolist(), strict=True):
+        if is_target and not previous:
+            runs.append([])
+        if is_target:
+            runs[-1].append(token)
+        previous = is_target
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_only_the_assistants_turns_are_targets(tokenizer):
+    ids, targets = encode_chat(CHAT, tokenizer)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert target_texts(ids, targets, tokenizer) == ["\n\n old stone<|im_end|>", "quiet<|im_end|>"]
+
+
+def test_what_precedes_a_turn_is_what_a_prompt_would_be(tokenizer):
+    ids, targets = encode_chat(CHAT, tokenizer)
+    prompt = tokenizer.apply_chat_template(CHAT[:4], add_generation_prompt=True, return_dict=True)["input_ids"]
+    last = len(ids) - targets[::-1].tolist().index(True)
+    answer = tokenizer.encode("quiet<|im_end|>")
+    assert ids[last - len(answer) : last] == answer
+    assert tokenizer.decode(ids[: last - len(answer)]) == tokenizer.decode(prompt)
+
+
+def test_generation_blocks_give_the_same_targets(tokenizer):
+    other = with_template(tokenizer, GENERATION_TEMPLATE)
+    ids, targets = encode_chat(CHAT, other)
+    assert target_texts(ids, targets, other) == ["\n\n old stone<|im_end|>", "quiet<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    cuts = (
+        "{% for message in messages %}{{ message['role'] + ':' }}"
+        "{% if loop.last or message['role'] != 'assistant' %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    other = with_template(tokenizer, cuts)
+    assert encode_chat(CHAT[:3], other)[1].any()
+    with pytest.raises(ValueError, match="up to turn 2 differently.*generation"):
+        encode_chat(CHAT, other)
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        (CHAT[:2], "{{ messages }}", "'m:7' has no assistant turn \\(roles: system, user\\).*no target"),
+        (CHAT, None, "has no chat template"),
+        (CHAT, "{{ raise_exception('turns must alternate') }}", "refuses 'm:7': turns must alternate"),
+        (
+            CHAT,
+            "{{ messages[0]['content'] }}{% if false %}{% generation %}{% endgeneration %}{% endif %}",
+            "no target",
+        ),
+    ],
+)
+def test_bad_chats_name_the_chat(tokenizer, messages, template, message):
+    with pytest.raises(ValueError, match=message):
+        encode_chat(messages, with_template(tokenizer, template), name="m:7")
+
+
+def test_a_tokenizer_that_adds_text_to_each_part_is_refused():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "▁", "▁a", "▁b", "a", "b", ":"])}
+    prefixing = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    prefixing.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    prefixing.decoder = decoders.Metaspace(prepend_scheme="always")
+    fast = PreTrainedTokenizerFast(tokenizer_object=prefixing, unk_token="<unk>")
+    fast.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'user' %}:{% endif %}"
+        "{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="adds text when 'chat' is tokenised turn by turn"):
+        encode_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], fast)
+
+
+def test_texts_and_chats_are_tokenised_in_order(tokenizer):
+    documents = [Document("a", text="the river"), Document("b", messages=CHAT), Document("c", text="a stone")]
+    first, chat, last = tokenize_documents(documents, tokenizer, batch_size=2, progress=False)
+    assert [first.work, chat.work, last.work] == ["a", "b", "c"]
+    assert tokenizer.decode(first.ids) == "<|endoftext|>the river" and first.targets is None
+    assert chat.ids.tolist() == encode_chat(CHAT, tokenizer)[0] and len(chat.targets) == len(chat.ids)
+    assert tokenizer.decode(last.ids) == "<|endoftext|>a stone"
+    with pytest.raises(ValueError, match="data set is empty"):
+        tokenize_documents([], tokenizer)
+
+
+def test_the_document_prefix_is_the_tokenizers_own_before_any_separator(tokenizer):
+    from tokenizers import Tokenizer, processors
+
+    assert document_prefix(tokenizer) == [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    opening = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    start = opening.token_to_id("<|im_start|>")
+    opening.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    assert document_prefix(PreTrainedTokenizerFast(tokenizer_object=opening)) == [start]
+    bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("<|endoftext|>", "<|other|>"))
+    assert document_prefix(PreTrainedTokenizerFast(tokenizer_object=bare)) == []
