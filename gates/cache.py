@@ -39,7 +39,7 @@ class EvictingCache(Cache):
         _check_integer("memory_size", memory_size, least=1)
         _check_integer("protected_tokens", protected_tokens, least=0)
         _check_integer("buffer_size", buffer_size, least=1)
-        _check_integer("seed", seed)
+        _check_integer("seed", seed, least=0, most=2**32 - 1)
         self.memory_size = memory_size
         self.budgets_from: str | Budgets
         self.budgets_from = ("calibrated" if config.budget_shares else "uniform") if budgets is None else budgets
@@ -172,7 +172,7 @@ class BoundedCache(EvictingCache):
         protected_tokens: leading tokens of each row that are never evicted, counted in every head's budget. None: as
             many as the adapter was trained with.
         buffer_size: entries above its budget that a head may collect before it evicts as many at once.
-        seed: of the policy "random".
+        seed: of the policy "random", below 2^32.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
@@ -215,7 +215,8 @@ def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int
     return [list(row) for row in budgets]
 
 
-def _check_integer(name: str, value: object, least: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        wanted = "an integer" if least is None else f"an integer of at least {least}"
-        raise ValueError(f"{name}={value!r} must be {wanted}.")
+def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        limit = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}.")

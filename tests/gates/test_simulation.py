@@ -1,0 +1,101 @@
+"""SimulatedCache in one forward pass equals BoundedCache token by token."""
+
+import pytest
+import torch
+from gated_models import gated_model, token_ids
+
+from retention_gates.gates.cache import BoundedCache
+from retention_gates.gates.policies import POLICIES
+from retention_gates.gates.simulation import SimulatedCache
+
+RAGGED = [[5, 20], [30, 9], [7, 13], [14, 14]]
+
+
+def held_after(layer, step, head):
+    """Positions held between step and step + 1, as a set per row."""
+    times = layer.eviction_times[:, head]
+    columns = torch.arange(times.shape[1])
+    return [set(columns[(columns <= step) & (row > step + 1)].tolist()) for row in times]
+
+
+def compare(model, ids, mask=None, tolerance=1e-4, pin=None, **arguments):
+    simulated, bounded = SimulatedCache(model, **arguments), BoundedCache(model, **arguments)
+    if pin:
+        simulated.pin(*pin)
+        bounded.pin(*pin)
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    evicted = 0
+    with torch.no_grad():
+        whole = model(input_ids=ids, past_key_values=simulated, attention_mask=mask, position_ids=positions).logits
+        for t in range(ids.shape[1]):
+            one = slice(t, t + 1)
+            logits = model(
+                input_ids=ids[:, one],
+                past_key_values=bounded,
+                attention_mask=None if mask is None else mask[:, : t + 1],
+                position_ids=None if positions is None else positions[:, one],
+            ).logits
+            rows = real[:, t]
+            torch.testing.assert_close(whole[rows, t], logits[rows, 0], rtol=tolerance, atol=tolerance)
+            if t == ids.shape[1] - 1:
+                break  # eviction times do not tell what the last step evicts
+            for layer, held in zip(simulated.gated_layers, bounded.gated_layers, strict=True):
+                for head in range(2):
+                    sets = [{int(p) for p in row if p >= 0} for row in held.positions(head)]
+                    assert held_after(layer, t, head) == sets
+                    evicted += t + 1 - len(sets[0])
+    assert evicted > 0
+    return whole
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("budgets", ["uniform", RAGGED])
+def test_equals_step_by_step(policy, budgets):
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[1, :17] = 0
+    compare(gated_model(), token_ids(2, 60), mask, memory_size=14, policy=policy, budgets=budgets, seed=3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "phi3"])
+def test_families(family):
+    # softcap, sliding layers in between, sinks, one projection for q, k and v
+    compare(gated_model(family), token_ids(2, 40), memory_size=7)
+
+
+def test_linear_attention_in_between():
+    # the recurrent layers of qwen3_next add up in another order step by step
+    compare(gated_model("qwen3_next"), token_ids(1, 40), memory_size=7, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("buffer_size", [2, 5])
+def test_buffers_and_pins(buffer_size):
+    compare(gated_model(), token_ids(2, 50), memory_size=9, buffer_size=buffer_size, pin=(6, 9))
+
+
+def test_more_memory_than_tokens_is_the_base_model():
+    model = gated_model()
+    ids = token_ids(2, 20)
+    with torch.no_grad():
+        simulated = model(input_ids=ids, past_key_values=SimulatedCache(model, memory_size=20)).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(simulated, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_one_sequence_in_one_pass():
+    model = gated_model()
+    cache = SimulatedCache(model, memory_size=8)
+    with torch.no_grad():
+        first = model(input_ids=token_ids(2, 30), past_key_values=cache).logits
+        with pytest.raises(ValueError, match="one forward pass"):
+            model(input_ids=token_ids(2, 1), past_key_values=cache)
+        with pytest.raises(ValueError, match="has evicted"):
+            cache.pin(0, 1)
+        cache.reset()
+        again = model(input_ids=token_ids(2, 30), past_key_values=cache).logits
+    assert torch.equal(first, again)
+
+
+def test_bad_arguments_are_those_of_the_bounded_cache():
+    with pytest.raises(ValueError, match="memory_size=0"):
+        SimulatedCache(gated_model(), memory_size=0)
