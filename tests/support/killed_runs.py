@@ -1,9 +1,9 @@
 """Runs the train command again and again in forked processes, each killed at a chosen moment.
 
 Called as a script: `killed_runs.py CONFIG.yaml SCENARIOS.json`. A scenario is a list of starts of the same command; a
-start is `null` (it runs to its end) or where the process kills itself: `{"function": "module:Class.name", "call": 2,
-"when": "before" | "after"}`, at the second call. Every start but the first has resume=true. Only the imports are shared
-by the processes, so that a start costs a second instead of six.
+start is `null` (it runs to its end) or says where the process kills itself: `{"function": "module:Class.name",
+"call": 2, "when": "before" | "after"}`. Every start but the first has resume=true. Only the imports are shared by the
+processes, so that a start costs a second instead of six.
 """
 
 import importlib

@@ -30,7 +30,7 @@ SCENARIOS = {
     "in_a_later_save": [death(TRAINER + "_save_rng_state", 2), None],
     "before_the_rename": [death(CHECKPOINT + "_flush", 2, "after"), None],
     "before_old_ones_go": [death(TRAINER + "_drop_old_checkpoints", 3), None],
-    "while_an_old_one_goes": [death("shutil:rmtree", 7), None],
+    "while_an_old_one_goes": [death("shutil:rmtree", 6), None],
     "before_the_adapter": [death(TRAINER + "save_adapter", 1), None],
     "in_the_adapter": [death(CHECKPOINT + "_flush", 4), None],
     "again_and_again": [
