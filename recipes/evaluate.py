@@ -73,10 +73,12 @@ def main(options: argparse.Namespace) -> None:
     check_gates_trained(policies, options.adapter)
     start = _start(options)
 
+    from retention_gates.data.tasks import build_tasks
     from retention_gates.trainers.comparison import aggregate
     from retention_gates.trainers.evaluation import contenders
 
-    if options.budgets:  # a misspelt name should not wait for the model
+    build_tasks(options.tasks)  # a misspelt name should not wait for the model
+    if options.budgets:
         contenders(policies, options.memory_size, options.budgets)
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)

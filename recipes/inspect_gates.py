@@ -83,10 +83,10 @@ def main(options: argparse.Namespace) -> None:
     folder = claim_output(options.output)
     measured = f"{len(rows)} passages of {rows.shape[1]} tokens"
     with replacing(folder / HALF_LIFE) as temporary:
-        title = f"Half-life of a token's retention, median over {measured}"
+        title = f"Half-life of a token's retention\nmedian over {measured}"
         plots.heat_map(half_lives, temporary, layers=layers, title=title, label="half-life (tokens)")
     with replacing(folder / RETAINED_MASS) as temporary:
-        title = f"Mean retained mass, {measured}"
+        title = f"Tokens that a head keeps alive\nmean over the later half of {measured}"
         plots.heat_map(masses, temporary, layers=layers, title=title, label="retained mass (tokens)")
     age = torch.arange(reading.tokens)
     with replacing(folder / KEPT) as temporary:
@@ -128,7 +128,7 @@ def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budg
     cache = SimulatedCache(gated, memory_size, budgets=budgets)
     said: list[torch.Tensor] = []  # log_beta [1, H, T] of each gated layer, in order
 
-    def listen(gate: nn.Module, inputs: tuple, log_beta: torch.Tensor) -> None:
+    def listen(gate: object, inputs: object, log_beta: torch.Tensor) -> None:
         said.append(log_beta[0].cpu())
 
     gates = [gate for layer in gated.gated_layers if (gate := layer.active_gate) is not None]

@@ -32,7 +32,7 @@ def score_against_memory(summaries: Sequence["Summary"], path: Path) -> None:
         axes = figure.add_subplot(1, len(tasks), index + 1)
         metric, label = PANELS["text" if task == TEXT else "task"]
         _score_panel(axes, [s for s in summaries if s.task == task], metric)
-        axes.set(title="Text" if task == TEXT else task, xlabel="entries per KV head (mean)", ylabel=label)
+        axes.set(title="Text" if task == TEXT else f"Task {task}", xlabel="entries per KV head (mean)", ylabel=label)
         if index == 0:
             handles, labels = axes.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
@@ -68,33 +68,35 @@ def heat_map(values: "torch.Tensor", path: Path, *, layers: Sequence[int], title
 def kept_tokens(
     lifetimes: "torch.Tensor", held: "torch.Tensor", path: Path, *, layers: Sequence[int], title: str
 ) -> None:
-    """Which tokens each head keeps: colour says for how long, red that a token is still held at the end.
+    """Which tokens each head keeps: blue says for how long, black that a token is still held at the end.
 
     Args:
         lifetimes: steps from a token's creation to its eviction, [layers, H, T].
         held: bool, whether it is held after the last step, [layers, H, T].
     """
+    from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
+    blues = ListedColormap([colormaps["Blues"](0.05 + 0.0065 * i) for i in range(100)])  # its darkest is near black
+    black = ListedColormap(["#00000000", "#000000"])  # see-through where evicted
     count, heads, tokens = lifetimes.shape
     grid = lifetimes.flatten(0, 1).double().numpy()
     still = held.flatten(0, 1).numpy()
     figure = _figure(11.0, min(14.0, max(4.5, 0.09 * count * heads + 2.5)))
     share, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 5])
-    share.fill_between(range(tokens), held.double().mean((0, 1)).numpy(), step="mid", color=COLOURS[1], linewidth=0)
-    share.set(title=title, ylabel="heads that\nhold it", ylim=(0, 1.02))
+    share.fill_between(range(tokens), held.double().mean((0, 1)).numpy(), step="mid", color="#000000", linewidth=0)
+    share.set(title=title, ylabel="heads that\nkeep it", ylim=(0, 1.02))
     share.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     image = axes.imshow(
-        grid, norm=LogNorm(1, max(2.0, float(grid.max()))), cmap="cividis", aspect="auto", interpolation="nearest"
+        grid, norm=LogNorm(1, max(2.0, float(grid.max()))), cmap=blues, aspect="auto", interpolation="nearest"
     )
-    red = ListedColormap(["#00000000", "#B2182B"])  # see-through where evicted
-    axes.imshow(still, cmap=red, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.imshow(still, cmap=black, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     step = max(1, math.ceil(count / 15))
     axes.set_yticks(
         [i * heads + (heads - 1) / 2 for i in range(0, count, step)], [str(layers[i]) for i in range(0, count, step)]
     )
     axes.set(xlabel="token (position in the text)", ylabel=f"layer ({heads} KV head{'s' * (heads > 1)} each)")
-    _colour_bar(figure, image, axes, "steps until eviction\n(red: still held at the end)")
+    _colour_bar(figure, image, axes, "steps until eviction\n(black: kept to the end)")
     _save(figure, path)
 
 
@@ -102,11 +104,12 @@ def _score_panel(axes: Any, summaries: Sequence["Summary"], metric: str) -> None
     full = [summary for summary in summaries if summary.policy == FULL_CACHE]
     bounded = [summary for summary in summaries if summary.policy != FULL_CACHE]
     for index, (policy, budgets) in enumerate(dict.fromkeys((s.policy, s.budgets) for s in bounded)):
+        aside = 1.012 ** (index - 2)  # so that error bars of one memory size don't hide each other
         line = sorted(
             (s for s in bounded if (s.policy, s.budgets) == (policy, budgets)), key=lambda s: s.memory_size or 0
         )
         axes.errorbar(
-            [summary.memory_size for summary in line],
+            [(summary.memory_size or 0) * aside for summary in line],
             [summary.scores[metric].mean for summary in line],
             yerr=[summary.scores[metric].standard_error or 0.0 for summary in line],
             label=f"{policy}, {budgets}",

@@ -60,26 +60,31 @@ def _table(summaries: Sequence["Summary"], task: str, reference: str | None) -> 
     paired = PAIRED["text" if task == TEXT else "task"]
     headings = ["entries per head", "policy", "budgets", *(COLUMNS[metric][0] for metric in metrics)]
     if reference:
-        headings += [f"rows better than {reference}", "p"]
+        headings += [f"rows better than {reference}", "p of that"]
     lines = ["| " + " | ".join(headings) + " |", "|---:|---|---|" + "---:|" * (len(headings) - 3)]
     sizes = sorted({summary.memory_size for summary in summaries if summary.memory_size is not None})
     for size in [None, *sizes]:
         of_size = [summary for summary in summaries if summary.memory_size == size]
-        best = {metric: _best(metric, of_size) for metric in metrics} if size is not None and len(of_size) > 1 else {}
+        best = {metric: _best(metric, of_size) for metric in metrics}
         for summary in of_size:
             cells = ["all" if size is None else str(size), summary.policy, summary.budgets or ""]
             for metric in metrics:
                 text = _number(summary.scores[metric], COLUMNS[metric][1])
-                cells.append(f"**{text}**" if best.get(metric) == summary.scores[metric].mean else text)
+                cells.append(f"**{text}**" if summary is best[metric] else text)
             if reference:
                 cells += _pairing(summary.scores[paired])
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _best(metric: str, summaries: Sequence["Summary"]) -> float:
-    choose = min if metric in ("kl", "perplexity_ratio") else max
-    return choose(summary.scores[metric].mean for summary in summaries)
+def _best(metric: str, summaries: Sequence["Summary"]) -> "Summary | None":
+    """The one that is better than all others; none if several are, or if there is nothing to be better than."""
+    sign = 1 if metric in ("kl", "perplexity_ratio") else -1
+    ranked = sorted(summaries, key=lambda summary: sign * summary.scores[metric].mean)
+    first, second = (ranked[:2] + [None])[:2]
+    if first is None or second is None or first.scores[metric].mean == second.scores[metric].mean:
+        return None
+    return first
 
 
 def _number(score: "Score", digits: int) -> str:

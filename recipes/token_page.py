@@ -39,9 +39,9 @@ label { margin-right: 1.2rem; white-space: nowrap; }
 <h1>$TITLE</h1>
 <label>layer <select id="layer"></select></label>
 <label>KV head <select id="head"></select></label>
-<label>after token <input id="step" type="range"> <output id="shown"></output></label>
+<label>at token <input id="step" type="range"> <output id="shown"></output></label>
 <div id="about">retention of a token: 0<span class="swatch"></span>1 &nbsp; <span class="underlined">underlined</span>:
-still in the cache &nbsp; <span id="count"></span></div>
+attended to by that token &nbsp; <span id="count"></span></div>
 </header>
 <div id="text">$TOKENS</div>
 <script>
@@ -67,7 +67,7 @@ function draw() {
   });
   document.getElementById("shown").value = now;
   document.getElementById("count").textContent =
-    `this head holds ${held} of ${now + 1} tokens; its budget is ${data.budgets[layer.value][head.value]}`;
+    `${held} of ${now + 1}; this head keeps ${data.budgets[layer.value][head.value]} beside the newest`;
 }
 for (const control of [layer, head, step]) control.addEventListener("input", draw);
 draw();

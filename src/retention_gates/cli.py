@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 # command -> (the module with its add_arguments and main, one line of help)
@@ -11,7 +12,7 @@ COMMANDS = {
     "train": ("train", "train gates on a base model, as a YAML file says"),
     "evaluate": ("evaluate", "compare policies and memory sizes with the full cache"),
     "generate": ("generate", "generate text with a bounded memory"),
-    "calibrate": ("calibrate", "measure how much memory each head wants and store it in the adapter"),
+    "calibrate": ("calibrate", "measure each head's share of the memory and store it in the adapter"),
     "inspect": ("inspect_gates", "draw what the gates have learnt"),
 }
 PROGRAM = "retention-gates"
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = build_parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
-        options.main(options)
+        with warnings.catch_warnings():
+            # what libraries announce to programmers is nothing that the user of a command can act upon
+            warnings.simplefilter("ignore", FutureWarning)
+            options.main(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,197 @@
+"""The command: help, exit codes, one clear line for a user's mistake, and nothing written."""
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_adapter import Files, make_files
+
+from retention_gates import __version__, cli
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = str(Path(sys.executable).parent / "retention-gates")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    return make_files(tmp_path_factory.mktemp("cli"))
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_of_each_command(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: retention-gates {command}" in capsys.readouterr().out
+
+
+def test_help_and_version(capsys):
+    for option, text in (("--help", "inspect"), ("--version", f"retention-gates {__version__}\n")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([option])
+        assert stopped.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["evaluate"], ["generate", "--promt", "a"]])
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def imported_at_module_level(file: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:  # what stands in functions or `if` is left out
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_commands_import_nothing_heavy():
+    todo, seen = [module for module, _ in cli.COMMANDS.values()], set()
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        for name in imported_at_module_level(ROOT / "recipes" / f"{module}.py"):
+            if name.startswith("retention_gates."):
+                assert name.startswith("retention_gates.recipes."), f"recipes/{module}.py imports {name}"
+                rest = name.removeprefix("retention_gates.recipes.").split(".")[0]
+                todo += [rest] if rest not in seen else []
+            else:
+                assert name.split(".")[0] in sys.stdlib_module_names, f"recipes/{module}.py imports {name}"
+    assert "loading" in seen
+
+
+MISTAKES = {
+    "unknown policy": (["evaluate", "--policies", "retension"], "Did you mean 'retention'?"),
+    "unknown budgets": (["evaluate", "--budgets", "even"], "'even' is unknown"),
+    "unknown task": (["evaluate", "--tasks", "chess"], "unknown task 'chess'"),
+    "no memory": (["evaluate", "--memory-size", "0", "--length", "40"], "memory_size=0"),
+    "memory too small": (["evaluate", "--memory-size", "4", "--length", "40"], "memory_size=4 must be at least 5"),
+    "nothing evicted": (["evaluate", "--memory-size", "64", "--length", "40"], "no longer than the largest memory"),
+    "start too late": (["evaluate", "--start", "40", "--length", "40"], "start=40 leaves nothing to score"),
+    "not calibrated": (["evaluate", "--length", "200", "--policies", "retention", "--budgets", "calibrated"], "run `"),
+    "too long": (["evaluate", "--length", "600", "--documents", "1"], "512 positions"),
+    "too many": (["evaluate", "--documents", "9999", "--length", "200"], "9999 windows"),
+    "too short": (["evaluate", "--length", "0", "--start", "0"], "row_length=0"),
+    "no batch": (["evaluate", "--batch-size", "0"], "--batch-size 0"),
+    "unknown works": (["evaluate", "--test-works", "Hamlet"], "Hamlet"),
+    "no such text": (["evaluate", "--text", "./nowhere.txt"], "nowhere.txt"),
+    "unknown device": (["evaluate", "--device", "toaster", "--length", "200"], "toaster"),
+    "inspect: evicts nothing": (["inspect", "--length", "40"], "evicts none of 40 tokens"),
+    "inspect: nothing to show": (["inspect", "--length", "40", "--show", "nowhere.txt"], "nowhere.txt"),
+    "calibrate: too long": (["calibrate", "--length", "600", "--rows", "1"], "512 positions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_is_one_line_and_writes_nothing(files, mistake, tmp_path, monkeypatch, capsys):
+    (command, *arguments), message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(files.adapter)
+    assert cli.main([command, *files.arguments, "--output", "out", *arguments]) == 2
+    assert_one_line(capsys, message)
+    assert snapshot(tmp_path) == {} and snapshot(files.adapter) == before
+
+
+def assert_one_line(capsys, message: str) -> None:
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("retention-gates: error: ")]
+    assert len(errors) == 1 and message in errors[0], printed.err
+    assert "Traceback" not in printed.err and printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "nowhere"], "nowhere"),
+        ([], "No model was given"),
+        (["--model", "MODEL", "--policy", "retention"], "needs trained gates"),
+        (["--adapter", "ADAPTER", "--prompt", " "], "--prompt is empty"),
+        (["--adapter", "ADAPTER", "--chat"], "no chat template"),
+        (["--adapter", "ADAPTER", "--memory-size", "4"], "memory_size=4 must be at least 5"),
+        (["--adapter", "ADAPTER", "--budgets", "calibrated"], "retention-gates calibrate"),
+        (["--adapter", "ADAPTER", "--temperature", "nan"], "--temperature nan"),
+        (["--adapter", "ADAPTER", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--adapter", "ADAPTER", "--policy", "fifo"], "'fifo' is unknown"),
+        (["--model", "nowhere/at/all", "--policy", "random"], "nowhere"),
+    ],
+)
+def test_mistakes_in_generate(files, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    places = {"MODEL": str(files.model), "ADAPTER": str(files.adapter)}
+    given = [places.get(argument, argument) for argument in arguments]
+    policy = [] if "--policy" in given or "--adapter" in given else ["--policy", "random"]
+    assert cli.main(["generate", "--prompt", "the old ship", *given, *policy]) == 2
+    assert_one_line(capsys, message)
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_truncated_adapter(files, tmp_path, capsys):
+    broken = tmp_path / "adapter"
+    shutil.copytree(files.adapter, broken)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert cli.main(["generate", "--adapter", str(broken), "--prompt", "the old ship"]) == 2
+    assert_one_line(capsys, "safetensors")
+
+
+def test_an_output_folder_that_is_not_ours(files, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    for command in ("evaluate", "inspect", "calibrate"):
+        before = snapshot(tmp_path)
+        assert cli.main([command, *files.arguments, "--length", "200", "--output", str(tmp_path)]) == 2
+        assert_one_line(capsys, "was not written by retention-gates")
+        assert snapshot(tmp_path) == before
+    assert cli.main(["inspect", *files.arguments, "--output", str(tmp_path / "thesis.txt")]) == 2
+    assert_one_line(capsys, "is a file")
+
+
+def test_without_matplotlib(files, tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    for module in ("evaluate", "inspect"):
+        recipe = importlib.import_module("retention_gates.recipes.plots")
+        monkeypatch.setattr(recipe, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+        assert cli.main([module, *files.arguments, "--output", str(tmp_path / "out")]) == 2
+        assert_one_line(capsys, "pip install 'retention-gates[eval]'")
+    assert snapshot(tmp_path) == {}
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    recipe = importlib.import_module("retention_gates.recipes.generate")
+
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "main", interrupt)
+    assert cli.main(["generate", "--prompt", "a"]) == 130
+    assert capsys.readouterr().err == "\nretention-gates: interrupted\n"
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    recipe = importlib.import_module("retention_gates.recipes.generate")
+
+    def fail(options):
+        raise AssertionError("an invariant")
+
+    monkeypatch.setattr(recipe, "main", fail)
+    with pytest.raises(AssertionError, match="an invariant"):
+        cli.main(["generate", "--prompt", "a"])
+
+
+def test_a_closed_pipe_is_no_error(files):
+    call = f"{COMMAND} generate --adapter {files.adapter} --prompt 'the ship' --memory-size 8 | true"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", call], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr

@@ -1,0 +1,79 @@
+"""retention-gates generate: the text that model.generate gives, and true figures."""
+
+import re
+
+import pytest
+import torch
+from tiny_adapter import Files, make_files
+from transformers import DynamicCache
+
+from retention_gates.cli import main
+from retention_gates.gates.cache import BoundedCache
+from retention_gates.recipes.generate import full_cache_bytes, prompt_ids
+from retention_gates.recipes.loading import load_model, load_tokenizer
+
+PROMPT = "the old ship sings over the sea"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    return make_files(tmp_path_factory.mktemp("generate"))
+
+
+def expected_text(files: Files, memory_size: int, tokens: int, **options) -> str:
+    model, tokenizer = load_model(None, str(files.adapter)), load_tokenizer(str(files.model))
+    ids = torch.tensor([prompt_ids(tokenizer, PROMPT, chat=False)])
+    cache = BoundedCache(model, memory_size, **options)
+    output = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("policy", ["retention", "streaming_llm"])
+def test_the_text_is_that_of_generate(files, policy, capsys):
+    arguments = ["--adapter", str(files.adapter), "--prompt", PROMPT, "--memory-size", "8", "--max-new-tokens", "30"]
+    assert main(["generate", *arguments, "--policy", policy]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == expected_text(files, 8, 30, policy=policy).strip()
+    (figures,) = [line for line in printed.err.splitlines() if "entries per head" in line]
+    assert re.fullmatch(
+        r"8 entries per head; [\d.]+ MiB held, a full cache .* after 38 tokens; [\d.]+ tokens/s", figures
+    )
+
+
+def test_chunks_sampling_and_seeds(files, capsys):
+    arguments = ["--adapter", str(files.adapter), "--prompt", PROMPT, "--memory-size", "8", "--temperature", "2"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert (
+            main(["generate", *arguments, "--prefill-chunk-size", "3", "--seed", seed, "--max-new-tokens", "40"]) == 0
+        )
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_without_an_adapter(files, capsys):
+    arguments = ["--model", str(files.model), "--prompt", PROMPT, "--policy", "random", "--max-new-tokens", "1"]
+    assert main(["generate", *arguments]) == 0
+    assert "tokens/s" in capsys.readouterr().err
+
+
+def test_a_full_cache_would_hold_what_a_dynamic_cache_holds(files):
+    model = load_model(None, str(files.adapter))
+    ids, cache, full = torch.randint(4, 20, (2, 37)), BoundedCache(model, 8), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        with model.disable_adapter():
+            model(input_ids=ids, past_key_values=full)
+    held = sum(t.nbytes for layer in full.layers for t in (layer.keys, layer.values))
+    assert full_cache_bytes(cache, 37) == held > cache.memory_bytes()
+
+
+def test_a_chat_prompt_is_in_the_models_own_form(files):
+    tokenizer = load_tokenizer(str(files.model))
+    tokenizer.chat_template = (
+        "{% for m in messages %}king {{ m['content'] }} storm {% endfor %}"
+        "{% if add_generation_prompt %}queen{% endif %}"
+    )
+    ids = prompt_ids(tokenizer, "the sea", chat=True)
+    assert tokenizer.decode(ids) == "king the sea storm queen"
+    assert prompt_ids(tokenizer, "the sea", chat=False)[0] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
