@@ -60,7 +60,8 @@ class CodeLookup(Task):
         used = sum(map(len, statements)) + sum(len(q) + len(a) for _, _, q, a in asked) + stops
         room = self.filler_room(length, len(filler.prefix) + used, least=16 * STATEMENTS)
         text = filler.window(rng, room)
-        cuts = [0, *sorted(rng.integers(0, room + 1, size=STATEMENTS).tolist()), room]
+        # None stands in the last quarter: what a window of recent tokens holds anyway says nothing about a memory.
+        cuts = [0, *sorted(rng.integers(0, room * 3 // 4 + 1, size=STATEMENTS).tolist()), room]
         row = list(filler.prefix)
         for (start, stop), statement in zip(pairwise(cuts), [*statements, []], strict=True):
             row += text[start:stop] + statement
