@@ -58,10 +58,13 @@ def _encode_by_prefixes(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> tuple[list[int], np.ndarray]:
     def render(count: int, *, prompt: bool = False) -> str:
-        if not count:
-            return ""
         return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
 
+    if messages[0]["role"] == "assistant":
+        raise ValueError(
+            f"{name!r} begins with an assistant turn, so nothing tells where the template's own text ends; drop that "
+            "turn, or use a template with {% generation %} blocks"
+        )
     text = render(len(messages))
     ids: list[int] = []
     targets: list[bool] = []

@@ -5,6 +5,7 @@ from retention_gates.data.chat import encode_chat
 from retention_gates.data.sources import Document
 from retention_gates.data.tokens import document_prefix, tokenize_documents
 
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the river"},
@@ -74,6 +75,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     ("messages", "template", "message"),
     [
         (CHAT[:2], "{{ messages }}", "'m:7' has no assistant turn \\(roles: system, user\\).*no target"),
+        (CHAT[2:], CHAT_TEMPLATE, "'m:7' begins with an assistant turn"),
         (CHAT, None, "has no chat template"),
         (CHAT, "{{ raise_exception('turns must alternate') }}", "refuses 'm:7': turns must alternate"),
         (
