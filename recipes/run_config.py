@@ -190,6 +190,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     """The value, a float where YAML reads `1e-3` as text; refuses a value of a plain kind that isn't asked for."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     plain = [get_origin(kind) or kind for kind in kinds]
+    if value is False and str in plain and bool not in plain:
+        return "no"  # which YAML reads as False: eval_strategy: no
     if any(kind not in (int, float, str, bool, list, dict, type(None)) for kind in plain):
         return value  # an enumeration: transformers checks it and names the choices
     if isinstance(value, str) and float in plain and str not in plain:
