@@ -216,7 +216,7 @@ def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int
 
 
 def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < least or (most is not None and value > most):
-        limit = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}.")
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
+        return
+    limit = "" if most is None else f" and at most {most}"
+    raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}.")

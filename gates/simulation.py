@@ -96,8 +96,9 @@ class SimulatedLayer(RuledLayer):
 class SimulatedCache(EvictingCache):
     """What a BoundedCache with the same arguments would do over a sequence fed token by token, in one forward pass.
 
-    For measuring: positions are exactly those of the step-by-step decode, outputs equal up to rounding, and nothing is
-    bounded. Pass it as past_key_values to one forward call over the whole rows.
+    For measuring: what is held at each step is exactly what the step-by-step decode holds, given the same scores;
+    outputs are equal up to rounding, and nothing is bounded. Pass it as past_key_values to one forward pass over the
+    whole rows.
     """
 
     layer_class = SimulatedLayer
