@@ -41,8 +41,8 @@ class RetentionGateConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Layer indices that get a gate; None: every full-attention layer."}
     )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Filled in: the names of the gated attention modules."}
+    target_modules: str | None = field(
+        default=None, metadata={"help": "Filled in: an expression that matches the gated attention modules' names."}
     )
     gated_layers: list[int] | None = field(
         default=None, metadata={"help": "Filled in: the indices of the gated layers."}
@@ -91,8 +91,6 @@ class RetentionGateConfig(PeftConfig):
         if self.layers_to_transform is not None:
             for layer in self.layers_to_transform:
                 _check_integer("layers_to_transform", layer, least=0)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
 
     @classmethod
     def check_kwargs(cls, **kwargs):

@@ -1,5 +1,7 @@
 """Finds the attention modules of a base model that can have a gate, from its config and modules alone."""
 
+import re
+
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -57,6 +59,21 @@ def full_attention_layers(model: nn.Module) -> dict[int, str]:
             "already. If the model allows, set sliding_window=None in its config."
         )
     return full
+
+
+def module_pattern(names: dict[int, str]) -> str:
+    """A regular expression that matches the given modules, layer index -> name, and no others.
+
+    PEFT shortens long lists of names to a suffix that more modules may share; an expression it leaves alone.
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    for layer, name in names.items():
+        before, _, after = name.partition(f".{layer}.")
+        layers.setdefault((before, after), []).append(str(layer))
+    return "|".join(
+        rf"{re.escape(before)}\.({'|'.join(indices)})\.{re.escape(after)}"
+        for (before, after), indices in layers.items()
+    )
 
 
 def _is_causal_attention(module: nn.Module) -> bool:

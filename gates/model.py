@@ -11,7 +11,7 @@ from torch import nn
 from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
-from retention_gates.gates.families import full_attention_layers, key_value_heads, text_config
+from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
 from retention_gates.gates.layer import RetentionGatedAttention
 
 ROLLS_BACK = {
@@ -101,7 +101,7 @@ class RetentionGateModel(BaseTuner):
             "gated_layers": chosen,
             "hidden_size": config.hidden_size,
             "num_key_value_heads": key_value_heads(config),
-            "target_modules": {full[layer] for layer in chosen},
+            "target_modules": module_pattern({layer: full[layer] for layer in chosen}),
         }
         if peft_config.gated_layers is not None and peft_config.layers_to_transform is None:
             _compare("gated_layers", peft_config.gated_layers, list(full))
@@ -115,10 +115,6 @@ class RetentionGateModel(BaseTuner):
                 f"budget_shares must be [{len(chosen)} gated layers][{facts['num_key_value_heads']} KV heads], not "
                 f"{[len(row) for row in shares]} heads in {len(shares)} layers: run retention-gates calibrate again."
             )
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
-        return key in peft_config.target_modules
 
     def _create_and_replace(
         self,
@@ -222,8 +218,7 @@ def find_gated_model(model: nn.Module) -> RetentionGateModel:
 
 
 def _compare(name: str, adapter: Any, base: Any) -> None:
-    same = set(adapter) == set(base) if isinstance(adapter, (list, set)) else adapter == base
-    if not same:
+    if adapter != base:
         raise ValueError(
             f"The adapter was made for a base model with {name} = {_short(adapter)}, but this one has {_short(base)}: "
             "load the base model named in its adapter_config.json."
@@ -231,7 +226,7 @@ def _compare(name: str, adapter: Any, base: Any) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(sorted(value) if isinstance(value, set) else value)
+    text = str(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
     import torch
@@ -73,7 +73,7 @@ def load_base(
         dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose among {', '.join(DTYPES)}.")
@@ -81,7 +81,9 @@ def load_base(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    options = _gguf_options(gguf_file)
+    options: dict[str, Any] = dict(_gguf_options(gguf_file))
+    if gguf_file is not None:  # weights left in their blocks could not be trained through
+        options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
     return model.to(place).eval()  # type: ignore[arg-type]
 

@@ -63,6 +63,20 @@ def test_a_second_copy_of_an_adapter_and_another_name(adapter):
 
 
 @torch.no_grad()
+def test_many_layers_save_and_load(tmp_path):
+    """PEFT treats twenty target modules and more in a way of its own."""
+    deep = {"num_hidden_layers": 24}
+    model = get_peft_model(
+        tiny_model(**deep), RetentionGateConfig(gate_width=2, layers_to_transform=list(range(1, 24)))
+    )
+    assert len(find_gated_model(model).gated_layers) == 23
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(**deep), tmp_path)
+    assert again.peft_config["default"].target_modules == model.peft_config["default"].target_modules
+    torch.testing.assert_close(again(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+@torch.no_grad()
 def test_chosen_layers_only():
     model = gated(layers_to_transform=[1, 3])
     assert [layer.base_layer.layer_idx for layer in find_gated_model(model).gated_layers] == [1, 3]
