@@ -26,9 +26,11 @@ from retention_gates.recipes.output import check_output, claim_output, replacing
 from retention_gates.recipes.provenance import machine_and_versions
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from retention_gates.data.tasks import TaskExample
     from retention_gates.trainers.evaluation import Contender
 
 RESULTS, REPORT, PICTURE = "results.jsonl", "report.md", "score.png"
@@ -82,9 +84,10 @@ def main(options: argparse.Namespace) -> None:
         contenders(policies, options.memory_size, options.budgets)
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    rows, examples = _texts(tokenizer, options)
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     chosen = contenders(policies, options.memory_size, options.budgets or _budgets_of(model))
-    records = _score(model, tokenizer, chosen, start, options)
+    records = _score(model, rows, examples, chosen, start, options)
     reference = REFERENCE if REFERENCE in policies and "uniform" in {c.budgets for c in chosen} else None
     summaries = aggregate(records, reference=reference)
 
@@ -114,31 +117,41 @@ def main(options: argparse.Namespace) -> None:
     print(f"written: {', '.join(str(folder / file) for file in (RESULTS, REPORT, PICTURE))}")
 
 
+def _texts(
+    tokenizer: "PreTrainedTokenizerBase", options: argparse.Namespace
+) -> "tuple[torch.Tensor, dict[str, list[TaskExample]]]":
+    """Rows of text [documents, length], and the examples of each task."""
+    from retention_gates.data.tasks import build_tasks
+
+    documents = load_token_documents(options, tokenizer)
+    rows = load_rows(options, tokenizer, documents)
+    return rows, {
+        task.name: task.examples(tokenizer, documents, options.examples, options.length, options.seed, "test")
+        for task in build_tasks(options.tasks)
+    }
+
+
 def _score(
     model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerBase",
+    rows: "torch.Tensor",
+    examples: "dict[str, list[TaskExample]]",
     chosen: "list[Contender]",
     start: int,
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     from tqdm.auto import tqdm
 
-    from retention_gates.data.tasks import build_tasks
     from retention_gates.trainers.evaluation import compare_answers, compare_rows
 
-    documents = load_token_documents(options, tokenizer)
-    rows = load_rows(options, tokenizer, documents)
-    tasks = {
-        task.name: task.examples(tokenizer, documents, options.examples, options.length, options.seed, "test")
-        for task in build_tasks(options.tasks)
-    }
-    passes = (len(rows) + options.examples * len(tasks)) * (1 + len(chosen))
-    shared = {"batch_size": options.batch_size, "seed": options.seed}
+    passes = (len(rows) + sum(map(len, examples.values()))) * (1 + len(chosen))
+    batch_size, seed = options.batch_size, options.seed
     with tqdm(total=passes, desc="evaluating", unit="row") as bar:
-        records = compare_rows(model, rows, chosen, start=start, progress=bar.update, **shared)
-        for task, examples in tasks.items():
+        records = compare_rows(model, rows, chosen, start=start, batch_size=batch_size, seed=seed, progress=bar.update)
+        for task, batch in examples.items():
             bar.set_postfix_str(task)
-            records += compare_answers(model, task, examples, chosen, progress=bar.update, **shared)
+            records += compare_answers(
+                model, task, batch, chosen, batch_size=batch_size, seed=seed, progress=bar.update
+            )
     return records
 
 

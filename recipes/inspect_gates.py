@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> None:
     layers = find_gated_model(model).active_config.gated_layers
     assert layers is not None
     folder = claim_output(options.output)
-    measured = f"{len(rows)} passages of {rows.shape[1]} tokens"
+    measured = f"{len(rows)} passage{'s' * (len(rows) > 1)} of {rows.shape[1]} tokens"
     with replacing(folder / HALF_LIFE) as temporary:
         title = f"Half-life of a token's retention\nmedian over {measured}"
         plots.heat_map(half_lives, temporary, layers=layers, title=title, label="half-life (tokens)")
