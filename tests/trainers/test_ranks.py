@@ -14,8 +14,8 @@ SCRIPT = Path(train.__file__).resolve()
 
 
 @pytest.mark.slow  # three processes that each import torch and transformers
-# A rank's terms are means over its own row: rows differ in the forecasts they count by one or two of 47, and the layerwise
-# error is relative to the size of a batch's activations.
+# A rank's terms are means over its own row: rows differ in the forecasts they count by one or two of 47, and the
+# layerwise error is relative to the size of a batch's activations.
 @pytest.mark.parametrize("objective, relative, absolute", [("end_to_end", 1e-4, 1e-3), ("layerwise", 1e-2, 0.02)])
 def test_two_ranks_are_one_run(tmp_path: Path, objective: str, relative: float, absolute: float):
     config = str(make_run(tmp_path, objective=objective))
