@@ -77,6 +77,7 @@ def attention_forward(
     if cache_layer is not None:
         output = cache_layer.attend(query, key, value, scale=scale, softcap=softcap, sinks=s_aux)
     else:
+        assert log_beta is not None
         output = retention_attention(
             query, key, value, log_beta, scale=scale, document_ids=document_ids, softcap=softcap, sinks=s_aux
         )
@@ -96,7 +97,7 @@ def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> t
 
 
 def base_causal_mask(
-    module: nn.Module, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache
+    module: Any, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache
 ) -> torch.Tensor | None:
     """The mask the base implementation would have got for a full-attention layer and a cache that evicts nothing."""
     base = base_implementation_of(module.config._attn_implementation)
@@ -120,5 +121,5 @@ def base_causal_mask(
 
 
 def _base_attention(module: nn.Module, base_implementation: str) -> Callable[..., Any]:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(base_implementation, eager)

@@ -38,8 +38,8 @@ class RetentionGateConfig(PeftConfig):
     protected_tokens: int = field(
         default=4, metadata={"help": "Leading tokens of each document that never decay and are never evicted."}
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Layer indices that get a gate; None: every full-attention layer."}
+    layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Layer indices that get a gate, or one; None: every full-attention layer."}
     )
     target_modules: str | None = field(
         default=None, metadata={"help": "Filled in: an expression that matches the gated attention modules' names."}

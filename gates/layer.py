@@ -1,6 +1,6 @@
 """The wrapper around one attention module of the base model."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,6 +24,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
     attention is plain and the cache evicts. With any other cache attention is plain and nothing is evicted.
     """
 
+    base_layer: Any  # the attention module, of whatever class the base model has
     adapter_layer_names = ("retention_gate",)
     other_param_names = ("protected_tokens",)
 
@@ -71,7 +72,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
     @property
     def active_gate(self) -> RetentionGate | None:
         name = self.active_gate_name
-        return None if name is None else self.retention_gate[name]
+        return None if name is None else cast(RetentionGate, self.retention_gate[name])
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         gate = self.active_gate
@@ -117,6 +118,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         return teacher
 
     def _protect(self, log_beta: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+        assert self.active_gate_name is not None
         protected = self.protected_tokens[self.active_gate_name]
         if not protected:
             return log_beta

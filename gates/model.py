@@ -1,6 +1,6 @@
 """Retention gates as a PEFT tuner."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -44,7 +44,7 @@ class RetentionGateModel(BaseTuner):
         """The config of the one active adapter."""
         if len(self.active_adapters) != 1:
             raise ValueError(f"{len(self.active_adapters)} adapters are active, not one: model.set_adapter(name).")
-        return self.peft_config[self.active_adapters[0]]
+        return cast(RetentionGateConfig, self.peft_config[self.active_adapters[0]])
 
     def forward(self, *args: Any, last_hidden_state_only: bool = False, **kwargs: Any) -> Any:
         """As the base model's forward; `last_hidden_state_only` gives what lm_head would get, [B, T, C], instead."""
@@ -84,7 +84,8 @@ class RetentionGateModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # the modules are found in _prepare_model, from the model itself
 
-    def _prepare_model(self, peft_config: RetentionGateConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        assert isinstance(peft_config, RetentionGateConfig)
         full = full_attention_layers(model)
         config = text_config(model)
         wanted = peft_config.gated_layers if peft_config.gated_layers is not None else peft_config.layers_to_transform
@@ -118,14 +119,15 @@ class RetentionGateModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: RetentionGateConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **unused: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, RetentionGateConfig)
         assert peft_config.hidden_size is not None and peft_config.num_key_value_heads is not None
         sizes = (peft_config.hidden_size, peft_config.num_key_value_heads)
         if isinstance(target, RetentionGatedAttention):
@@ -164,7 +166,7 @@ class RetentionGateModel(BaseTuner):
 
     def _switch(self, on: bool) -> None:
         """Lets the configs name our attention implementation or the base's."""
-        attention = [m.base_layer for m in self.model.modules() if isinstance(m, RetentionGatedAttention)]
+        attention: list[Any] = [m.base_layer for m in self.model.modules() if isinstance(m, RetentionGatedAttention)]
         for config in {id(c): c for c in [text_config(self.model), *(a.config for a in attention)]}.values():
             current = config._attn_implementation
             if on and not (current or "").startswith(PREFIX):
@@ -230,6 +232,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = RetentionGateConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = RetentionGateModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = RetentionGateModel.prefix
+# plain strings: PEFT's own enumeration of methods is closed
+cast(dict, PEFT_TYPE_TO_CONFIG_MAPPING)[PEFT_TYPE] = RetentionGateConfig
+cast(dict, PEFT_TYPE_TO_TUNER_MAPPING)[PEFT_TYPE] = RetentionGateModel
+cast(dict, PEFT_TYPE_TO_PREFIX_MAPPING)[PEFT_TYPE] = RetentionGateModel.prefix

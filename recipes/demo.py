@@ -93,9 +93,7 @@ def main() -> None:
         *("--policies", "retention", "streaming_llm", "random", "--output", str(output)),
     )
     run("draw what the gates have learnt", "inspect", *gated, *held_out, "--output", str(output / "inspect"))
-    print(
-        f"\n=== all of it took {time.monotonic() - began:.0f} s; look at {output / 'report.md'} and the pictures beside it"
-    )
+    print(f"\n=== all of it took {time.monotonic() - began:.0f} s; look at {output / 'report.md'} and {output}/*.png")
 
 
 if __name__ == "__main__":
