@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 CONFIG = Path(__file__).resolve().parent / "smollm2_demo.yaml"
@@ -29,7 +29,7 @@ def find_model(wanted: str | None) -> dict[str, str]:
     if wanted:
         return {"model": wanted}
     try:
-        HfApi().model_info(HUB_MODEL, timeout=5)
+        hf_hub_download(HUB_MODEL, "config.json", etag_timeout=5)
         return {"model": HUB_MODEL}
     except (HfHubHTTPError, OSError) as error:
         spec = importlib.util.find_spec(WHEEL)
