@@ -176,3 +176,22 @@ def test_evaluation_is_under_real_eviction(tmp_path: Path, budgets: str):
                 assert metrics[f"eval_{name}_{size}"] == pytest.approx(expected, rel=1e-5)
     assert metrics["eval_kl_6"] == pytest.approx(logged[0]["eval_kl_6"], rel=1e-6)
     assert metrics["eval_kl_6"] > metrics["eval_kl_16"] > 0
+
+
+@pytest.mark.parametrize("objective", ["end_to_end", "layerwise"])
+def test_gates_of_a_bf16_base_train_in_fp32(tmp_path: Path, objective: str):
+    trainer = trainer_of(tmp_path, gated(dtype=torch.bfloat16), objective=objective, save_strategy="no")
+    assert {p.dtype for p in find_gated_model(trainer.model).model.lm_head.parameters()} == {torch.bfloat16}
+    trainer.train()
+    steps = [line for line in trainer.state.log_history if "loss" in line]
+    assert steps[-1]["capacity_loss"] < steps[0]["capacity_loss"] and all(math.isfinite(s["loss"]) for s in steps)
+    assert {p.dtype for group in trainer.optimizer.param_groups for p in group["params"]} == {torch.float32}
+
+
+def test_tensorboard_gets_the_mass_of_every_layer(tmp_path: Path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer_of(tmp_path, max_steps=2, save_strategy="no", report_to=["tensorboard"]).train()
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    scalars = events.EventAccumulator(str(folder)).Reload()
+    assert {f"train/retained_mass/layer_0{i}" for i in range(4)} <= set(scalars.Tags()["scalars"])
+    assert [event.step for event in scalars.Scalars("train/retained_mass/layer_00")] == [1, 2]
