@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 
 CONFIG = Path(__file__).resolve().parent / "smollm2_demo.yaml"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -29,9 +30,10 @@ def find_model(wanted: str | None) -> dict[str, str]:
     if wanted:
         return {"model": wanted}
     try:
-        hf_hub_download(HUB_MODEL, "config.json", etag_timeout=5)
+        if not isinstance(try_to_load_from_cache(HUB_MODEL, "config.json"), str):
+            urlopen(f"{ENDPOINT}/api/models/{HUB_MODEL}", timeout=5).close()
         return {"model": HUB_MODEL}
-    except (HfHubHTTPError, OSError) as error:
+    except OSError as error:
         spec = importlib.util.find_spec(WHEEL)
         if spec is None or spec.origin is None:
             raise ValueError(
