@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
 def score_against_memory(summaries: Sequence["Summary"], path: Path) -> None:
     """One panel for the text and one for each task: a line per policy and kind of budgets, the full cache dashed."""
     tasks = list(dict.fromkeys(summary.task for summary in summaries))
-    figure = _figure(4.6 * len(tasks) + 0.4, 4.4)
+    figure = _figure(max(6.4, 4.6 * len(tasks) + 0.4), 4.8)
     for index, task in enumerate(tasks):
         axes = figure.add_subplot(1, len(tasks), index + 1)
         metric, label = PANELS["text" if task == TEXT else "task"]
@@ -35,7 +35,9 @@ def score_against_memory(summaries: Sequence["Summary"], path: Path) -> None:
         axes.set(title="Text" if task == TEXT else f"Task {task}", xlabel="entries per KV head (mean)", ylabel=label)
         if index == 0:
             handles, labels = axes.get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+            figure.legend(
+                handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(tasks)), frameon=False
+            )
     _save(figure, path)
 
 
@@ -140,9 +142,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _colour_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
-    from matplotlib.ticker import LogFormatter
-
-    figure.colorbar(image, ax=axes, label=label, format=LogFormatter(minor_thresholds=(1.0, 0.5)), pad=0.02)
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    # between the powers of ten only 2 and 5 have room
+    bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -89,6 +89,8 @@ class RetentionTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # each forward pass gives a mean, to be divided by a step's passes
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine())
+        if not args.gradient_checkpointing:
+            model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
         self._averages = Averages()
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
