@@ -31,9 +31,9 @@ from retention_gates.trainers.checkpoint import (
     whole_folder,
     write_manifest,
 )
-from retention_gates.trainers.checks import check_model
+from retention_gates.trainers.checks import check_model, check_packing
 from retention_gates.trainers.config import RetentionTrainingArguments
-from retention_gates.trainers.evaluation import Contender, compare_rows
+from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
 
@@ -71,12 +71,16 @@ class RetentionTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         check_model(model, args)
+        if args.objective == "end_to_end":
+            check_packing(model)
         collator = RowCollator(getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None))
         if len(train_dataset) == 0:
             raise ValueError("train_dataset is empty: it needs at least one row.")
         collator.check(train_dataset[0])
         if eval_dataset is not None and len(eval_dataset) < args.world_size:
             raise ValueError(f"eval_dataset has {len(eval_dataset)} rows for {args.world_size} ranks: give each one.")
+        if eval_dataset is not None:
+            check_length(find_gated_model(model), eval_dataset.shape[1])
         super().__init__(
             model=model,
             args=args,

@@ -46,6 +46,14 @@ def test_a_model_whose_gates_cannot_be_trained_is_refused(tmp_path: Path, make_m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_does_not_keep_packed_documents_apart_trains_layer_by_layer_only(tmp_path: Path):
+    with pytest.raises(ValueError, match="attends across the documents of a packed row"):
+        trainer_of(tmp_path, gated("gpt_oss"))
+    trainer = trainer_of(tmp_path, gated("gpt_oss"), objective="layerwise", max_steps=2, save_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize(
     "rows, match",
     [
