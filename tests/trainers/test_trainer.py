@@ -180,7 +180,9 @@ def test_evaluation_is_under_real_eviction(tmp_path: Path, budgets: str):
 
 @pytest.mark.parametrize("objective", ["end_to_end", "layerwise"])
 def test_gates_of_a_bf16_base_train_in_fp32(tmp_path: Path, objective: str):
-    trainer = trainer_of(tmp_path, gated(dtype=torch.bfloat16), objective=objective, save_strategy="no")
+    same_row = [Rows()[0]] * 16  # so that the loss of one step can be compared with another's
+    options = {"objective": objective, "learning_rate": 1e-2, "save_strategy": "no"}
+    trainer = trainer_of(tmp_path, gated(dtype=torch.bfloat16), same_row, **options)
     assert {p.dtype for p in find_gated_model(trainer.model).model.lm_head.parameters()} == {torch.bfloat16}
     trainer.train()
     steps = [line for line in trainer.state.log_history if "loss" in line]
