@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import batch_of, gated, trainer_of
+from tiny_training import Rows, batch_of, gated, trainer_of
 
 from retention_gates import find_gated_model, record
 from retention_gates.trainers.evaluation import Contender, compare_rows
