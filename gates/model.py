@@ -18,6 +18,7 @@ ROLLS_BACK = {
     "assistant_model": "assisted decoding",
     "prompt_lookup_num_tokens": "prompt-lookup decoding",
     "assistant_early_exit": "self-speculative decoding",
+    "use_mtp": "multi-token prediction",
 }
 
 
@@ -57,27 +58,52 @@ class RetentionGateModel(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's generate; refuses what cannot work with a cache that forgets."""
-        generation_config = kwargs.get("generation_config")
+        configs = [kwargs.get("generation_config", *args[1:2]), self.model.generation_config]  # its second argument
 
         def option(name: str) -> Any:
-            given = kwargs.get(name)
-            return getattr(generation_config, name, None) if given is None else given
+            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+            return next((value for value in given if value is not None), None)
 
         bounded = any(
             isinstance(layer, GatedCacheLayer) for layer in getattr(kwargs.get("past_key_values"), "layers", ())
         )
         for name, what in ROLLS_BACK.items():
-            if bounded and option(name) is not None:
+            if bounded and option(name) not in (None, False):
                 raise ValueError(
                     f"{name} means {what}, which rolls the cache back; a bounded cache has overwritten what was. "
                     f"Leave {name} out, or generate without a BoundedCache under model.disable_adapter()."
                 )
-        if option("cache_implementation") is not None and self._gates_on:
+        # "hybrid", which older Hub models have as their default, is what transformers itself takes for None
+        if option("cache_implementation") not in (None, "hybrid") and self._gates_on:
             raise ValueError(
-                f"cache_implementation={option('cache_implementation')!r} makes a cache that evicts nothing. Pass "
-                "past_key_values=BoundedCache(model, memory_size=...), or generate under model.disable_adapter()."
+                f"cache_implementation={option('cache_implementation')!r} makes a cache that evicts nothing. Leave it "
+                "out (of model.generation_config too) and pass past_key_values=BoundedCache(model, memory_size=...), "
+                "or generate under model.disable_adapter()."
             )
         return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's, with the gates off."""
+        self._refuse_continuous_batching()
+        return self.model.generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's, with the gates off."""
+        self._refuse_continuous_batching()
+        return self.model.init_continuous_batching(*args, **kwargs)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's, with the gates off."""
+        self._refuse_continuous_batching()
+        return self.model.continuous_batching_context_manager(*args, **kwargs)
+
+    def _refuse_continuous_batching(self) -> None:
+        if self._gates_on:
+            raise ValueError(
+                "Continuous batching keeps a paged cache of its own, from which the gates cannot evict. Call "
+                "model.generate(..., past_key_values=BoundedCache(model, memory_size=...)), or batch under "
+                "model.disable_adapter()."
+            )
 
     # ---- what PEFT calls while adapters come and go ----
 
@@ -114,7 +140,8 @@ class RetentionGateModel(BaseTuner):
         if shares is not None and [len(row) for row in shares] != [facts["num_key_value_heads"]] * len(chosen):
             raise ValueError(
                 f"budget_shares must be [{len(chosen)} gated layers][{facts['num_key_value_heads']} KV heads], not "
-                f"{[len(row) for row in shares]} heads in {len(shares)} layers: run retention-gates calibrate again."
+                f"{[len(row) for row in shares]} heads in {len(shares)} layers: take them out of adapter_config.json "
+                "and run retention-gates calibrate."
             )
 
     def _create_and_replace(
@@ -228,7 +255,7 @@ def _compare(name: str, adapter: Any, base: Any) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from gated_models import gated_model, token_ids
+from transformers import DynamicCache, GenerationConfig
 
 from retention_gates.gates.cache import BoundedCache
+from retention_gates.gates.layer import logger
 from retention_gates.gates.policies import POLICIES
 
 GREEDY = dict(do_sample=False, max_new_tokens=25)
@@ -213,16 +215,78 @@ def test_larger_batch_after_generate():
         model.generate(input_ids=token_ids(4, 40), past_key_values=cache, **GREEDY)
 
 
-@pytest.mark.parametrize("arguments", [dict(prompt_lookup_num_tokens=3), dict(assistant_model="itself")])
-def test_decoding_that_goes_back(arguments):
-    model = gated_model()
-    if "assistant_model" in arguments:
-        arguments = dict(assistant_model=model.base_model.model)
+GOES_BACK = ["prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", [*GOES_BACK, "assistant_model"])
+def test_decoding_that_goes_back(family, name):
+    model = gated_model(family)
+    inner = model.base_model.model
     cache = BoundedCache(model, memory_size=8)
-    for generate in (model.generate, model.base_model.model.generate):  # the second knows nothing of our checks
+    for generate in (model.generate, inner.generate):  # the second knows nothing of our checks
         with pytest.raises(ValueError, match="rolls? the cache back"):
-            generate(input_ids=token_ids(1, 5), past_key_values=cache, **GREEDY, **arguments)
+            value = inner if name == "assistant_model" else 1
+            generate(input_ids=token_ids(1, 5), past_key_values=cache, **GREEDY, **{name: value})
     assert cache.is_empty
+
+
+@pytest.mark.parametrize("name", GOES_BACK)
+def test_decoding_that_goes_back_by_a_generation_config(name, monkeypatch):
+    model = gated_model()
+    cache, ids, config = BoundedCache(model, memory_size=8), token_ids(1, 5), GenerationConfig(**{name: 1}, **GREEDY)
+    with pytest.raises(ValueError, match=f"{name} means"):
+        model.generate(input_ids=ids, generation_config=config, past_key_values=cache)
+    with pytest.raises(ValueError, match=f"{name} means"):
+        model.generate(ids, config, past_key_values=cache)
+    monkeypatch.setattr(model.generation_config, name, 1)
+    with pytest.raises(ValueError, match=f"{name} means"):
+        model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+    assert cache.is_empty
+
+
+def test_a_cache_implementation_evicts_nothing(monkeypatch):
+    model, ids = gated_model(), token_ids(1, 5)
+    for arguments in (dict(), dict(past_key_values=BoundedCache(model, memory_size=8))):
+        with pytest.raises(ValueError, match="cache_implementation='static' makes a cache that evicts nothing"):
+            model.generate(input_ids=ids, cache_implementation="static", **arguments, **GREEDY)
+        with pytest.raises(ValueError, match="cache_implementation='static'"):
+            model.generate(ids, GenerationConfig(cache_implementation="static", **GREEDY), **arguments)
+    expected = base_tokens(model, input_ids=ids, **GREEDY)
+    assert torch.equal(base_tokens(model, input_ids=ids, cache_implementation="static", **GREEDY), expected)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    with pytest.raises(ValueError, match="of model.generation_config too"):
+        model.generate(input_ids=ids, **GREEDY)
+    # the default of older Gemmas on the Hub
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "hybrid")
+    enough = BoundedCache(model, memory_size=40)
+    assert torch.equal(model.generate(input_ids=ids, past_key_values=enough, **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    "method", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+)
+def test_continuous_batching_is_refused_while_gates_are_on(method, monkeypatch):
+    model = gated_model()
+    arguments = dict(inputs=token_ids(2, 5).tolist()) if method == "generate_batch" else {}
+    for owner in (model, model.base_model):
+        with pytest.raises(ValueError, match="Continuous batching .* cannot evict"):
+            getattr(owner, method)(**arguments)
+    monkeypatch.setattr(type(model.base_model.model), method, lambda self, **given: given)
+    with model.disable_adapter():
+        assert getattr(model, method)(**arguments) == arguments
+
+
+def test_without_a_cache_of_ours_nothing_is_evicted_and_that_is_said_once(caplog):
+    model, ids = gated_model(), token_ids(1, 5)
+    expected = base_tokens(model, input_ids=ids, **GREEDY)
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        for arguments in (dict(), dict(past_key_values=DynamicCache()), dict(prompt_lookup_num_tokens=3)):
+            assert torch.equal(model.generate(input_ids=ids, **arguments, **GREEDY), expected)
+    said = [message for message in caplog.messages if "Retention gates are on" in message]
+    assert len(said) == 1
+    assert "DynamicCache: nothing is evicted" in said[0] and "BoundedCache(model" in said[0]
 
 
 def test_bf16_errs_no_more_than_the_base_model():
