@@ -88,9 +88,9 @@ class EvictingCache(Cache):
                 )
             floor = max(least, min(LEAST_CALIBRATED, self.memory_size))
             return calibrated_budgets(self._shares, self.memory_size, floor)
-        if not isinstance(self.budgets_from, list):
+        if not isinstance(self.budgets_from, list) or not all(isinstance(row, list) for row in self.budgets_from):
             raise ValueError(
-                f'budgets={self.budgets_from!r} is unknown: choose "uniform", "calibrated" or a list [layers][heads].'
+                f'budgets={self.budgets_from!r} is unknown: choose "uniform", "calibrated" or lists [layers][heads].'
             )
         return _checked(self.budgets_from, layers, heads, self.memory_size, least)
 
@@ -219,4 +219,4 @@ def _check_integer(name: str, value: object, least: int, most: int | None = None
     if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
         return
     limit = "" if most is None else f" and at most {most}"
-    raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}.")
+    raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}, as a Python int.")

@@ -1,6 +1,7 @@
 """What an adapter of retention gates is, apart from its weights."""
 
 import difflib
+import json
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -70,7 +71,7 @@ class RetentionGateConfig(PeftConfig):
             raise ValueError(
                 f"gate_type={self.gate_type!r} is not a gate: choose {' or '.join(map(repr, GATE_TYPES))}."
             )
-        if self.activation not in ACT2FN:
+        if not isinstance(self.activation, str) or self.activation not in ACT2FN:
             near = difflib.get_close_matches(str(self.activation), list(ACT2FN), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"activation={self.activation!r} is not an activation of transformers.{hint}")
@@ -88,13 +89,29 @@ class RetentionGateConfig(PeftConfig):
             )
         if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
             self.layers_to_transform = [self.layers_to_transform]
-        if self.layers_to_transform is not None:
-            for layer in self.layers_to_transform:
-                _check_integer("layers_to_transform", layer, least=0)
+        for name in ("layers_to_transform", "gated_layers"):
+            layers = getattr(self, name)
+            if layers is not None and not isinstance(layers, (list, tuple, range)):
+                raise ValueError(f"{name}={layers!r} must be a list of layer indices, such as [0, 2].")
+            if layers is not None:
+                for layer in layers:
+                    _check_integer(name, layer, least=0)
+                setattr(self, name, list(layers))
+        shares = self.budget_shares
+        if shares is not None and not (isinstance(shares, list) and all(isinstance(row, list) for row in shares)):
+            raise ValueError(
+                f"budget_shares={shares!r} must be a list of lists, [gated layers][KV heads]: take it out of "
+                "adapter_config.json and run retention-gates calibrate."
+            )
 
     @classmethod
     def check_kwargs(cls, **kwargs):
-        """Refuses keys this version does not know: weights they describe would be read wrongly."""
+        """Refuses another method's adapter, and keys this version does not know: it would read the weights wrongly."""
+        if kwargs.get("peft_type") != PEFT_TYPE:
+            raise ValueError(
+                f"adapter_config.json has peft_type={kwargs.get('peft_type')!r}, where retention gates have "
+                f"{PEFT_TYPE!r}: name the folder that a training run wrote, or an adapter of the Hub with gates."
+            )
         known = {f.name for f in fields(cls)} | {"peft_version", "auto_mapping"}
         unknown = sorted(set(kwargs) - known)
         if unknown:
@@ -105,6 +122,18 @@ class RetentionGateConfig(PeftConfig):
                 "It was probably written by a newer version: pip install -U retention-gates."
             )
         return super().check_kwargs(**kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs):
+        """Reads a config; refuses a file that holds no JSON object."""
+        way_out = "save or download the adapter again."
+        try:
+            content = super().from_json_file(path_json_file, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path_json_file} is not JSON ({error}): {way_out}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path_json_file} holds a {type(content).__name__}, not an object of keys: {way_out}")
+        return content
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -123,4 +152,4 @@ class RetentionGateConfig(PeftConfig):
 
 def _check_integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}, as a Python int.")

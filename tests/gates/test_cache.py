@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 
+import numpy as np
 import pytest
 import torch
 from gated_models import gated_model, token_ids
@@ -317,6 +318,9 @@ def test_begun_in_inference_mode_and_used_outside():
         (dict(memory_size=8.0), "memory_size=8.0"),
         (dict(memory_size=True), "memory_size=True"),
         (dict(memory_size="64"), "memory_size='64'"),
+        (dict(memory_size=np.int64(8)), r"memory_size=np.int64\(8\) must be .* as a Python int"),
+        (dict(memory_size=math.nan), "memory_size=nan"),
+        (dict(memory_size=8, budgets=[8, 8]), r"budgets=\[8, 8\] is unknown"),
         (dict(memory_size=2), "memory_size=2 must be at least 3"),
         (dict(memory_size=8, protected_tokens=8), "memory_size=8 must be at least 9"),
         (dict(memory_size=8, protected_tokens=-1), "protected_tokens=-1"),

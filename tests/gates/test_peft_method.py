@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -107,7 +108,7 @@ def test_documents_from_masks_and_positions():
 
 
 @torch.no_grad()
-def test_a_plain_cache_evicts_nothing_and_says_so(caplog):
+def test_a_plain_cache_evicts_nothing():
     model = gated()
     with model.disable_adapter():
         expected = model(IDS).logits
@@ -132,12 +133,19 @@ def test_a_plain_cache_evicts_nothing_and_says_so(caplog):
         ({"activation": "silou"}, "Did you mean 'silu'"),
         ({"gate_width": 0}, "gate_width=0"),
         ({"gate_width": 2.5}, "gate_width=2.5"),
+        ({"gate_width": np.int64(8)}, "must be an integer .* as a Python int"),
+        ({"activation": ["silu"]}, "activation=.'silu'. is not an activation"),
+        ({"initial_half_life": "5"}, "initial_half_life='5'"),
         ({"initial_half_life": -1.0}, "initial_half_life=-1.0"),
         ({"initial_half_life": math.nan}, "initial_half_life=nan"),
         ({"initial_half_life": math.inf}, "finite"),
         ({"protected_tokens": -1}, "protected_tokens=-1"),
         ({"protected_tokens": True}, "protected_tokens=True"),
         ({"layers_to_transform": [-1]}, "layers_to_transform=-1"),
+        ({"layers_to_transform": 2.0}, "layers_to_transform=2.0 must be a list"),
+        ({"layers_to_transform": "all"}, "layers_to_transform='all' must be a list"),
+        ({"budget_shares": [1.0, 2.0]}, "must be a list of lists"),
+        ({"budget_shares": "even"}, "budget_shares='even' must be a list of lists"),
         ({"modules_to_save": ["lm_head"]}, "stays frozen"),
     ],
 )
@@ -168,7 +176,9 @@ FIRST = "base_model.model.model.layers.0.self_attn.retention_gate.output.bias"
     [
         (lambda a: _config(a, half_life_schedule="cosine"), "half_life_schedule.*newer version"),
         (lambda a: _config(a, gate_widht=8), "nearest known: 'gate_width'"),
-        (lambda a: _config(a, budget_shares=[[1.0, 2.0]]), "budget_shares must be"),
+        (lambda a: _config(a, budget_shares=[[1.0, 2.0]]), "budget_shares must be .* take them out"),
+        (lambda a: _config(a, hidden_size="32"), "hidden_size = '32', but this one has 32"),
+        (lambda a: _config(a, initial_half_life=math.nan), "initial_half_life=nan"),
         (lambda a: _weights(a, lambda t: t.pop(FIRST)), f"missing .*{FIRST.split('.')[-1]}"),
         (lambda a: _weights(a, lambda t: t.update(extra=torch.zeros(1))), "unexpected extra"),
         (lambda a: _weights(a, lambda t: t[FIRST].fill_(math.nan)), "NaN"),
@@ -182,6 +192,23 @@ def test_a_damaged_adapter_is_refused(adapter, damage, message):
     damage(adapter)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny_model(), adapter)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{not json", r"adapter_config.json is not JSON \(Expecting"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON .*0xff"),
+        (b"[1, 2]", "holds a list, not an object"),
+        (b"{}", "peft_type=None, where retention gates have 'RETENTION_GATE'"),
+        (b'{"peft_type": "LORA", "r": 8}', "peft_type='LORA'"),
+    ],
+)
+def test_a_config_that_is_none_of_ours_is_refused(adapter, content, message):
+    (adapter / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        RetentionGateConfig.from_pretrained(adapter)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +232,3 @@ def test_no_gates_and_ignored_gates_are_refused():
     model.base_model.model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="after the gates were added"):
         model(IDS, use_cache=False)
-
-
-def test_generate_refuses_a_cache_that_evicts_nothing():
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        gated().generate(input_ids=IDS, max_new_tokens=2, cache_implementation="static")
