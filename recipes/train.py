@@ -97,7 +97,9 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     from retention_gates.data.mixture import TrainingRows
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
+    from retention_gates.gates.model import find_gated_model
     from retention_gates.recipes.loading import load_base, load_tokenizer
+    from retention_gates.trainers.evaluation import check_length
     from retention_gates.trainers.trainer import RetentionTrainer
 
     args, data = config.training, config.data
@@ -126,6 +128,8 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     base = load_base(config.model.name, gguf_file=config.model.gguf_file, device=args.device, dtype=config.model.dtype)
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
+    if calibration_rows is not None:  # measured at the end of the run, too late to be refused
+        check_length(find_gated_model(model), calibration.row_length)
     return RetentionTrainer(model, args, rows, eval_dataset=eval_rows), calibration_rows
 
 

@@ -47,6 +47,7 @@ def whole_folder(target: Path, *, is_writer: bool = True, barrier: Callable[[], 
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
         if is_writer:
             shutil.rmtree(staging, ignore_errors=True)
+            _tidy(staging.parent)
         raise SaveError(_explain(target, error)) from error
     barrier()
 

@@ -102,6 +102,8 @@ class RetentionTrainingArguments(TrainingArguments):
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
         for name in ("memory_size", "loss_chunk_size"):
             _check_count(name, getattr(self, name))
+        if not self.eval_memory_sizes:
+            raise ValueError("eval_memory_sizes=[] leaves nothing to evaluate: name at least one memory size.")
         for size in self.eval_memory_sizes:
             _check_count("eval_memory_sizes", size)
         for name, reason in REFUSED.items():
@@ -113,7 +115,7 @@ class RetentionTrainingArguments(TrainingArguments):
                 "output. Leave it out."
             )
         self._settle_objective()
-        for name in ("capacity_weight", "kl_weight", "next_token_weight"):
+        for name in ("capacity_weight", "kl_weight", "next_token_weight", "learning_rate", "weight_decay"):
             _check_weight(name, getattr(self, name))
         if self.kl_weight == 0 and self.next_token_weight == 0:
             raise ValueError("kl_weight and next_token_weight are both 0: only forgetting would be rewarded.")

@@ -71,6 +71,12 @@ def test_rows_that_cannot_be_trained_on_are_refused(tmp_path: Path, rows, match:
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluation_rows_longer_than_the_models_positions_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="Rows of 513 tokens are longer than the model's 512 positions"):
+        RetentionTrainer(gated(), arguments(tmp_path), Rows(), eval_dataset=torch.ones(2, 513, dtype=torch.long))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_later_row_without_a_target_is_refused(tmp_path: Path):
     rows = [Rows()[i] for i in range(12)]
     rows[5]["labels"] = torch.full((48,), -100)
@@ -87,6 +93,9 @@ def test_a_later_row_without_a_target_is_refused(tmp_path: Path):
         ({"memory_size": True}, "memory_size=True must be a whole number"),
         ({"memory_size": 4}, "memory_size=4 leaves no room beside 4 protected tokens: at least 5"),
         ({"eval_memory_sizes": [8, 3]}, "eval_memory_sizes=3 leaves no room"),
+        ({"eval_memory_sizes": []}, "leaves nothing to evaluate"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"eval_budgets": "globl"}, "eval_budgets='globl'"),
         ({"capacity_normalisation": "lengths"}, "nearest is 'length'"),
         ({"capacity_weight": float("nan")}, "capacity_weight=nan"),
