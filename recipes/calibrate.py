@@ -54,9 +54,9 @@ def main(options: argparse.Namespace) -> None:
     target = adapter
     if options.output is not None:
         target = claim_output(options.output)
-        for file in sorted(path for path in adapter.iterdir() if path.is_file()):
+        for file in sorted(path for path in adapter.iterdir() if path.is_file() and path.name != CONFIG):
             copy_file(file, target / file.name)
-    store_shares(target, shares)
+    store_shares(adapter, shares, target)  # last: without a config, what has been copied is no adapter yet
     flat = sorted(share for layer in shares for share in layer)
     print(
         f"retained mass per KV head, in tokens: median {flat[len(flat) // 2]:.1f}, least {flat[0]:.1f}, "
@@ -64,8 +64,8 @@ def main(options: argparse.Namespace) -> None:
     )
 
 
-def store_shares(adapter: Path, shares: list[list[float]]) -> None:
-    """Writes budget_shares into the adapter's config and leaves everything else as it was."""
+def store_shares(adapter: Path, shares: list[list[float]], target: Path) -> None:
+    """Writes the adapter's config with these budget_shares, and everything else as it was, to the target folder."""
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     config["budget_shares"] = shares
-    write_text(adapter / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(target / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -71,6 +71,8 @@ def main(options: argparse.Namespace) -> None:
     for name in ("batch_size", "examples"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more.")
+    if min(options.memory_size) < 1:
+        raise ValueError(f"--memory-size {min(options.memory_size)} must be 1 or more.")
     policies = options.policies or [name for name in POLICIES if name != "retention" or options.adapter]
     check_gates_trained(policies, options.adapter)
     start = _start(options)

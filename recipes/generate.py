@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "prefill_chunk_size"):
+    for name in ("memory_size", "max_new_tokens", "prefill_chunk_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more.")
     if not 0 <= options.temperature < float("inf"):

@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     check_output(options.output)
+    if options.memory_size < 1:
+        raise ValueError(f"--memory-size {options.memory_size} must be 1 or more.")
     plots.require_matplotlib()
 
     import torch
@@ -176,7 +178,10 @@ def _tokens_of(file: Path, tokenizer: "PreTrainedTokenizerBase", length: int) ->
 
     from retention_gates.data.tokens import document_prefix
 
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--show {file} is not UTF-8 text ({error}): convert it first.") from error
     if not text.strip():
         raise ValueError(f"--show {file} is empty: name a file with some text.")
     ids = document_prefix(tokenizer) + tokenizer.encode(text, add_special_tokens=False, verbose=False)

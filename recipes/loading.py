@@ -2,6 +2,7 @@
 
 import argparse
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
@@ -10,6 +11,7 @@ if TYPE_CHECKING:  # importing these takes seconds, which a command's --help sho
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from retention_gates.data.tokens import TokenDocument
+    from retention_gates.gates.config import RetentionGateConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DOCUMENTS_AT_A_TIME, PASSAGES_TO_CHOOSE_FROM = 64, 4
@@ -81,7 +83,7 @@ def load_base(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    options: dict[str, Any] = dict(_gguf_options(gguf_file))
+    options: dict[str, Any] = dict(_model_options(name, gguf_file))
     if gguf_file is not None:  # weights left in their blocks could not be trained through
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
@@ -91,7 +93,7 @@ def load_base(
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, **_gguf_options(gguf_file))
+    return AutoTokenizer.from_pretrained(name, **_model_options(name, gguf_file))
 
 
 def load_model(
@@ -106,14 +108,13 @@ def load_model(
     from peft import PeftModel, get_peft_model
 
     from retention_gates.gates.config import RetentionGateConfig
-    from retention_gates.gates.model import find_gated_model
 
+    if adapter is not None:
+        adapter_config(adapter)  # a wrong adapter should not wait for the base model
     base = load_base(base_name(name, adapter), gguf_file=gguf_file, device=device, dtype=dtype)
     if adapter is None:
         return get_peft_model(base, RetentionGateConfig()).eval()
-    model = PeftModel.from_pretrained(base, adapter).eval()
-    find_gated_model(model)  # another kind of adapter is refused here
-    return model
+    return PeftModel.from_pretrained(base, adapter).eval()
 
 
 def base_name(name: str | None, adapter: str | None) -> str:
@@ -122,12 +123,25 @@ def base_name(name: str | None, adapter: str | None) -> str:
         return name
     if adapter is None:
         raise ValueError("No model was given: name one with --model, or a trained adapter with --adapter.")
-    from retention_gates.gates.config import RetentionGateConfig
-
-    recorded = RetentionGateConfig.from_pretrained(adapter).base_model_name_or_path
+    recorded = adapter_config(adapter).base_model_name_or_path
     if not recorded:
         raise ValueError(f"The adapter {adapter} does not say which base model it belongs to: name it with --model.")
     return recorded
+
+
+def adapter_config(adapter: str) -> "RetentionGateConfig":
+    """The config of an adapter of retention gates that has its weights beside it; a folder or a Hub name.
+
+    Raises:
+        ValueError: for a folder that is missing, unreadable, incomplete, or holds another method's adapter.
+    """
+    from retention_gates.gates.config import WEIGHTS_NAME, RetentionGateConfig
+
+    config = RetentionGateConfig.from_pretrained(adapter)
+    folder = Path(adapter)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (WEIGHTS_NAME, "adapter_model.bin")):
+        raise ValueError(f"The adapter {adapter} has no {WEIGHTS_NAME}: save or download it again.")
+    return config
 
 
 def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
@@ -147,6 +161,8 @@ def load_token_documents(options: argparse.Namespace, tokenizer: "PreTrainedToke
     from retention_gates.data.sources import load_documents, split_by_work
     from retention_gates.data.tokens import tokenize_documents
 
+    if options.seed < 0:
+        raise ValueError(f"--seed {options.seed} must be 0 or more.")
     documents = load_documents(
         options.text,
         split=options.split,
@@ -193,10 +209,22 @@ def _device(device: "str | torch.device | None") -> "torch.device":
         raise ValueError(
             f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}): try cpu."
         ) from error
+    if place.type == "meta":
+        raise ValueError("device='meta' holds no numbers to compute with: try cpu.")
     return place
 
 
-def _gguf_options(gguf_file: str | None) -> dict[str, str]:
+def _model_options(name: str, gguf_file: str | None) -> dict[str, str]:
+    """What from_pretrained gets for GGUF weights, or nothing; looks into `name` first, if it is a folder."""
+    folder = Path(name)
+    if name.startswith((".", "/")) and not folder.exists():
+        raise ValueError(f"There is no folder {name}: name the folder of a model, or a model of the Hub.")
+    if folder.is_dir() and not (folder / (gguf_file or "config.json")).is_file():
+        found = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
+        raise ValueError(
+            f"The folder {name} has no {gguf_file or 'config.json'}: name the folder of a model, or one of the GGUF "
+            f"files in it ({found})."
+        )
     if gguf_file is None:
         return {}
     if find_spec("gguf") is None:

@@ -20,7 +20,7 @@ PROGRAM = "retention-gates"
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the given command's recipe is imported, so that help costs nothing."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM, description="A KV cache of fixed size for any Hugging Face decoder.", allow_abbrev=False
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_users_mistake(error):
             raise
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        from tqdm import tqdm
+
+        # print would go on in the line of a progress bar that the error has stopped
+        tqdm.write(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -64,6 +67,11 @@ def _is_users_mistake(error: Exception) -> bool:
     from safetensors import SafetensorError
 
     return isinstance(error, (ValueError, OSError, SafetensorError))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{PROGRAM}: error: {message}; {self.prog} --help shows what is allowed\n")
 
 
 class _Version(argparse.Action):

@@ -1,6 +1,7 @@
 """retention-gates calibrate: shares measured, stored, and used."""
 
 import json
+import os
 
 import pytest
 from tiny_adapter import Files, make_files
@@ -60,6 +61,20 @@ def test_a_full_disk_leaves_the_adapter(files, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     assert main(["calibrate", *files.arguments, "--rows", "1", "--length", "64"]) == 2
     assert contents(files.adapter) == before
+
+
+def test_a_full_disk_leaves_no_half_copy(files, tmp_path, monkeypatch):
+    copy, sync, synced = tmp_path / "copy", os.fsync, []
+
+    def full_at_third(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 3:  # the card and the weights are there
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full_at_third)
+    assert main(["calibrate", *files.arguments, "--rows", "1", "--length", "64", "--output", str(copy)]) == 2
+    assert "adapter_config.json" not in contents(copy)
 
 
 def test_an_adapter_of_the_hub_is_not_changed(files, capsys):

@@ -41,12 +41,18 @@ def test_help_and_version(capsys):
         assert text in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["evaluate"], ["generate", "--promt", "a"]])
+NOT_INTEGERS = [["generate", "--prompt", "a", "--memory-size", size] for size in ("1.5", "many", "nan", "1e2", "")]
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["evaluate"], ["generate", "--promt", "a"], *NOT_INTEGERS])
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("retention-gates: error: ") and line.endswith("--help shows what is allowed")
+    if "--memory-size" in arguments:
+        assert f"--memory-size: invalid int value: {arguments[-1]!r}" in line
 
 
 def imported_at_module_level(file: Path) -> set[str]:
@@ -78,7 +84,7 @@ MISTAKES = {
     "unknown policy": (["evaluate", "--policies", "retension"], "Did you mean 'retention'?"),
     "unknown budgets": (["evaluate", "--budgets", "even"], "'even' is unknown"),
     "unknown task": (["evaluate", "--tasks", "chess"], "unknown task 'chess'"),
-    "no memory": (["evaluate", "--memory-size", "0", "--length", "40"], "memory_size=0"),
+    "no memory": (["evaluate", "--memory-size", "0", "--length", "40"], "--memory-size 0 must be 1 or more"),
     "memory too small": (["evaluate", "--memory-size", "4", "--length", "40"], "memory_size=4 must be at least 5"),
     "nothing evicted": (["evaluate", "--memory-size", "64", "--length", "40"], "no longer than the largest memory"),
     "start too late": (["evaluate", "--start", "40", "--length", "40"], "start=40 leaves nothing to score"),
@@ -89,18 +95,35 @@ MISTAKES = {
     "no batch": (["evaluate", "--batch-size", "0"], "--batch-size 0"),
     "unknown works": (["evaluate", "--test-works", "Hamlet"], "Hamlet"),
     "no such text": (["evaluate", "--text", "./nowhere.txt"], "nowhere.txt"),
+    "no text": (["evaluate", "--text", "EMPTY", "--length", "200"], "is empty"),
+    "a seed below 0": (["evaluate", "--seed", "-1", "--length", "200"], "--seed -1"),
+    "no numbers": (["evaluate", "--device", "meta", "--length", "200"], "device='meta'"),
+    "no such GGUF": (["evaluate", "--gguf-file", "no.gguf", "--length", "200"], "has no no.gguf"),
     "unknown device": (["evaluate", "--device", "toaster", "--length", "200"], "toaster"),
+    "inspect: no memory": (["inspect", "--memory-size", "0"], "--memory-size 0 must be 1 or more"),
+    "inspect: no text": (["inspect", "--text", "EMPTY"], "is empty"),
+    "inspect: unknown device": (["inspect", "--device", "toaster"], "toaster"),
+    "inspect: no such GGUF": (["inspect", "--gguf-file", "no.gguf"], "has no no.gguf"),
+    "inspect: no text to show": (["inspect", "--length", "40", "--show", "BINARY"], "is not UTF-8 text"),
     "inspect: evicts nothing": (["inspect", "--length", "40"], "evicts none of 40 tokens"),
     "inspect: nothing to show": (["inspect", "--length", "40", "--show", "nowhere.txt"], "nowhere.txt"),
+    "calibrate: no text": (["calibrate", "--text", "EMPTY"], "is empty"),
+    "calibrate: unknown device": (["calibrate", "--device", "toaster", "--length", "64"], "toaster"),
+    "calibrate: no such GGUF": (["calibrate", "--gguf-file", "no.gguf"], "has no no.gguf"),
     "calibrate: too long": (["calibrate", "--length", "600", "--rows", "1"], "512 positions"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_a_mistake_is_one_line_and_writes_nothing(files, mistake, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_writes_nothing(files, mistake, tmp_path, tmp_path_factory, monkeypatch, capsys):
     (command, *arguments), message = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     before = snapshot(files.adapter)
+    texts = {"EMPTY": b"", "BINARY": b"\xff\xfe\x00"}
+    for name in texts.keys() & set(arguments):
+        file = tmp_path_factory.mktemp("texts") / f"{name}.txt"
+        file.write_bytes(texts[name])
+        arguments[arguments.index(name)] = str(file)
     assert cli.main([command, *files.arguments, "--output", "out", *arguments]) == 2
     assert_one_line(capsys, message)
     assert snapshot(tmp_path) == {} and snapshot(files.adapter) == before
@@ -122,6 +145,11 @@ def assert_one_line(capsys, message: str) -> None:
         (["--adapter", "ADAPTER", "--prompt", " "], "--prompt is empty"),
         (["--adapter", "ADAPTER", "--chat"], "no chat template"),
         (["--adapter", "ADAPTER", "--memory-size", "4"], "memory_size=4 must be at least 5"),
+        (["--adapter", "ADAPTER", "--memory-size", "0"], "--memory-size 0 must be 1 or more"),
+        (["--adapter", "ADAPTER", "--device", "meta"], "device='meta'"),
+        (["--adapter", "ADAPTER", "--gguf-file", "no.gguf"], "has no no.gguf"),
+        (["--model", "./nowhere", "--policy", "random"], "There is no folder ./nowhere"),
+        (["--model", ".", "--policy", "random"], "has no config.json"),
         (["--adapter", "ADAPTER", "--budgets", "calibrated"], "retention-gates calibrate"),
         (["--adapter", "ADAPTER", "--temperature", "nan"], "--temperature nan"),
         (["--adapter", "ADAPTER", "--max-new-tokens", "0"], "--max-new-tokens 0"),
@@ -137,6 +165,48 @@ def test_mistakes_in_generate(files, arguments, message, tmp_path, monkeypatch, 
     assert cli.main(["generate", "--prompt", "the old ship", *given, *policy]) == 2
     assert_one_line(capsys, message)
     assert snapshot(tmp_path) == {}
+
+
+DAMAGES = {
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{no"), "adapter_config.json is not JSON"),
+    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "holds a list"),
+    "a LoRA": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+        "peft_type='LORA'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize("command", ["generate", "evaluate", "calibrate", "inspect"])
+def test_a_folder_that_is_no_adapter_of_ours(files, command, damage, tmp_path, capsys):
+    change, message = DAMAGES[damage]
+    broken = tmp_path / "adapter"
+    shutil.copytree(files.adapter, broken)
+    change(broken)
+    before = snapshot(tmp_path)
+    text = ["--text", str(files.texts), "--output", str(tmp_path / "out"), "--length", "200"]
+    options = ["--prompt", "the old ship"] if command == "generate" else text
+    for base in ([], ["--model", str(files.model)]):
+        assert cli.main([command, "--adapter", str(broken), *base, *options]) == 2
+        assert_one_line(capsys, message)
+    assert snapshot(tmp_path) == before
+
+
+def test_the_error_has_a_line_of_its_own_below_a_progress_bar(monkeypatch, capsys):
+    recipe = importlib.import_module("retention_gates.recipes.generate")
+
+    def stop_in_a_bar(options):
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=3)
+        bar.update()
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(recipe, "main", stop_in_a_bar)
+    assert cli.main(["generate", "--prompt", "a"]) == 2
+    assert_one_line(capsys, "a mistake")
 
 
 def test_a_truncated_adapter(files, tmp_path, capsys):
