@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gated_models import gated_model, token_ids
+from gated_models import gated_model, step_by_step, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_eviction import PlainHead
@@ -95,16 +95,6 @@ def test_keeps_and_shows_what_plain_python_does(run):
     logits = logits.masked_fill(~visible[:, :, None], -math.inf)
     expected = (logits.softmax(-1).nan_to_num() @ value[:, :, None]).flatten(1, 2)
     torch.testing.assert_close(torch.cat(outputs, dim=2), expected, rtol=1e-4, atol=1e-5)
-
-
-def step_by_step(model, ids, cache, attention_mask=None):
-    """Logits [B, T, V] of one token at a time."""
-    logits = []
-    with torch.no_grad():
-        for step in range(ids.shape[1]):
-            mask = None if attention_mask is None else attention_mask[:, : step + 1]
-            logits.append(model(input_ids=ids[:, step : step + 1], past_key_values=cache, attention_mask=mask).logits)
-    return torch.cat(logits, dim=1)
 
 
 @pytest.mark.parametrize("budgets", ["uniform", [[5, 11], [20, 4], [7, 9], [3, 5]]])

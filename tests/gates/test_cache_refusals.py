@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from gated_models import gated_model, token_ids
+from gated_models import gated_model, step_by_step, token_ids
 
 from retention_gates.gates.cache import BoundedCache
 

@@ -31,3 +31,13 @@ def token_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
         torch.cat([torch.randperm(94, generator=generator) + 3 for _ in range(-(-tokens // 94))]) for _ in range(batch)
     ]
     return torch.stack(rows)[:, :tokens]
+
+
+def step_by_step(model, ids, cache, attention_mask=None):
+    """Logits [B, T, V] of one token at a time."""
+    logits = []
+    with torch.no_grad():
+        for step in range(ids.shape[1]):
+            mask = None if attention_mask is None else attention_mask[:, : step + 1]
+            logits.append(model(input_ids=ids[:, step : step + 1], past_key_values=cache, attention_mask=mask).logits)
+    return torch.cat(logits, dim=1)
