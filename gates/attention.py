@@ -13,9 +13,15 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from retention_gates.gates.documents import document_ids_from
 from retention_gates.kernels.retention_attention import retention_attention
 
 PREFIX = "retention_gates_"
@@ -78,6 +84,8 @@ def attention_forward(
         output = cache_layer.attend(query, key, value, scale=scale, softcap=softcap, sinks=s_aux)
     else:
         assert log_beta is not None
+        # under autocast the rotary embedding leaves queries and keys in fp32 and values in 16 bits
+        query, key = query.to(value.dtype), key.to(value.dtype)
         output = retention_attention(
             query, key, value, log_beta, scale=scale, document_ids=document_ids, softcap=softcap, sinks=s_aux
         )
@@ -97,23 +105,38 @@ def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> t
 
 
 def base_causal_mask(
-    module: Any, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None, cache: Cache
+    module: Any,
+    hidden_states: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
 ) -> torch.Tensor | None:
-    """The mask the base implementation would have got for a full-attention layer and a cache that evicts nothing."""
+    """The mask the base implementation would have got for a full-attention layer that evicts nothing.
+
+    Args:
+        hidden_states: [B, T, C], for sizes and device.
+        padding_mask: [B, S], the past and the new tokens, or None.
+        position_ids: [B, T] or [1, T]; where there is neither mask nor cache they show packed documents.
+    """
     base = base_implementation_of(module.config._attn_implementation)
-    length, layer = hidden_states.shape[1], module.layer_idx
-    kv_length, kv_offset = cache.get_mask_sizes(length, layer)
+    batch, length, layer = hidden_states.shape[0], hidden_states.shape[1], module.layer_idx
+    kv_length, kv_offset = (length, 0) if cache is None else cache.get_mask_sizes(length, layer)
+    pattern: Callable[..., Any] = causal_mask_function
     if padding_mask is not None:
         padding_mask = padding_mask.bool()
+    elif cache is None:
+        packed = document_ids_from(None, position_ids, batch)
+        if packed is not None and bool(packed.any()):
+            pattern = and_masks(causal_mask_function, packed_sequence_mask_function(packed))
     return ALL_MASK_ATTENTION_FUNCTIONS[base](
-        batch_size=hidden_states.shape[0],
+        batch_size=batch,
         q_length=length,
         kv_length=kv_length,
-        q_offset=cache.get_seq_length(layer),
+        q_offset=0 if cache is None else cache.get_seq_length(layer),
         kv_offset=kv_offset,
-        mask_function=causal_mask_function,
+        mask_function=pattern,
         attention_mask=padding_mask,
-        allow_is_causal_skip=True,
+        allow_is_causal_skip=pattern is causal_mask_function,
         dtype=hidden_states.dtype,
         device=hidden_states.device,
         config=module.config,

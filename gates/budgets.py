@@ -83,9 +83,8 @@ class RetainedMass:
         masses = []
         for layer in log_beta:
             where = counts[:, None].to(layer.device)
-            masses.append(
-                (retention_sum(layer.detach(), document_ids=document_ids) * where).double().sum((0, 2)).cpu()
-            )
+            documents = None if document_ids is None else document_ids.to(layer.device)
+            masses.append((retention_sum(layer.detach(), document_ids=documents) * where).double().sum((0, 2)).cpu())
         self.totals = [a + b for a, b in zip(self.totals, masses, strict=True)] if self.totals else masses
         self.steps += int(counts.sum())
 

@@ -129,11 +129,22 @@ class EvictingCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_batch(key_states)
+        self._check_passes(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
         self._check_batch(conv_states)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def _check_passes(self, layer_idx: int) -> None:
+        """All layers must have begun equally many passes when the first begins another."""
+        first, *others = self.gated_layers
+        begins = layer_idx == first.rule.layer and first.staged is not None
+        if begins and any(layer.passes != first.passes for layer in others):
+            raise ValueError(
+                "The last forward pass with this cache broke off between two layers, so that they do not agree: call "
+                "cache.reset() and start the sequence again."
+            )
 
     def _check_batch(self, states: torch.Tensor) -> None:
         allocated = {layer.batch_size for layer in self.gated_layers if layer.is_initialized}

@@ -15,13 +15,14 @@ class GatedCacheLayer(CacheLayerMixin):
     """
 
     @abstractmethod
-    def stage(self, module: nn.Module, log_beta: torch.Tensor, valid: torch.Tensor | None) -> None:
+    def stage(self, module: nn.Module, log_beta: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
         """Takes what `update` does not get.
 
         Args:
             module: the wrapper that calls; a cache belongs to one model.
             log_beta: [B, H, T] fp32, as the gate gave it.
-            valid: [B, T] bool, False for padding; None if all are real.
+            padding_mask: [B, S] bool, False for padding, S >= T; its last T columns are the new tokens, those before
+                them the past. None if all are real.
         """
 
     @abstractmethod

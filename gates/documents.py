@@ -18,17 +18,22 @@ def document_ids_from(
         ValueError: for a mask that is not 2-D; ages cannot be read from it.
     """
     if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"Retention gates need a 2-D padding mask [batch, tokens], not a mask {list(attention_mask.shape)}: "
-                "pass the padding mask itself, or switch the gates off with model.disable_adapter()."
-            )
+        check_padding_mask(attention_mask)
         return attention_mask.long() - 1
     if position_ids is None:
         return None
     starts = torch.zeros_like(position_ids)
     starts[:, 1:] = position_ids.diff(dim=-1) != 1
     return starts.cumsum(-1).expand(batch_size, -1)
+
+
+def check_padding_mask(attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError for a mask that is not 2-D: neither ages nor what is padding can be read from it."""
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"Retention gates need a 2-D padding mask [batch, tokens], not a mask {list(attention_mask.shape)}: "
+            "pass the padding mask itself, or switch the gates off with model.disable_adapter()."
+        )
 
 
 def document_offsets(document_ids: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,11 @@ def full_attention_layers(model: nn.Module) -> dict[int, str]:
         raise ValueError(
             f"{name} has no causal self-attention layers: an encoder or a recurrent model keeps no cache to bound."
         )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"{name} shares keys and values between layers (num_kv_shared_layers={config.num_kv_shared_layers}): "
+            "later layers would read what an earlier one has evicted. Choose a model whose layers have their own."
+        )
     cache_layers = DynamicCache(config=config).layers
     full = {
         i: attention[i] for i in sorted(attention) if i < len(cache_layers) and type(cache_layers[i]) is DynamicLayer

@@ -47,6 +47,7 @@ class OutputHead:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., C] -> [..., V], in fp32 after the matmul."""
+        hidden_states = hidden_states.to(self.weight.device)
         logits = nn.functional.linear(hidden_states, self.weight, self.bias).float() * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -5,12 +5,13 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from retention_gates.gates.attention import PREFIX, base_causal_mask
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import RetentionGateConfig
-from retention_gates.gates.documents import document_ids_from, document_offsets
+from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.recording import Recording
 
@@ -75,27 +76,40 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         return None if name is None else cast(RetentionGate, self.retention_gate[name])
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        gate = self.active_gate
-        if gate is None:
+        if self.disable_adapters:
             return self.base_layer(hidden_states, *args, **kwargs)
         self._check_implementation()
-        padding_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        gate = self.active_gate
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the name differs in old families
+        if gate is None:
+            return self._forward_undecayed(hidden_states, cache, *args, **kwargs)
         if cache is None:
             return self._forward_decayed(gate, hidden_states, *args, **kwargs)
-        cache_layer = (
-            cache.layers[self.base_layer.layer_idx] if self.base_layer.layer_idx < len(cache.layers) else None
-        )
+        padding_mask = kwargs.get("attention_mask")
+        check_padding_mask(padding_mask)
+        layer = self.base_layer.layer_idx
+        cache_layer = cache.layers[layer] if layer < len(cache.layers) else None
         if isinstance(cache_layer, GatedCacheLayer):
-            valid = None if padding_mask is None else padding_mask[:, -hidden_states.shape[1] :].bool()
             with torch.no_grad():
-                cache_layer.stage(self, gate(hidden_states), valid)
+                cache_layer.stage(self, gate(hidden_states), None if padding_mask is None else padding_mask.bool())
             return self.base_layer(hidden_states, *args, cache_layer=cache_layer, **kwargs)
+        if any(isinstance(other, GatedCacheLayer) for other in cache.layers):
+            raise ValueError(
+                f"Layer {layer} has a gate in the adapter {self.active_gate_name!r}, but the cache was made while "
+                "another was active: make a new BoundedCache after model.set_adapter."
+            )
         logger.warning_once(
             f"Retention gates are on but the cache is a {type(cache).__name__}: nothing is evicted and memory grows. "
             "Pass past_key_values=BoundedCache(model, memory_size=...), or use_cache=False for the decayed attention."
         )
-        kwargs["attention_mask"] = base_causal_mask(self.base_layer, hidden_states, padding_mask, cache)
-        return self.base_layer(hidden_states, *args, **kwargs)
+        return self._forward_undecayed(hidden_states, cache, *args, **kwargs)
+
+    def _forward_undecayed(self, hidden_states: torch.Tensor, cache: Cache | None, *args: Any, **kwargs: Any) -> Any:
+        """The base's attention, with the mask that the base would have made for it."""
+        padding_mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        check_padding_mask(padding_mask)
+        mask = base_causal_mask(self.base_layer, hidden_states, padding_mask, position_ids, cache)
+        return self.base_layer(hidden_states, *args, **(kwargs | {"attention_mask": mask}))
 
     def _forward_decayed(self, gate: RetentionGate, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         recording = self.recording

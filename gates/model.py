@@ -36,8 +36,7 @@ class RetentionGateModel(BaseTuner):
     @property
     def gated_layers(self) -> list[RetentionGatedAttention]:
         """The wrapped attention modules that have a gate in the active adapter, by layer index."""
-        layers = [m for m in self.model.modules() if isinstance(m, RetentionGatedAttention)]
-        active = [m for m in layers if any(name in m.retention_gate for name in self.active_adapters)]
+        active = [m for m in self._wrappers if any(name in m.retention_gate for name in self.active_adapters)]
         return sorted(active, key=lambda layer: layer.base_layer.layer_idx)
 
     @property
@@ -160,8 +159,7 @@ class RetentionGateModel(BaseTuner):
         if isinstance(target, RetentionGatedAttention):
             target.update_layer(adapter_name, peft_config, *sizes)
             return
-        layer = RetentionGatedAttention(target)
-        layer._active_adapter = self.active_adapter
+        layer = self._wrapper(target)
         layer.update_layer(adapter_name, peft_config, *sizes)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -170,35 +168,65 @@ class RetentionGateModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own version wants a weight on the wrapped module
         if isinstance(child, RetentionGatedAttention):
-            self._switch(False)  # unload: the base's attention again
+            self._name_implementation(gated=False)  # unload: the base's attention again
 
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self._switch(True)
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        # full-attention layers without a gate are wrapped as well: they need their mask back (see attention.py)
+        for name in full_attention_layers(model).values():
+            if not isinstance(module := model.get_submodule(name), RetentionGatedAttention):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, self._wrapper(module))
+        self._follow_state()
+
+    def _wrapper(self, attention: nn.Module) -> RetentionGatedAttention:
+        layer = RetentionGatedAttention(attention)
+        layer._active_adapter = self.active_adapter
+        layer._disable_adapters = any(other.disable_adapters for other in self._wrappers)
+        return layer
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self._switch(enabled and bool(self.active_adapters))
+        self._follow_state()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._switch(True)
+        self._follow_state()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._switch(bool(self.active_adapters))
+        self._follow_state()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "Gates are no change of the base's weights and cannot be merged: model.unload() removes them."
+        )
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError(
+            "Gates are no change of the base's weights and cannot be merged: model.unload() removes them."
+        )
+
+    @property
+    def _wrappers(self) -> list[RetentionGatedAttention]:
+        return [module for module in self.model.modules() if isinstance(module, RetentionGatedAttention)]
 
     @property
     def _gates_on(self) -> bool:
         return text_config(self.model)._attn_implementation.startswith(PREFIX)
 
-    def _switch(self, on: bool) -> None:
+    def _follow_state(self) -> None:
+        disabled = any(layer.disable_adapters for layer in self._wrappers)
+        self._name_implementation(gated=bool(self.active_adapters) and not disabled)
+
+    def _name_implementation(self, *, gated: bool) -> None:
         """Lets the configs name our attention implementation or the base's."""
-        attention: list[Any] = [m.base_layer for m in self.model.modules() if isinstance(m, RetentionGatedAttention)]
-        for config in {id(c): c for c in [text_config(self.model), *(a.config for a in attention)]}.values():
+        configs = [text_config(self.model), *(layer.base_layer.config for layer in self._wrappers)]
+        for config in {id(config): config for config in configs}.values():
             current = config._attn_implementation
-            if on and not (current or "").startswith(PREFIX):
+            if gated and not (current or "").startswith(PREFIX):
                 config._attn_implementation = gated_implementation(current)
-            elif not on and (current or "").startswith(PREFIX):
+            elif not gated and (current or "").startswith(PREFIX):
                 config._attn_implementation = base_implementation_of(current)
 
     @classmethod

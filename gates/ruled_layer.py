@@ -25,27 +25,34 @@ class RuledLayer(GatedCacheLayer):
         self.is_empty = True  # known without asking the device
         self.is_attending = False
         self.staged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.adapter = getattr(owner, "active_gate_name", None)
+        self.passes = 0  # forward passes begun, counted without asking the device
 
     def set_rule(self, budgets: tuple[int, ...], protected: tuple[tuple[int, int], ...]) -> None:
         """Changes what the rule protects and, while the layer is empty, the budgets."""
         assert self.is_empty or budgets == self.rule.budgets
         self.rule = replace(self.rule, budgets=budgets, protected=protected)
 
-    def stage(self, module: nn.Module, log_beta: torch.Tensor, valid: torch.Tensor | None) -> None:
+    def stage(self, module: nn.Module, log_beta: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
         if module is not self.owner():
             raise ValueError(
                 "This cache was made for another model, and a cache holds the keys of one: make one for this model, "
                 "BoundedCache(model, memory_size=...)."
+            )
+        if self.adapter != getattr(module, "active_gate_name", None):
+            raise ValueError(
+                f"This cache was made for the adapter {self.adapter!r} and another is active: switch back with "
+                "model.set_adapter, or make a new BoundedCache."
             )
         if self.is_attending:
             raise ValueError(
                 "The last forward pass with this cache broke off in the middle, so that its layers do not agree: call "
                 "cache.reset() and start the sequence again."
             )
-        self.staged = (log_beta, valid)
+        self.staged = (log_beta, padding_mask)
 
     def take_staged(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """log_beta [B, H, T] and valid [B, T] or None of this forward pass.
+        """log_beta [B, H, T] and the padding mask [B, S] or None of this forward pass; its last T columns are new.
 
         Raises:
             ValueError: if no gate ran.
@@ -57,6 +64,7 @@ class RuledLayer(GatedCacheLayer):
             )
         staged, self.staged = self.staged, None
         self.is_attending = True
+        self.passes += 1
         return staged
 
     def get_max_length(self) -> int:
@@ -64,7 +72,7 @@ class RuledLayer(GatedCacheLayer):
 
     def reset(self) -> None:
         """Forgets all tokens; what is allocated and what is pinned stay."""
-        self.is_empty, self.is_attending, self.staged = True, False, None
+        self.is_empty, self.is_attending, self.staged, self.passes = True, False, None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:

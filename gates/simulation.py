@@ -35,7 +35,7 @@ class SimulatedLayer(RuledLayer):
                 "A SimulatedCache reads a whole sequence in one forward pass, and this one has read its own: call "
                 "cache.reset() before the next. To generate, use BoundedCache."
             )
-        log_beta, valid = self.take_staged()
+        log_beta, valid = self.take_staged()  # the whole sequence is new
         self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
         offset = torch.arange(tokens, device=self.device).expand(self.batch_size, tokens)

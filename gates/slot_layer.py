@@ -67,10 +67,13 @@ class SlotLayer(RuledLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_beta, valid = self.take_staged()
+        log_beta, padding_mask = self.take_staged()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
+        valid = None if padding_mask is None else padding_mask[:, -tokens:]
+        if padding_mask is not None and not self.is_empty:
+            self._drop_padding(padding_mask[:, :-tokens])
         columns = (self.seen + torch.arange(tokens, device=self.device)).expand(self.batch_size, tokens)
         positions = columns
         if valid is not None:
@@ -103,6 +106,15 @@ class SlotLayer(RuledLayer):
             self.chunk = (score, positions, valid is not None and not bool(valid.all()))
         self.seen += tokens
         return key_states, value_states
+
+    def _drop_padding(self, past: torch.Tensor) -> None:
+        """Empties slots of columns that the mask [B, past columns] has come to call padding.
+
+        A row that ends early is filled up with tokens that only the next turn's mask tells from real ones.
+        """
+        if past.shape[1]:
+            real = past.gather(1, self.slot_positions.clamp(0, past.shape[1] - 1))
+            self.slot_positions.masked_fill_(~real & (self.slot_positions < past.shape[1]), -1)
 
     def attend(
         self,

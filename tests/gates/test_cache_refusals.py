@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from gated_models import gated_model, step_by_step, token_ids
 
+from retention_gates import RetentionGateConfig, find_gated_model
 from retention_gates.gates.cache import BoundedCache
 
 
@@ -94,6 +96,41 @@ def test_a_forward_pass_that_broke_off():
         model(input_ids=token_ids(1, 3), past_key_values=cache)
     cache.reset()
     step_by_step(model, token_ids(1, 3), cache)
+
+
+@torch.no_grad()
+def test_a_forward_pass_that_broke_off_between_layers(monkeypatch):
+    model = gated_model()
+    cache = BoundedCache(model, memory_size=8)
+    step_by_step(model, token_ids(1, 3), cache)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(find_gated_model(model).model.model.layers[1].mlp, "forward", interrupt)
+        model(input_ids=token_ids(1, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="broke off between two layers"):
+        model(input_ids=token_ids(1, 1), past_key_values=cache)
+    cache.reset()
+    step_by_step(model, token_ids(1, 3), cache)
+
+
+@torch.no_grad()
+def test_another_adapter():
+    model = gated_model()
+    model.add_adapter("b", RetentionGateConfig(gate_width=8))
+    model.add_adapter("first", RetentionGateConfig(gate_width=8, layers_to_transform=[0]))
+    cache = BoundedCache(model, memory_size=8)
+    step_by_step(model, token_ids(1, 3), cache)
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match="adapter 'default' and another is active"):
+        model(input_ids=token_ids(1, 1), past_key_values=cache)
+    model.set_adapter("first")
+    cache = BoundedCache(model, memory_size=8)
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match="adapter 'first' and another is active"):
+        model(input_ids=token_ids(1, 1), past_key_values=cache)
 
 
 def test_no_way_back():

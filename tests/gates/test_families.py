@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import FAMILIES, tiny_config, tiny_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
-from retention_gates import RetentionGateConfig, record
+from retention_gates import BoundedCache, RetentionGateConfig, record
 from retention_gates.gates.head import OutputHead
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -160,6 +160,7 @@ def test_layerwise_error_is_zero_without_decay_and_trains_gates_only():
         (lambda: AutoModelForMaskedLM.from_config(CONFIG_MAPPING["bert"](**ENCODER)), "encoder"),
         (lambda: tiny_model("mistral", sliding_window=8), "bounded already"),
         (lambda: AutoModelForCausalLM.from_config(CONFIG_MAPPING["mamba"](vocab_size=97, **MAMBA)), "no causal"),
+        (lambda: AutoModelForCausalLM.from_config(tiny_config("gemma3n_text", **SHARED)), "shares keys and values"),
         (lambda: torch.nn.Linear(2, 2), "no transformers model"),
     ],
 )
@@ -169,4 +170,41 @@ def test_families_that_cannot_work_say_why(model, why):
 
 
 ENCODER = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHARED = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
 MAMBA = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_layers_without_a_gate_keep_the_base_attention(implementation):
+    """Some layers gated, nothing decayed or evicted: the base, with padding, packing, and in two turns with a cache."""
+    base = tiny_model("llama")
+    base.set_attn_implementation(implementation)
+    options = {"layers_to_transform": [0, 2], "gate_width": 8, "initial_half_life": 1e30}
+    model = get_peft_model(base, RetentionGateConfig(**options)).eval()
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    packed = torch.cat([torch.arange(8), torch.arange(12)])[None].expand(2, -1)
+    for arguments in (
+        {},
+        {"attention_mask": torch.ones_like(IDS)},
+        {"attention_mask": mask},
+        {"position_ids": packed},
+    ):
+        with model.disable_adapter():
+            expected = model(IDS, use_cache=False, **arguments).logits
+        real = arguments.get("attention_mask", torch.ones_like(IDS)).bool()
+        logits = model(IDS, use_cache=False, **arguments).logits
+        torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        expected = model(IDS).logits
+    for cache in (BoundedCache(model, memory_size=64), DynamicCache(config=model.config)):
+        turns = [model(IDS[:, turn], past_key_values=cache).logits for turn in (slice(0, 9), slice(9, 20))]
+        torch.testing.assert_close(torch.cat(turns, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_under_autocast():
+    model = gated("llama", initial_half_life=4.0).train()
+    with torch.autocast("cpu", torch.bfloat16), record(model) as recording:
+        hidden = model(IDS, use_cache=False, last_hidden_state_only=True)
+    assert hidden.isfinite().all() and {x.dtype for x in recording.log_beta} == {torch.float32}

@@ -302,3 +302,20 @@ def test_bf16_errs_no_more_than_the_base_model():
     error = (torch.cat(steps, dim=1) - exact).abs()
     assert cache.layers[0].keys.dtype == torch.bfloat16 and cache.layers[0].score.dtype == torch.float32
     assert error.mean() <= 2 * base_error.mean() and error.max() <= 2 * base_error.max()
+
+
+@torch.no_grad()
+def test_padding_that_the_next_turn_tells_of_is_forgotten():
+    """A row that ends early is filled up by generate; the next turn's mask says with what."""
+    model = gated_model()
+    ids = token_ids(2, 24)
+    first = torch.ones(2, 16, dtype=torch.long)
+    mask = torch.cat([first, torch.ones(2, 8, dtype=torch.long)], dim=1)
+    mask[0, 10:16] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = []
+    for cache in (BoundedCache(model, memory_size=64), DynamicCache(config=model.config)):
+        model(input_ids=ids[:, :16], attention_mask=first, position_ids=positions[:, :16], past_key_values=cache)
+        turn = {"attention_mask": mask, "position_ids": positions[:, 16:], "past_key_values": cache}
+        logits.append(model(input_ids=ids[:, 16:], **turn).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)

@@ -54,6 +54,27 @@ def test_two_adapters_delete_and_unload():
 
 
 @torch.no_grad()
+def test_adapters_that_come_while_the_gates_are_off_leave_the_base_alone(adapter):
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    for implementation in ("sdpa", "eager"):
+        base = tiny_model()
+        base.set_attn_implementation(implementation)
+        expected = base(IDS, attention_mask=mask).logits
+        model = get_peft_model(base, RetentionGateConfig(gate_width=8, initial_half_life=4.0)).eval()
+        on = model(IDS, use_cache=False).logits
+        with model.disable_adapter():
+            model.add_adapter("b", RetentionGateConfig(gate_width=8, layers_to_transform=[1]))
+            model.set_adapter("b")
+            model.load_adapter(adapter, "c")
+            assert torch.equal(model(IDS, attention_mask=mask).logits, expected)
+        model.set_adapter("default")
+        assert torch.equal(model(IDS, use_cache=False).logits, on)
+        with pytest.raises(ValueError, match=r"model.unload\(\)"):
+            model.merge_and_unload()
+
+
+@torch.no_grad()
 def test_a_second_copy_of_an_adapter_and_another_name(adapter):
     model = PeftModel.from_pretrained(tiny_model(), adapter, adapter_name="code").eval()
     first = model(IDS, use_cache=False).logits
