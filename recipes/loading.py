@@ -34,8 +34,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter_required: bo
     )
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, *, rows: int, length: int, rows_option: str) -> None:
-    """--text and what chooses rows of it."""
+def add_text_arguments(
+    parser: argparse.ArgumentParser, *, rows: int, length: int, rows_option: str, training_works: bool = False
+) -> None:
+    """--text and what chooses rows of it; `training_works`: the help is that of a command on the training works."""
+    which = "leave out the works" if training_works else "only the works"
     parser.add_argument(
         "--text",
         metavar="SOURCE",
@@ -51,9 +54,14 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, rows: int, length: in
         "--test-fraction",
         type=float,
         metavar="F",
-        help="only the works that a training run with the same test fraction and split seed has set aside",
+        help=f"{which} that a training run with the same test fraction and split seed has set aside",
     )
-    held_out.add_argument("--test-works", nargs="+", metavar="WORK", help="only these works")
+    held_out.add_argument(
+        "--test-works",
+        nargs="+",
+        metavar="WORK",
+        help="leave out these works" if training_works else "only these works",
+    )
     parser.add_argument("--split-seed", type=int, default=0, help="seed of --test-fraction (default: 0)")
     parser.add_argument(
         rows_option, dest="rows", type=int, default=rows, metavar="N", help=f"passages taken from it (default: {rows})"
@@ -156,8 +164,14 @@ def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
         )
 
 
-def load_token_documents(options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "list[TokenDocument]":
-    """Tokenised documents as the text arguments say; of a large data set only as many as the passages need."""
+def load_token_documents(
+    options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", *, training_works: bool = False
+) -> "list[TokenDocument]":
+    """Tokenised documents as the text arguments say; of a large data set only as many as the passages need.
+
+    Args:
+        training_works: take the works that --test-fraction or --test-works leaves for training, not the others.
+    """
     from retention_gates.data.sources import load_documents, split_by_work
     from retention_gates.data.tokens import tokenize_documents
 
@@ -172,9 +186,10 @@ def load_token_documents(options: argparse.Namespace, tokenizer: "PreTrainedToke
         seed=options.seed,
     )
     if options.test_fraction is not None or options.test_works is not None:
-        _, documents = split_by_work(
+        train, test = split_by_work(
             documents, test_fraction=options.test_fraction, test_works=options.test_works, seed=options.split_seed
         )
+        documents = train if training_works else test
     tokenized: list[TokenDocument] = []
     for first in range(0, len(documents), DOCUMENTS_AT_A_TIME):
         tokenized += tokenize_documents(documents[first : first + DOCUMENTS_AT_A_TIME], tokenizer)

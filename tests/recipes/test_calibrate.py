@@ -9,6 +9,7 @@ from tiny_adapter import Files, make_files
 from retention_gates import find_gated_model
 from retention_gates.cli import main
 from retention_gates.gates.cache import BoundedCache
+from retention_gates.recipes import calibrate, loading
 from retention_gates.recipes.loading import load_model
 
 
@@ -42,6 +43,21 @@ def test_the_stored_shares_divide_the_memory(files):
     ranked = [pair for row in zip(shares, entries, strict=True) for pair in zip(*row, strict=True)]
     assert [entry for _, entry in sorted(ranked)] == sorted(entry for _, entry in ranked)
     assert len({entry for _, entry in ranked}) > 2
+
+
+@pytest.mark.parametrize("set_aside", [["--test-works", "work3"], ["--test-fraction", "0.25"]])
+def test_the_works_set_aside_are_left_out(files, set_aside, monkeypatch):
+    read = []
+
+    def load_rows(options, tokenizer, documents):
+        test = loading.load_token_documents(options, tokenizer)
+        read.append([{tuple(document.ids) for document in each} for each in (documents, test)])
+        return loading.load_rows(options, tokenizer, documents)
+
+    monkeypatch.setattr(calibrate, "load_rows", load_rows)
+    assert main(["calibrate", *files.arguments, "--rows", "3", "--length", "64", *set_aside]) == 0
+    ((train, test),) = read
+    assert len(train) == 3 and len(test) == 1 and not train & test
 
 
 def test_a_copy(files, tmp_path):
