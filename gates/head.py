@@ -53,13 +53,14 @@ class OutputHead:
 
     @torch.no_grad()
     def _check(self, gated: nn.Module, base: nn.Module) -> None:
-        was_training = base.training
+        training = [module for module in base.modules() if module.training]
         base.eval()
         ids = torch.zeros((1, 1), dtype=torch.long, device=self.weight.device)
         # only the head is compared, so that any hidden state will do
         hidden = gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         own = base(input_ids=ids, use_cache=False).logits.float()
-        base.train(was_training)
+        for module in training:  # what was in eval mode stays there
+            module.training = True
         ours = self.logits(hidden)
         tolerance = 1e-3 if self.weight.dtype == torch.float32 else 3e-2
         if not torch.allclose(ours, own.to(ours.device), rtol=tolerance, atol=tolerance * own.abs().max().item()):

@@ -22,6 +22,8 @@ class Recording:
 def record(model: nn.Module, layerwise: bool = False) -> Iterator[Recording]:
     """Collects log_beta of every gated layer of `model` for the forward passes inside the block.
 
+    With gradient checkpointing, gradients reach what is recorded in its non-reentrant form only (`use_reentrant=False`).
+
     Args:
         layerwise: let every layer compare its own attention output with and without decay, and pass on the undecayed
             one, so that each gate learns on the teacher's activations and no gradient goes through the model.

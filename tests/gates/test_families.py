@@ -177,7 +177,7 @@ MAMBA = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_layers_without_a_gate_keep_the_base_attention(implementation):
-    """Some layers gated, nothing decayed or evicted: the base, with padding, packing, and in two turns with a cache."""
+    """Some layers gated, nothing decayed or evicted: the base, with padding, packing, and in two turns."""
     base = tiny_model("llama")
     base.set_attn_implementation(implementation)
     options = {"layers_to_transform": [0, 2], "gate_width": 8, "initial_half_life": 1e30}
