@@ -22,7 +22,7 @@ class Recording:
 def record(model: nn.Module, layerwise: bool = False) -> Iterator[Recording]:
     """Collects log_beta of every gated layer of `model` for the forward passes inside the block.
 
-    With gradient checkpointing, gradients reach what is recorded in its non-reentrant form only (`use_reentrant=False`).
+    With gradient checkpointing, only the non-reentrant form (`use_reentrant=False`) lets gradients reach what is recorded.
 
     Args:
         layerwise: let every layer compare its own attention output with and without decay, and pass on the undecayed
