@@ -12,10 +12,12 @@ from retention_gates.trainers.losses import CapacityNormalisation
 
 OBJECTIVES = ("end_to_end", "layerwise")
 EVAL_BUDGETS = ("uniform", "calibrated")
+EVAL_METRICS = ("kl", "nll", "full_nll", "agreement")  # each of them for each of eval_memory_sizes: kl_64
 
 # Options of TrainingArguments that this trainer would ignore, or that would break exact resume.
 REFUSED = {
     "auto_find_batch_size": "choose per_device_train_batch_size yourself, so that a run can be repeated",
+    "ignore_data_skip": "a resumed run would see its first rows again, and go on differently from an unbroken one",
     "label_smoothing_factor": "the teacher's distribution is the target",
     "neftune_noise_alpha": "teacher and student must see the same embeddings",
     "push_to_hub": "push the finished adapter instead",
@@ -114,6 +116,8 @@ class RetentionTrainingArguments(TrainingArguments):
                 "ddp_find_unused_parameters=True would take gates for unused: they reach the loss past the model's "
                 "output. Leave it out."
             )
+        self._check_length_of_run()
+        self._check_best_model()
         self._settle_objective()
         for name in ("capacity_weight", "kl_weight", "next_token_weight", "learning_rate", "weight_decay"):
             _check_weight(name, getattr(self, name))
@@ -124,6 +128,24 @@ class RetentionTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
+
+    def _check_length_of_run(self) -> None:
+        default = TrainingArguments.num_train_epochs
+        if self.max_steps > 0 and self.num_train_epochs != default:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs!r} would be ignored, since max_steps={self.max_steps} "
+                "decides: leave num_train_epochs out and set max_steps."
+            )
+
+    def _check_best_model(self) -> None:
+        if not self.load_best_model_at_end:
+            return
+        measured = [f"{name}_{size}" for name in EVAL_METRICS for size in self.eval_memory_sizes]
+        if (self.metric_for_best_model or "").removeprefix("eval_") not in measured:
+            raise ValueError(
+                f"load_best_model_at_end=True with metric_for_best_model={self.metric_for_best_model!r}, which no "
+                f"evaluation measures: set metric_for_best_model to one of {', '.join(measured)}."
+            )
 
     def _settle_objective(self) -> None:
         """Fills in what depends on the objective and refuses what it would ignore."""

@@ -32,13 +32,12 @@ from retention_gates.trainers.checkpoint import (
     write_manifest,
 )
 from retention_gates.trainers.checks import check_model, check_packing
-from retention_gates.trainers.config import RetentionTrainingArguments
+from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
 
 Batch = dict[str, torch.Tensor]
-EVAL_METRICS = ("kl", "nll", "full_nll", "agreement")
 
 
 class RetentionTrainer(Trainer):

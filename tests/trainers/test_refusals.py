@@ -106,9 +106,23 @@ def test_a_later_row_without_a_target_is_refused(tmp_path: Path):
         ({"ddp_find_unused_parameters": True}, "take gates for unused"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not for training gates"),
         ({"save_only_model": True}, "save_only_model"),
+        ({"ignore_data_skip": True}, "ignore_data_skip=True is not for training gates: a resumed run"),
+        ({"num_train_epochs": 5}, "num_train_epochs=5 would be ignored, since max_steps=6 decides"),
+        ({"load_best_model_at_end": True}, "metric_for_best_model=None, which no evaluation measures"),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "eval_kl_9", "eval_memory_sizes": [8, 16]},
+            "metric_for_best_model='eval_kl_9'.*one of kl_8, kl_16, nll_8",
+        ),
     ],
 )
 def test_arguments_that_no_run_can_use_are_refused(tmp_path: Path, changes: dict, match: str):
     with pytest.raises(ValueError, match=match):
         trainer_of(tmp_path, **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("metric", ["kl_16", "eval_full_nll_8", "agreement_8"])
+def test_every_measured_score_can_choose_the_best_checkpoint(tmp_path: Path, metric: str):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "eval_strategy": "steps"}
+    args = arguments(tmp_path, eval_memory_sizes=[8, 16], save_steps=2, eval_steps=2, **best)
+    assert args.greater_is_better is ("agreement" in metric)
