@@ -62,6 +62,11 @@ class DataSection:
         given = [entry if isinstance(entry, dict) else {"source": entry} for entry in self.sources]
         self.sources = [_build(Source, entry, f"data.sources[{i}]") for i, entry in enumerate(given)]
         _check_count("data.row_length", self.row_length, least=2)
+        if self.tasks and self.task_share == 0:
+            raise ValueError(
+                f"data.tasks={self.tasks!r} would be ignored with data.task_share=0: give the share of the rows that "
+                "are recall tasks, above 0 and up to 1, or leave data.tasks out."
+            )
 
 
 @dataclass

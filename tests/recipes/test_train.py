@@ -153,6 +153,7 @@ def test_overrides_replace_values_of_the_file(config: Path):
         (["data.sources=[]"], "data.sources=[] must be a list"),
         (["data.sources=[missing.txt]"], "there is no file or folder 'missing.txt'"),
         (["data.task_share=0.5", "data.tasks=[passkeys]"], "unknown task 'passkeys'"),
+        (["data.tasks=[passkey]"], "data.tasks=['passkey'] would be ignored with data.task_share=0"),
         (["calibration.row_length=600"], "600 tokens are longer than the model's 512 positions"),
         (["training.learning_rate=-1"], "learning_rate=-1"),
         (["training.memory_size=64.0"], "training.memory_size=64.0 is a float, where int is wanted"),
