@@ -9,8 +9,8 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED) ## train gates on a small real model, bound its memory, compare; MODEL=name takes another model
-	PYTHONSAFEPATH=1 $(BIN)/python recipes/demo.py $(if $(MODEL),--model "$(MODEL)")
+demo: $(INSTALLED) ## train gates on a small real model, bound its memory, compare; MODEL=name, OUTPUT=folder
+	PYTHONSAFEPATH=1 $(BIN)/python recipes/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: $(INSTALLED) ## the tests that need neither a GPU nor a network; ARGS=... goes to pytest
 	$(BIN)/pytest $(ARGS)

