@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
     from retention_gates.gates.cache import BoundedCache
 
+# The likeliest token each time, whatever the model's generation_config.json asks for.
+GREEDY = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, adapter_required=False)
@@ -64,7 +75,7 @@ def main(options: argparse.Namespace) -> None:
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     cache = BoundedCache(model, options.memory_size, policy=options.policy, budgets=options.budgets, seed=options.seed)
     inputs = torch.tensor([ids], device=model.device)
-    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    settings: dict[str, Any] = {**GREEDY}
     if options.temperature > 0:
         settings = {"do_sample": True, "temperature": options.temperature}
     if options.prefill_chunk_size is not None:

@@ -1,5 +1,6 @@
 """retention-gates generate: the text that model.generate gives, and true figures."""
 
+import json
 import re
 
 import pytest
@@ -38,6 +39,20 @@ def test_the_text_is_that_of_generate(files, policy, capsys):
     assert re.fullmatch(
         r"8 entries per head; [\d.]+ MiB held, a full cache .* after 38 tokens; [\d.]+ tokens/s", figures
     )
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 2}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}],
+)
+def test_temperature_0_is_greedy_whatever_the_model_asks_for(wish, tmp_path, capsys):
+    own = make_files(tmp_path)
+    arguments = ["--adapter", str(own.adapter), "--prompt", PROMPT, "--memory-size", "8", "--max-new-tokens", "30"]
+    assert main(["generate", *arguments]) == 0
+    greedy = capsys.readouterr().out
+    (own.model / "generation_config.json").write_text(json.dumps(wish), encoding="utf-8")
+    assert main(["generate", *arguments]) == 0
+    assert capsys.readouterr().out == greedy
 
 
 def test_chunks_sampling_and_seeds(files, capsys):
