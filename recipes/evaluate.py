@@ -111,10 +111,10 @@ def main(options: argparse.Namespace) -> None:
     }
     text = report.markdown(header, summaries, reference=reference)
     folder = claim_output(options.output)
+    write_text(folder / RESULTS, report.json_lines(header, records))  # first: these took the time
+    write_text(folder / REPORT, text)
     with replacing(folder / PICTURE) as temporary:
         plots.score_against_memory(summaries, temporary)
-    write_text(folder / RESULTS, report.json_lines(header, records))
-    write_text(folder / REPORT, text)
     print(text)
     print(f"written: {', '.join(str(folder / file) for file in (RESULTS, REPORT, PICTURE))}")
 
@@ -158,7 +158,10 @@ def _score(
 
 
 def _start(options: argparse.Namespace) -> int:
-    """The first position whose forecast counts: where every memory is full, unless told otherwise."""
+    """The first position whose forecast counts: the largest memory size, unless told otherwise.
+
+    From there on uniform budgets are full. Calibrated ones are larger in some heads, which may not be full yet.
+    """
     if options.start is not None:
         return options.start
     start = max(options.memory_size)

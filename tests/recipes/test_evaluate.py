@@ -122,3 +122,15 @@ def test_a_full_disk_leaves_the_old_results(evaluated, files, monkeypatch, capsy
     assert main(["evaluate", *files.arguments, *OPTIONS, "--policies", "random", "--output", str(evaluated)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in evaluated.iterdir()} == before
+
+
+def test_results_outlive_a_picture_that_cannot_be_drawn(files, tmp_path, monkeypatch, capsys):
+    def broken(summaries, path):
+        raise ValueError("no picture today")
+
+    monkeypatch.setattr("retention_gates.recipes.plots.score_against_memory", broken)
+    arguments = [*files.arguments, *OPTIONS, "--policies", "random", "--budgets", "uniform"]
+    assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "no picture today" in capsys.readouterr().err
+    _, records = read(tmp_path / "out")
+    assert records and not (tmp_path / "out" / "score.png").exists()
