@@ -1,6 +1,7 @@
 """What a run tells while it goes: a progress line, log.jsonl, and averages over the steps between two logs."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ class JsonLinesLog(TrainerCallback):
                     kept.append(line + "\n")
             except json.JSONDecodeError:
                 break  # the line that was being written when the process died
-        self.path.write_text("".join(kept) if state.global_step else "", encoding="utf-8")
+        temporary = self.path.with_name(f".{LOG_NAME}.new")  # a full disk or a kill leaves the log as it was
+        temporary.write_text("".join(kept) if state.global_step else "", encoding="utf-8")
+        os.replace(temporary, self.path)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
         if state.is_world_process_zero:
