@@ -21,7 +21,7 @@ PANELS = {"text": ("kl", "KL to the full cache (nats per token)"), "task": ("tok
 def require_matplotlib() -> None:
     """Raises ValueError if pictures can't be drawn here."""
     if find_spec("matplotlib") is None:
-        raise ValueError("Pictures need the package matplotlib: pip install 'retention-gates[eval]'.")
+        raise ValueError("Pictures need the package matplotlib: pip install 'retention-gates[demo]'.")
 
 
 def score_against_memory(summaries: Sequence["Summary"], path: Path) -> None:

@@ -235,7 +235,7 @@ def test_without_matplotlib(files, tmp_path, monkeypatch, capsys):
         recipe = importlib.import_module("retention_gates.recipes.plots")
         monkeypatch.setattr(recipe, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
         assert cli.main([module, *files.arguments, "--output", str(tmp_path / "out")]) == 2
-        assert_one_line(capsys, "pip install 'retention-gates[eval]'")
+        assert_one_line(capsys, "pip install 'retention-gates[demo]'")
     assert snapshot(tmp_path) == {}
 
 
