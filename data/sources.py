@@ -98,7 +98,8 @@ def split_by_work(
     """Documents for training and for tests; no work lies in both, whatever the order of `documents`.
 
     Args:
-        test_fraction: share of the works that go to the tests, in (0, 1), at least one work on each side.
+        test_fraction: chance of each work to go to the tests, in (0, 1), at least one work on each side. It is decided
+            by the work's name and the seed alone.
         test_works: names of the works that go to the tests, instead of a fraction.
     """
     works = sorted({document.work for document in documents})
@@ -121,11 +122,18 @@ def split_by_work(
         assert test_fraction is not None
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction={test_fraction} must lie between 0 and 1, such as 0.2")
-        # A hash per work, not a shuffle: adding a work moves few of the others to the other side.
-        works.sort(key=lambda work: hashlib.sha256(f"{seed}:{work}".encode()).digest())
-        chosen = set(works[: min(len(works) - 1, max(1, round(test_fraction * len(works))))])
+        # Each work by its own hash, whatever the others are: a part of a data set is split as the whole is.
+        share = {work: _uniform(f"{seed}:{work}") for work in works}
+        works.sort(key=share.__getitem__)
+        below = sum(share[work] < test_fraction for work in works)
+        chosen = set(works[: min(len(works) - 1, max(1, below))])
     train = [document for document in documents if document.work not in chosen]
     return train, [document for document in documents if document.work in chosen]
+
+
+def _uniform(text: str) -> float:
+    """A number in [0, 1) that is always the same for the same text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def _documents(

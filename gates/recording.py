@@ -22,7 +22,7 @@ class Recording:
 def record(model: nn.Module, layerwise: bool = False) -> Iterator[Recording]:
     """Collects log_beta of every gated layer of `model` for the forward passes inside the block.
 
-    With gradient checkpointing, only the non-reentrant form (`use_reentrant=False`) lets gradients reach what is recorded.
+    With gradient checkpointing, gradients reach what is recorded in the non-reentrant form only.
 
     Args:
         layerwise: let every layer compare its own attention output with and without decay, and pass on the undecayed

