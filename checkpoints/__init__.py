@@ -1,1 +1,1 @@
-"""Adapters that are shipped with the package, and how they are published."""
+"""The place of adapters that ship with the package and of imports from other projects; empty so far."""

@@ -79,14 +79,14 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return self.base_layer(hidden_states, *args, **kwargs)
         self._check_implementation()
+        padding_mask = kwargs.get("attention_mask")
+        check_padding_mask(padding_mask)
         gate = self.active_gate
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the name differs in old families
         if gate is None:
             return self._forward_undecayed(hidden_states, cache, *args, **kwargs)
         if cache is None:
             return self._forward_decayed(gate, hidden_states, *args, **kwargs)
-        padding_mask = kwargs.get("attention_mask")
-        check_padding_mask(padding_mask)
         layer = self.base_layer.layer_idx
         cache_layer = cache.layers[layer] if layer < len(cache.layers) else None
         if isinstance(cache_layer, GatedCacheLayer):
@@ -107,7 +107,6 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
     def _forward_undecayed(self, hidden_states: torch.Tensor, cache: Cache | None, *args: Any, **kwargs: Any) -> Any:
         """The base's attention, with the mask that the base would have made for it."""
         padding_mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        check_padding_mask(padding_mask)
         mask = base_causal_mask(self.base_layer, hidden_states, padding_mask, position_ids, cache)
         return self.base_layer(hidden_states, *args, **(kwargs | {"attention_mask": mask}))
 
