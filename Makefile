@@ -5,15 +5,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check
+.PHONY: help demo test test-gpu check
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## train gates on a small real model, bound its memory, compare; MODEL=name, OUTPUT=folder
 	PYTHONSAFEPATH=1 $(BIN)/python recipes/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: $(INSTALLED) ## the tests that need neither a GPU nor a network; ARGS=... goes to pytest
 	$(BIN)/pytest $(ARGS)
+
+# With the Python that is active, not .venv: the pinned torch has no CUDA. The package need not be installed.
+test-gpu: ## the tests that need a GPU, with whatever torch and Triton `python` has; ARGS=... goes to pytest
+	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu $(ARGS)
 
 check: $(INSTALLED) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,46 @@
+"""Which form of an op runs: its fused kernel, written in Triton, or naive.py, the equation in plain torch."""
+
+import logging
+import os
+from importlib.util import find_spec
+
+import torch
+
+VARIABLE = "RETENTION_GATES_KERNELS"
+logger = logging.getLogger("retention_gates.kernels")
+_told: set[tuple[str, str, str]] = set()
+
+
+def use_fused(op: str, tensor: torch.Tensor) -> bool:
+    """Whether `op` runs fused on the device of `tensor`: on CUDA with Triton yes, elsewhere no.
+
+    RETENTION_GATES_KERNELS=naive or fused decides otherwise, for debugging. The log says once per op which one runs.
+
+    Raises:
+        ValueError: for another value of the variable, and for "fused" where no kernel can run.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "naive", "fused"):
+        raise ValueError(f"{VARIABLE}={wanted!r} is unknown: set it to 'naive' or 'fused', or leave it unset.")
+    device = tensor.device.type
+    possible = find_spec("triton") is not None and (device == "cuda" or (device == "cpu" and _interpreted()))
+    if wanted == "fused" and not possible:
+        raise ValueError(
+            f"{VARIABLE}=fused, but {op} got tensors on {tensor.device}: fused kernels need CUDA and Triton (or "
+            "TRITON_INTERPRET=1 on a CPU, for tests). Move the tensors, or unset the variable."
+        )
+    # the interpreter is thousands of times slower than naive.py, so that it runs only when asked for
+    fused = possible and wanted != "naive" and (device == "cuda" or wanted == "fused")
+    if not torch.compiler.is_compiling():
+        _tell(op, "fused (Triton)" if fused else "naive (plain torch)", device)
+    return fused
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _tell(op: str, form: str, device: str) -> None:
+    if (op, form, device) not in _told:
+        _told.add((op, form, device))
+        logger.info("%s runs %s on %s", op, form, device)

@@ -1,0 +1,1 @@
+"""Benchmarks: one script per op or path, each of which checks before it times."""

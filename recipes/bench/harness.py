@@ -1,0 +1,110 @@
+"""What every benchmark does in the same way: device time, memory, one printed table, JSON lines."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from retention_gates.recipes.provenance import commit
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Measurement:
+    """One contender on one case."""
+
+    case: str  # such as "T=16384 HQ=32 H=8 D=128 bf16 fwd+bwd"
+    contender: str  # "ours" or the rival's name
+    value: float
+    unit: str
+    spread: float | None = None  # between the quartiles, in the same unit
+    limit: float | None = None  # the physical limit, in the same unit
+    peak_mib: float | None = None  # allocated above what was there before
+    error: float | None = None  # against the fp64 reference, as the script says
+
+
+def time_ms(function: Callable[[], Any], *, warmup: int = 3, repeats: int = 20) -> tuple[float, float]:
+    """Median and spread between the quartiles of the time that the device needs for one call, in ms.
+
+    A matrix product queued before each call hides the time that Python needs to launch.
+    """
+    for _ in range(warmup):
+        function()
+    blocker = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+    for begin, end in zip(begins, ends, strict=True):
+        blocker @ blocker
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
+    low, _, high = quantiles(times, n=4) if repeats > 1 else (times[0],) * 3
+    return median(times), high - low
+
+
+def peak_mib(function: Callable[[], Any]) -> float:
+    """MiB that one call allocates at most, above what is allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def matrix_tflops(size: int = 8192) -> float:
+    """Measured rate of a bf16 matrix product on this device, in TFLOP/s: the limit that others are held against."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    milliseconds, _ = time_ms(lambda: a @ b)
+    return 2 * size**3 / milliseconds / 1e9
+
+
+def bandwidth_gbs(mib: int = 2048) -> float:
+    """Measured rate of a copy on this device, bytes read plus bytes written, in GB/s."""
+    source = torch.empty(mib * 2**20, device="cuda", dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    milliseconds, _ = time_ms(lambda: target.copy_(source))
+    return 2 * source.numel() / milliseconds / 1e6
+
+
+def report(bench: str, measurements: Sequence[Measurement], results: Path = RESULTS) -> None:
+    """Prints the table and appends one JSON object per measurement to results/<bench>.jsonl."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    machine = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
+    machine |= {"triton": _triton(), "commit": commit(), "time": stamp}
+    results.mkdir(parents=True, exist_ok=True)
+    with open(results / f"{bench}.jsonl", "a", encoding="utf-8") as lines:
+        for each in measurements:
+            lines.write(json.dumps({"bench": bench} | asdict(each) | machine) + "\n")
+    print(f"{bench} on {machine['gpu'] or 'CPU'}, torch {machine['torch']}, triton {machine['triton']}")
+    print(f"{'case':44} {'contender':28} {'value':>10} {'limit':>8} {'share':>6} {'MiB':>8} {'error':>8}")
+    for each in measurements:
+        # times are better small, rates large
+        share = None if not each.limit else _share(each)
+        cells = (_cell(each.limit), _cell(share, ".2f"), _cell(each.peak_mib, ".0f"), _cell(each.error, ".1e"))
+        numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 6, 8, 8), strict=True))
+        print(f"{each.case:44} {each.contender:28} {f'{each.value:.4g} {each.unit}':>10} {numbers}")
+
+
+def _share(each: Measurement) -> float:
+    assert each.limit is not None
+    return each.limit / each.value if each.unit in ("s", "ms", "us") else each.value / each.limit
+
+
+def _cell(value: float | None, form: str = ".3g") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _triton() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
