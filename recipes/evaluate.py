@@ -1,187 +1,100 @@
 """Compares policies and memory sizes with the full cache, on text and on recall tasks.
 
+    retention-gates evaluate recipes/compare_smollm2.yaml text.rows=4
     retention-gates evaluate --adapter out/adapter --memory-size 64 128 --output out/evaluation
 
-writes results.jsonl (a header, then one object per row and contender), report.md and score.png.
+The first takes everything from a YAML file, several models if it names them; the second has one model and options for
+the rest, which may also follow a file. Both write to the output folder: report.html, report.md, score.png,
+results.jsonl (a header, then one object per row and contender), and scores.jsonl, from which a run that was stopped
+goes on and a later one takes what it has in common.
 """
 
 import argparse
-import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from retention_gates.recipes import plots, report
-from retention_gates.recipes.loading import (
-    add_model_arguments,
-    add_text_arguments,
-    base_name,
-    check_gates_trained,
-    load_model,
-    load_rows,
-    load_token_documents,
-    load_tokenizer,
-)
-from retention_gates.recipes.output import check_output, claim_output, replacing, write_text
-from retention_gates.recipes.provenance import machine_and_versions
+from retention_gates.recipes.loading import add_model_arguments, add_text_arguments, base_name
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from retention_gates.data.tasks import TaskExample
-    from retention_gates.trainers.evaluation import Contender
-
-RESULTS, REPORT, PICTURE = "results.jsonl", "report.md", "score.png"
-POLICIES = ("retention", "streaming_llm", "random", "key_norm")
-BUDGETS = ("uniform", "calibrated")
-REFERENCE = "streaming_llm"
+POLICIES_HELP = "retention (the trained gates), streaming_llm, random, key_norm, ... (default: all that can run)"
+# option -> section and key of the comparison that it sets
+OPTIONS = {
+    "text": ("text", "source"),
+    **{name: ("text", name) for name in ("split", "subset", "text_field", "work_field", "test_fraction")},
+    **{name: ("text", name) for name in ("test_works", "split_seed", "rows", "length", "start")},
+    "memory_size": ("contenders", "memory_sizes"),
+    "policies": ("contenders", "policies"),
+    "budgets": ("contenders", "budgets"),
+    **{name: ("run", name) for name in ("device", "batch_size", "output")},
+    "seed": ("run", "seeds"),
+}
+MODEL_OPTIONS = {"model": "name", "gguf_file": "gguf_file", "adapter": "adapter", "dtype": "dtype"}
+TASK_OPTIONS = ("tasks", "examples")
+NOT_GIVEN = object()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="a comparison: models, text, tasks, contenders, run"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces values of the file: text.rows=4"
+    )
     add_model_arguments(parser, adapter_required=False)
     add_text_arguments(parser, rows=8, length=1024, rows_option="--documents")
     parser.add_argument(
         "--start", type=int, metavar="T", help="first token whose forecast counts (default: the largest memory size)"
     )
     parser.add_argument(
-        "--memory-size", nargs="+", type=int, default=[64, 128], metavar="M",
+        "--memory-size", nargs="+", type=int, metavar="M",
         help="entries kept per KV head, in the mean (default: 64 128)",
     )  # fmt: skip
+    parser.add_argument("--policies", nargs="+", metavar="NAME", help=POLICIES_HELP)
     parser.add_argument(
-        "--policies", nargs="+", metavar="NAME", help=f"among {', '.join(POLICIES)} (default: all that can run)"
+        "--budgets", nargs="+", metavar="KIND", help="among uniform, calibrated (default: all that the adapter has)"
     )
     parser.add_argument(
-        "--budgets", nargs="+", metavar="KIND", help=f"among {', '.join(BUDGETS)} (default: all that the adapter has)"
-    )
-    parser.add_argument(
-        "--tasks", nargs="+", default=[], metavar="NAME",
-        help="recall tasks: passage_repeat, sentence_recall, passkey, code_lookup (default: none)",
+        "--tasks", nargs="+", metavar="NAME",
+        help="recall tasks: passage_repeat, sentence_recall, passkey, code_lookup, ... (default: none)",
     )  # fmt: skip
-    parser.add_argument("--examples", type=int, default=16, metavar="N", help="of each task (default: 16)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows per forward pass (default: 1)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and pictures")
+    parser.add_argument("--examples", type=int, metavar="N", help="of each task (default: 16)")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="rows per forward pass (default: 1)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for results and pictures")
+    # what is not given is the file's, or else the comparison's own default
+    parser.set_defaults(**{name: NOT_GIVEN for name in (*OPTIONS, *MODEL_OPTIONS, *TASK_OPTIONS)})
 
 
 def main(options: argparse.Namespace) -> None:
-    began, clock = datetime.now(UTC), time.monotonic()
-    check_output(options.output)
-    plots.require_matplotlib()
-    for name in ("batch_size", "examples"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more.")
-    if min(options.memory_size) < 1:
-        raise ValueError(f"--memory-size {min(options.memory_size)} must be 1 or more.")
-    policies = options.policies or [name for name in POLICIES if name != "retention" or options.adapter]
-    check_gates_trained(policies, options.adapter)
-    start = _start(options)
+    from retention_gates.recipes.compare import run
+    from retention_gates.recipes.comparison_config import build_comparison, read_comparison
 
-    from retention_gates.data.tasks import build_tasks
-    from retention_gates.trainers.comparison import aggregate
-    from retention_gates.trainers.evaluation import contenders
-
-    build_tasks(options.tasks)  # a misspelt name should not wait for the model
-    if options.budgets:
-        contenders(policies, options.memory_size, options.budgets)
-    name = base_name(options.model, options.adapter)
-    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
-    rows, examples = _texts(tokenizer, options)
-    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
-    chosen = contenders(policies, options.memory_size, options.budgets or _budgets_of(model))
-    records = _score(model, rows, examples, chosen, start, options)
-    reference = REFERENCE if REFERENCE in policies and "uniform" in {c.budgets for c in chosen} else None
-    summaries = aggregate(records, reference=reference)
-
-    header: dict[str, Any] = {
-        "model": name,
-        "gguf_file": options.gguf_file,
-        "adapter": options.adapter,
-        "text": options.text,
-        "held_out": _held_out(options),
-        "rows": options.rows,
-        "length": options.length,
-        "start": start,
-        "seed": options.seed,
-        "tasks": options.tasks,
-        "examples": options.examples if options.tasks else None,
-        **machine_and_versions(model),
-        "time": began.isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - clock, 1),
-    }
-    text = report.markdown(header, summaries, reference=reference)
-    folder = claim_output(options.output)
-    write_text(folder / RESULTS, report.json_lines(header, records))  # first: these took the time
-    write_text(folder / REPORT, text)
-    with replacing(folder / PICTURE) as temporary:
-        plots.score_against_memory(summaries, temporary)
-    print(text)
-    print(f"written: {', '.join(str(folder / file) for file in (RESULTS, REPORT, PICTURE))}")
-
-
-def _texts(
-    tokenizer: "PreTrainedTokenizerBase", options: argparse.Namespace
-) -> "tuple[torch.Tensor, dict[str, list[TaskExample]]]":
-    """Rows of text [documents, length], and the examples of each task."""
-    from retention_gates.data.tasks import build_tasks
-
-    documents = load_token_documents(options, tokenizer)
-    rows = load_rows(options, tokenizer, documents)
-    return rows, {
-        task.name: task.examples(tokenizer, documents, options.examples, options.length, options.seed, "test")
-        for task in build_tasks(options.tasks)
-    }
-
-
-def _score(
-    model: "nn.Module",
-    rows: "torch.Tensor",
-    examples: "dict[str, list[TaskExample]]",
-    chosen: "list[Contender]",
-    start: int,
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    from tqdm.auto import tqdm
-
-    from retention_gates.trainers.evaluation import compare_answers, compare_rows
-
-    passes = (len(rows) + sum(map(len, examples.values()))) * (1 + len(chosen))
-    batch_size, seed = options.batch_size, options.seed
-    with tqdm(total=passes, desc="evaluating", unit="row") as bar:
-        records = compare_rows(model, rows, chosen, start=start, batch_size=batch_size, seed=seed, progress=bar.update)
-        for task, batch in examples.items():
-            bar.set_postfix_str(task)
-            records += compare_answers(
-                model, task, batch, chosen, batch_size=batch_size, seed=seed, progress=bar.update
-            )
-    return records
-
-
-def _start(options: argparse.Namespace) -> int:
-    """The first position whose forecast counts: the largest memory size, unless told otherwise.
-
-    From there on uniform budgets are full. Calibrated ones are larger in some heads, which may not be full yet.
-    """
-    if options.start is not None:
-        return options.start
-    start = max(options.memory_size)
-    if start >= options.length - 1:
+    given = {name: value for name, value in vars(options).items() if value is not NOT_GIVEN}
+    comparison = _from_model(given) if options.config is None else read_comparison(options.config, options.overrides)
+    if options.config is not None and (named := [name for name in MODEL_OPTIONS if name in given]):
         raise ValueError(
-            f"--length {options.length} is no longer than the largest memory of {start} entries, which never evicts: "
-            "ask for longer passages, for smaller memories, or give --start 0."
+            f"--{named[0].replace('_', '-')} goes without a file; with {options.config} say models.NAME."
+            f"{MODEL_OPTIONS[named[0]]}=..., NAME being one of the file's models."
         )
-    return start
+    _set(comparison, given)
+    run(build_comparison(comparison))
 
 
-def _budgets_of(model: "nn.Module") -> list[str]:
-    from retention_gates.gates.model import find_gated_model
+def _from_model(given: dict[str, Any]) -> dict[str, Any]:
+    """A comparison of the one model that the options name."""
+    if "output" not in given:
+        raise ValueError("Name a comparison's YAML file, or a folder for the results of the other options: --output.")
+    name = base_name(given.get("model"), given.get("adapter"))
+    model = {key: given[option] for option, key in MODEL_OPTIONS.items() if option in given}
+    return {"models": {Path(name).name: model}}
 
-    return list(BUDGETS) if find_gated_model(model).active_config.budget_shares else ["uniform"]
 
-
-def _held_out(options: argparse.Namespace) -> str | None:
-    if options.test_works:
-        return ", ".join(options.test_works)
-    if options.test_fraction is not None:
-        return f"a share of {options.test_fraction:g}, split seed {options.split_seed}"
-    return None
+def _set(comparison: dict[str, Any], given: dict[str, Any]) -> None:
+    """Puts options into their places."""
+    for option, (section, key) in OPTIONS.items():
+        if option in given:
+            value = [given[option]] if option == "seed" else given[option]
+            comparison[section] = (comparison.get(section) or {}) | {key: str(value) if option == "output" else value}
+    if "tasks" in given:
+        comparison["tasks"] = {name: {} for name in given["tasks"]}
+    if "examples" in given:
+        tasks = comparison.get("tasks") or {}
+        comparison["tasks"] = {name: (entry or {}) | {"examples": given["examples"]} for name, entry in tasks.items()}

@@ -1,21 +1,47 @@
 """Pictures of evaluations and of gates, as PNG files."""
 
+import io
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from retention_gates.recipes.report_data import (
+    FULL_CACHE,
+    METRICS,
+    contender_name,
+    memory_sizes,
+    metric_of,
+    panel_title,
+    pareto_front,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from retention_gates.trainers.comparison import Summary
 
-# Okabe and Ito's colours: told apart with any colour vision. Markers and dashes differ as well, for print.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "oDs^vPX"
-FULL_CACHE, TEXT = "full", "text"
-PANELS = {"text": ("kl", "KL to the full cache (nats per token)"), "task": ("token_accuracy", "answer tokens right")}
+# Okabe and Ito's colours: told apart with any colour vision. Markers differ as well, for print and where colours
+# recur.
+GATES_COLOUR = "#D55E00"
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#000000")  # not their yellow: too faint for a line
+MARKERS = "sD^vPXo"
+DASHES = {"calibrated": "-", "uniform": "--"}
+FULL_CACHE_LABEL = "full cache"
+TICKS = (1, 2, 3, 5, 7)  # of each power of ten
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a policy with one kind of budgets is drawn, in every picture."""
+
+    colour: str
+    marker: str
+    dashes: Any  # of matplotlib: a literal type
+    width: float
 
 
 def require_matplotlib() -> None:
@@ -24,24 +50,70 @@ def require_matplotlib() -> None:
         raise ValueError("Pictures need the package matplotlib: pip install 'retention-gates[demo]'.")
 
 
+def style_of(policy: str, budgets: str | None) -> Style:
+    """The same policy looks the same everywhere: gates by a colour of their own, others by their place in the list."""
+    from retention_gates.gates.policies import POLICIES
+
+    name = policy.split("+")[0]
+    dashes = DASHES.get(budgets or "", ":")
+    if name in POLICIES and POLICIES[name].needs_gates:
+        return Style(GATES_COLOUR, "o" if budgets == "calibrated" else "X", dashes, 2.4)
+    others = [other for other, known in POLICIES.items() if not known.needs_gates]
+    # numbers of colours and markers have no common factor, so that pairs of them recur late
+    index = others.index(name) if name in others else len(others)
+    return Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], dashes, 1.2)
+
+
 def score_against_memory(summaries: Sequence["Summary"], path: Path) -> None:
-    """One panel for the text and one for each task: a line per policy and kind of budgets, the full cache dashed."""
-    tasks = list(dict.fromkeys(summary.task for summary in summaries))
-    figure = _figure(max(6.4, 4.6 * len(tasks) + 0.4), 4.8)
-    for index, task in enumerate(tasks):
-        axes = figure.add_subplot(1, len(tasks), index + 1)
-        metric, label = PANELS["text" if task == TEXT else "task"]
-        _score_panel(axes, [s for s in summaries if s.task == task], metric)
-        axes.set(title="Text" if task == TEXT else f"Task {task}", xlabel="entries per KV head (mean)", ylabel=label)
+    """One panel for the text and one for each task: a line per policy and kind of budgets, the full cache dotted."""
+    panels: dict[tuple[str, int | None], list[Summary]] = {}
+    for summary in summaries:
+        panels.setdefault((summary.task, summary.length), []).append(summary)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(max(6.4, 4.6 * columns + 0.4), 4.2 * rows + 0.6)
+    for index, ((task, length), own) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_scores(axes, own, task, length, series=None, sizes=None)
         if index == 0:
             handles, labels = axes.get_legend_handles_labels()
-            figure.legend(
-                handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(tasks)), frameon=False
-            )
+            figure.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
     _save(figure, path)
 
 
-def heat_map(values: "torch.Tensor", path: Path, *, layers: Sequence[int], title: str, label: str) -> None:
+def score_panel(
+    summaries: "list[Summary]",
+    task: str,
+    length: int | None,
+    *,
+    series: Sequence[str],
+    sizes: dict[Any, int] | None = None,
+) -> str:
+    """One panel as SVG, without a legend; what belongs to a contender has ids that begin with "series-INDEX-".
+
+    Args:
+        series: names of contenders; their places are the INDEX.
+        sizes: bytes by (policy, memory size, budgets) and of the full cache (None), to be the x axis in MiB. None: the
+            x axis is entries per head.
+    """
+    figure = _figure(4.5, 3.4)
+    _draw_scores(figure.add_subplot(), summaries, task, length, series=series, sizes=sizes)
+    return _svg(figure)
+
+
+def swatch(policy: str, budgets: str | None) -> str:
+    """A piece of the contender's line, as SVG."""
+    from matplotlib.lines import Line2D
+
+    style = style_of(policy, budgets)
+    figure = _figure(0.5, 0.17)
+    line = Line2D([0.02, 0.5, 0.98], [0.5] * 3, color=style.colour, linestyle=style.dashes, linewidth=style.width)
+    figure.add_artist(line)
+    figure.add_artist(Line2D([0.5], [0.5], color=style.colour, marker=style.marker, linestyle="", markersize=6))
+    return _svg(figure)
+
+
+def heat_map(values: "torch.Tensor", path: Path | IO[bytes], *, layers: Sequence[int], title: str, label: str) -> None:
     """One cell for each layer and KV head on a logarithmic scale.
 
     Args:
@@ -68,7 +140,7 @@ def heat_map(values: "torch.Tensor", path: Path, *, layers: Sequence[int], title
 
 
 def kept_tokens(
-    lifetimes: "torch.Tensor", held: "torch.Tensor", path: Path, *, layers: Sequence[int], title: str
+    lifetimes: "torch.Tensor", held: "torch.Tensor", path: Path | IO[bytes], *, layers: Sequence[int], title: str
 ) -> None:
     """Which tokens each head keeps: blue says for how long, black that a token is still held at the end.
 
@@ -102,32 +174,79 @@ def kept_tokens(
     _save(figure, path)
 
 
-def _score_panel(axes: Any, summaries: Sequence["Summary"], metric: str) -> None:
-    full = [summary for summary in summaries if summary.policy == FULL_CACHE]
+def _draw_scores(
+    axes: Any,
+    summaries: "list[Summary]",
+    task: str,
+    length: int | None,
+    *,
+    series: Sequence[str] | None,
+    sizes: dict[Any, int] | None,
+) -> None:
+    metric = metric_of(task)
     bounded = [summary for summary in summaries if summary.policy != FULL_CACHE]
-    for index, (policy, budgets) in enumerate(dict.fromkeys((s.policy, s.budgets) for s in bounded)):
-        aside = 1.012 ** (index - 2)  # so that error bars of one memory size don't hide each other
-        line = sorted(
-            (s for s in bounded if (s.policy, s.budgets) == (policy, budgets)), key=lambda s: s.memory_size or 0
-        )
-        axes.errorbar(
-            [(summary.memory_size or 0) * aside for summary in line],
+    kinds = list(dict.fromkeys((summary.policy, summary.budgets) for summary in bounded))
+    for index, kind in enumerate(kinds):
+        style = style_of(*kind)
+        line = sorted((s for s in bounded if (s.policy, s.budgets) == kind), key=lambda s: s.memory_size or 0)
+        # a little aside, so that error bars of one memory size don't hide each other
+        aside = 1.0 if sizes else 1.008 ** (index - len(kinds) / 2)
+        drawn = axes.errorbar(
+            [_memory(summary, sizes) * aside for summary in line],
             [summary.scores[metric].mean for summary in line],
             yerr=[summary.scores[metric].standard_error or 0.0 for summary in line],
-            label=f"{policy}, {budgets}",
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle="-" if budgets == "calibrated" else "--" if policy != "retention" else "-.",
-            capsize=3,
+            label=contender_name(*kind),
+            color=style.colour,
+            marker=style.marker,
+            markersize=5,
+            linestyle=style.dashes,
+            linewidth=style.width,
+            elinewidth=1,
+            capsize=2,
+            zorder=3 if style.colour == GATES_COLOUR else 2,
         )
-    axes.axhline(full[0].scores[metric].mean, color="#000000", linestyle=":", label="full cache")
-    sizes = sorted({summary.memory_size for summary in bounded if summary.memory_size is not None})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
-    if metric != "kl":
+        if series is not None:
+            place = series.index(contender_name(*kind))
+            for number, artist in enumerate(drawn.get_children()):
+                artist.set_gid(f"series-{place}-{number}")
+    front = pareto_front(metric, [(_memory(summary, sizes), summary) for summary in bounded])
+    if len(front) > 1:
+        xs, ys = [x for x, _ in front], [summary.scores[metric].mean for _, summary in front]
+        axes.step(xs, ys, where="post", color="#bbbbbb", linewidth=6, alpha=0.6, zorder=1, label="Pareto front")
+    full = next((s.scores[metric].mean for s in summaries if s.policy == FULL_CACHE), None)
+    if metric == "kl":
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+    elif full is not None:
+        axes.axhline(full, color="#000000", linestyle=":", label=FULL_CACHE_LABEL)
         axes.set_ylim(-0.03, 1.03)
-    axes.grid(alpha=0.3)
+    axes.set_xscale("log", base=2 if sizes is None else 10)
+    if sizes is None:
+        ticks = memory_sizes(bounded)
+        axes.set_xticks(ticks, [str(size) for size in ticks])
+        axes.minorticks_off()
+    else:
+        _plain_ticks(axes.xaxis)
+    where = "entries per KV head (mean)" if sizes is None else "MiB per sequence, all that a cache stores"
+    heading = METRICS[metric][0]
+    axes.set(title=panel_title(task, length), xlabel=where, ylabel=heading[0].upper() + heading[1:])
+    axes.grid(alpha=0.3, which="both" if metric == "kl" else "major")
+
+
+def _memory(summary: "Summary", sizes: dict[Any, int] | None) -> float:
+    if sizes is None:
+        return summary.memory_size or 0
+    return sizes[summary.policy, summary.memory_size, summary.budgets] / 2**20
+
+
+def _plain_ticks(axis: Any) -> None:
+    """0.1, 0.2, 0.3 rather than powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axis.set_major_locator(LogLocator(10, subs=TICKS))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _figure(width: float, height: float) -> Any:
@@ -148,5 +267,18 @@ def _colour_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
     bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path | IO[bytes]) -> None:
     figure.savefig(path, dpi=150, format="png")
+
+
+def _svg(figure: Any) -> str:
+    """As an element for a page: letters are shapes, so that nothing is clipped where a font is missing."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # parts that are named alike in every figure; ids of clip paths, markers and letters are unique or the same
+    return re.sub(r' id="(figure|axes|patch|text|matplotlib\.axis|xtick|ytick|line2d|LineCollection)_\d+"', "", text)

@@ -1,116 +1,169 @@
-"""The files that an evaluation leaves: results.jsonl and report.md."""
+"""The files that an evaluation leaves in words and numbers: results.jsonl and report.md."""
 
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from retention_gates.recipes.findings import findings
+from retention_gates.recipes.report_data import (
+    LOWER_IS_BETTER,
+    METRICS,
+    TEXT,
+    ModelReport,
+    best,
+    contender_name,
+    memory_sizes,
+    metric_of,
+    panel_title,
+)
+
 if TYPE_CHECKING:  # importing it takes seconds, which a command's --help should not
     from retention_gates.trainers.comparison import Score, Summary
 
-COLUMNS = {  # metric -> heading and digits after the point
-    "kl": ("KL to the full cache, nats per token", 3),
-    "perplexity_ratio": ("perplexity / full cache's", 3),
-    "agreement": ("same top-1 token", 3),
-    "token_accuracy": ("answer tokens right", 2),
-    "exact": ("answers exact", 2),
-}
-PAIRED = {"text": "kl", "task": "token_accuracy"}  # what rows are compared by
-FULL_CACHE, TEXT = "full", "text"
 
-
-def json_lines(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """The header and each record as one JSON object a line."""
-    objects = [{"kind": "header", **header}, *({"kind": "record", **record} for record in records)]
+def json_lines(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
+    """The header, then each model with its facts, and its records and the bytes of its caches, one object a line."""
+    objects: list[dict[str, Any]] = [{"kind": "header", **header}]
+    for model in models:
+        objects.append({"kind": "model", "title": model.title, **model.facts})
+        for key, nbytes in model.bytes.items():
+            names = dict(zip(("policy", "memory_size", "budgets"), key or ("full", None, None), strict=True))
+            objects.append({"kind": "memory", "model": model.title, **names, "bytes": nbytes})
+        objects += [{"kind": "record", "model": model.title, **record} for record in model.records]
     return "".join(json.dumps(each, allow_nan=False) + "\n" for each in objects)
 
 
-def markdown(header: dict[str, Any], summaries: Sequence["Summary"], *, reference: str | None) -> str:
-    """The report: what was run, one table for the text and one for each task, and how to read them."""
-    lines = ["# Bounded memory against the full cache", "", *_facts(header), ""]
-    for task in dict.fromkeys(summary.task for summary in summaries):
-        lines += [f"## {'Text' if task == TEXT else 'Task ' + task}", ""]
-        lines += _table([summary for summary in summaries if summary.task == task], task, reference) + [""]
-    lines += ["## How to read this", "", *_legend(reference)]
+def markdown(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
+    """The report: findings, what was run, for each model a table of each kind of score, and how to read them."""
+    lines = ["# Bounded memory against the full cache", ""]
+    for model in models:
+        lines += [f"**{model.title}.** " + " ".join(findings(model)), ""]
+    lines += ["## What was compared", "", *(f"- {fact}" for fact in facts(header, models)), ""]
+    for model in models:
+        for task, length, summaries in model.panels():
+            lines += [f"## {model.title}: {panel_title(task, length)}", ""]
+            lines += _overview(summaries, metric_of(task)) + [""]
+            lines += ["<details><summary>all scores</summary>", "", *_table(model, summaries, task), "", "</details>"]
+            lines += [""]
+    lines += ["## How to read this", "", *(f"- {line}" for line in legend(models))]
     return "\n".join(lines) + "\n"
 
 
-def _facts(header: dict[str, Any]) -> list[str]:
-    adapter = header["adapter"] or "none, gates untrained"
-    where = f"{header['device']}, {header['dtype']}, torch {header['torch']}, transformers {header['transformers']}"
-    lines = [
-        f"- model: `{header['model']}`" + (f" (`{header['gguf_file']}`)" if header["gguf_file"] else ""),
-        f"- adapter: {adapter if header['adapter'] is None else f'`{adapter}`'}",
-        f"- text: {header['rows']} passages of {header['length']} tokens from `{header['text']}`"
+def facts(header: dict[str, Any], models: Sequence[ModelReport]) -> list[str]:
+    """What was run, a line each; names are in backticks."""
+    seeds = ", ".join(map(str, header["seeds"]))
+    lines = []
+    for model in models:
+        known = model.facts
+        adapter = f"adapter `{known['adapter']}`" if known["adapter"] else "no adapter, gates untrained"
+        file = f" (`{known['gguf_file']}`)" if known["gguf_file"] else ""
+        commit = f", commit {known['commit']}" if known["commit"] else ""
+        lines.append(
+            f"{model.title}: `{known['model']}`{file}, {adapter}; retention-gates {known['retention_gates']}{commit}, "
+            f"{known['device']}, {known['dtype']}, torch {known['torch']}, transformers {known['transformers']}"
+        )
+    lines.append(
+        f"text: {header['rows']} passages of {header['length']} tokens from `{header['text']}` for each seed"
         + (f", held-out works: {header['held_out']}" if header["held_out"] else "")
-        + f"; forecasts after token {header['start']} count; seed {header['seed']}",
-    ]
-    if header["tasks"]:
-        names = ", ".join(header["tasks"])
-        lines.append(f"- tasks: {names}; {header['examples']} examples each of {header['length']} tokens")
-    commit = f", commit {header['commit']}" if header["commit"] else ""
-    return [
-        *lines,
-        f"- run: retention-gates {header['retention_gates']}{commit}, {where}; {header['time']}, "
-        f"{header['seconds']:.0f} s",
-    ]
+        + f"; forecasts after token {header['start']} count; seeds {seeds}"
+    )
+    for name, task in header["tasks"].items():
+        lengths = ", ".join(map(str, task["lengths"]))
+        lines.append(f"task `{name}`: {task['examples']} examples of {lengths} tokens for each seed")
+    return [*lines, f"run of {header['time']}, {header['seconds']:.0f} s"]
 
 
-def _table(summaries: Sequence["Summary"], task: str, reference: str | None) -> list[str]:
-    metrics = [metric for metric in COLUMNS if metric in summaries[0].scores]
-    paired = PAIRED["text" if task == TEXT else "task"]
-    headings = ["entries per head", "policy", "budgets", *(COLUMNS[metric][0] for metric in metrics)]
+def legend(models: Sequence[ModelReport]) -> list[str]:
+    """How numbers are to be read, a line each."""
+    reference = next((model.reference for model in models if model.reference), None)
+    lines = [
+        "Entries per head: the mean number of cached tokens that a KV head keeps, prefill and decode alike. Uniform "
+        "budgets give every head this number, calibrated ones divide the same total by what each head wants.",
+        "The full cache is the base model. ± is the standard error over rows; bold is the best of a memory size. Rows "
+        "of different seeds may come from the same work, or even overlap, so the true error is somewhat larger.",
+        "Answers are teacher-forced: each token must be the most likely one after the right ones before it.",
+    ]
     if reference:
-        headings += [f"rows better than {reference}", "p of that"]
-    lines = ["| " + " | ".join(headings) + " |", "|---:|---|---|" + "---:|" * (len(headings) - 3)]
-    sizes = sorted({summary.memory_size for summary in summaries if summary.memory_size is not None})
-    for size in [None, *sizes]:
-        of_size = [summary for summary in summaries if summary.memory_size == size]
-        best = {metric: _best(metric, of_size) for metric in metrics}
-        for summary in of_size:
-            cells = ["all" if size is None else str(size), summary.policy, summary.budgets or ""]
-            for metric in metrics:
-                text = _number(summary.scores[metric], COLUMNS[metric][1])
-                cells.append(f"**{text}**" if summary is best[metric] else text)
-            if reference:
-                cells += _pairing(summary.scores[paired])
-            lines.append("| " + " | ".join(cells) + " |")
+        lines.append(
+            f"Rows better: rows on which a contender beats `{reference}` with the same number of entries, by KL on "
+            "text and by answer tokens on tasks; p (sign): two-sided sign test over those rows, equal ones left out. "
+            "p (mean): two-sided sign-flip test of the mean difference, corrected (Holm) for all of a table."
+        )
     return lines
 
 
-def _best(metric: str, summaries: Sequence["Summary"]) -> "Summary | None":
-    """The one that is better than all others; none if several are, or if there is nothing to be better than."""
-    sign = 1 if metric in ("kl", "perplexity_ratio") else -1
-    ranked = sorted(summaries, key=lambda summary: sign * summary.scores[metric].mean)
-    first, second = (ranked[:2] + [None])[:2]
-    if first is None or second is None or first.scores[metric].mean == second.scores[metric].mean:
-        return None
-    return first
-
-
-def _number(score: "Score", digits: int) -> str:
+def number(score: "Score", digits: int) -> str:
     if score.standard_error is None:
         return f"{score.mean:.{digits}f}"
     return f"{score.mean:.{digits}f} ± {score.standard_error:.{digits}f}"
 
 
-def _pairing(score: "Score") -> list[str]:
-    pairing = score.pairing
+def lines_of(summaries: "list[Summary]") -> "list[tuple[str, dict[int | None, Summary]]]":
+    """Contenders by name, each with its summary at every memory size; the full cache's has none, and comes first."""
+    found: dict[str, dict[int | None, Summary]] = {}
+    for summary in summaries:
+        found.setdefault(contender_name(summary.policy, summary.budgets), {})[summary.memory_size] = summary
+    return list(found.items())
+
+
+def _overview(summaries: "list[Summary]", metric: str) -> list[str]:
+    """One row for each contender, one column for each memory size."""
+    heading, digits = METRICS[metric]
+    sizes = memory_sizes(summaries)
+    winners = {size: best(metric, [s for s in summaries if s.memory_size == size]) for size in sizes}
+    arrow = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
+    lines = [f"{heading.capitalize() if metric != 'kl' else heading} ({arrow}), by entries per head:", ""]
+    lines += ["| | " + " | ".join(map(str, sizes)) + " |", "|---|" + "---:|" * len(sizes)]
+    for name, by_size in lines_of(summaries):
+        cells = []
+        for size in sizes:
+            summary = by_size.get(size, by_size.get(None))
+            text = "" if summary is None else number(summary.scores[metric], digits)
+            cells.append(f"**{text}**" if summary is not None and summary is winners[size] else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _table(model: ModelReport, summaries: "list[Summary]", task: str) -> list[str]:
+    metrics = [metric for metric in METRICS if metric in summaries[0].scores]
+    headings = ["entries per head", "policy", "budgets", *(METRICS[metric][0] for metric in metrics)]
+    corrected = corrected_p(summaries, metric_of(task))
+    if model.reference:
+        headings += [f"rows better than {model.reference}", "p (sign)", "p (mean)"]
+    if task == TEXT:
+        headings.append("MiB")
+    lines = ["| " + " | ".join(headings) + " |", "|---:|---|---|" + "---:|" * (len(headings) - 3)]
+    for size in [None, *memory_sizes(summaries)]:
+        of_size = [summary for summary in summaries if summary.memory_size == size]
+        winners = {metric: best(metric, of_size) for metric in metrics}
+        for summary in of_size:
+            cells = ["all" if size is None else str(size), summary.policy, summary.budgets or ""]
+            for metric in metrics:
+                text = number(summary.scores[metric], METRICS[metric][1])
+                cells.append(f"**{text}**" if summary is winners[metric] else text)
+            if model.reference:
+                cells += pairing_cells(summary, metric_of(task), corrected)
+            if task == TEXT:
+                nbytes = model.bytes[None if size is None else (summary.policy, size, summary.budgets or "")]
+                cells.append(f"{nbytes / 2**20:.2f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def corrected_p(summaries: "list[Summary]", metric: str) -> dict[int, float]:
+    """p of the mean difference, corrected over all of a table's contenders, by the summary's id."""
+    from retention_gates.trainers.comparison import holm
+
+    paired = [(summary, summary.scores[metric].pairing) for summary in summaries]
+    known = [(summary, pairing.p_mean) for summary, pairing in paired if pairing is not None]
+    corrected = holm([p for _, p in known])
+    return {id(summary): p for (summary, _), p in zip(known, corrected, strict=True)}
+
+
+def pairing_cells(summary: "Summary", metric: str, corrected: dict[int, float]) -> list[str]:
+    pairing = summary.scores[metric].pairing
     if pairing is None:
-        return ["", ""]
+        return ["", "", ""]
     rows = pairing.wins + pairing.losses + pairing.ties
     ties = f" ({pairing.ties} equal)" if pairing.ties else ""
-    return [f"{pairing.wins} of {rows}{ties}", f"{pairing.p_value:.2g}"]
-
-
-def _legend(reference: str | None) -> list[str]:
-    lines = [
-        "- Entries per head: the mean number of cached tokens that a KV head keeps, prefill and decode alike. Uniform",
-        "  budgets give every head this number, calibrated ones divide the same total by what each head wants.",
-        "- The full cache is the base model. ± is the standard error over rows; bold is the best of a memory size.",
-    ]
-    if reference:
-        lines += [
-            f"- Rows better: rows on which a contender beats `{reference}` with the same number of entries, by KL on",
-            "  text and by answer tokens on tasks. p: two-sided sign test over those rows, equal ones left out.",
-        ]
-    return lines
+    return [f"{pairing.wins} of {rows}{ties}", f"{pairing.p_sign:.2g}", f"{corrected[id(summary)]:.2g}"]

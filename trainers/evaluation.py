@@ -143,7 +143,8 @@ def compare_answers(
     """Whether each contender, and the full cache, would say the answer: one record per example and contender.
 
     Teacher-forced: the answer is part of the input, and each of its tokens must be the most likely one after what came
-    before. A record has `token_accuracy`, the share of such tokens, and `exact`, 1.0 if all are.
+    before. A record has `token_accuracy`, the share of such tokens; `exact`, 1.0 if all are; and `said`, the ids of
+    the most likely tokens.
     """
     gated = find_gated_model(model)
     head = OutputHead.from_model(model)
@@ -159,7 +160,8 @@ def compare_answers(
                 forecast = head.logits(hidden[row, answer.start - 1 : -1]).argmax(-1)
                 share = (forecast == ids[row, answer]).double().mean().item()
                 name = {"task": task, "row": index, **_name(contender)}
-                records.append(name | {"token_accuracy": share, "exact": float(share == 1.0)})
+                scores = {"token_accuracy": share, "exact": float(share == 1.0)}
+                records.append(name | scores | {"said": forecast.tolist()})
     return records
 
 
@@ -183,7 +185,7 @@ def _hidden_states(
     was_training = gated.training
     gated.eval()
     try:
-        with _gates_off(gated):
+        with gates_off(gated):
             full = gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         progress(len(ids))
         kept = []
@@ -199,7 +201,7 @@ def _hidden_states(
 
 
 @contextmanager
-def _gates_off(gated: RetentionGateModel) -> Iterator[None]:
+def gates_off(gated: RetentionGateModel) -> Iterator[None]:
     gated.disable_adapter_layers()
     try:
         yield
@@ -230,7 +232,8 @@ def _score_text(
             student = head.logits(hidden[:, here]).log_softmax(-1)
             sums["nll"][index] -= student[:, : expected.shape[1]].gather(-1, expected).sum((1, 2))
             sums["agreement"][index] += (student.argmax(-1) == most_likely).sum(1)
-            sums["kl"][index] += (probabilities * (teacher - student)).sum((1, 2))
+            # in the student's memory: [B, step, V] is what limits a chunk
+            sums["kl"][index] += torch.linalg.vecdot(probabilities, torch.sub(teacher, student, out=student)).sum(1)
     counts = {"kl": tokens, "nll": tokens - 1, "agreement": tokens}
     return {name: total / counts[name] for name, total in sums.items()} | {"full_nll": full_nll / (tokens - 1)}
 

@@ -44,7 +44,7 @@ def test_help_and_version(capsys):
 NOT_INTEGERS = [["generate", "--prompt", "a", "--memory-size", size] for size in ("1.5", "many", "nan", "1e2", "")]
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["evaluate"], ["generate", "--promt", "a"], *NOT_INTEGERS])
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["generate", "--promt", "a"], *NOT_INTEGERS])
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -84,19 +84,19 @@ MISTAKES = {
     "unknown policy": (["evaluate", "--policies", "retension"], "Did you mean 'retention'?"),
     "unknown budgets": (["evaluate", "--budgets", "even"], "'even' is unknown"),
     "unknown task": (["evaluate", "--tasks", "chess"], "unknown task 'chess'"),
-    "no memory": (["evaluate", "--memory-size", "0", "--length", "40"], "--memory-size 0 must be 1 or more"),
+    "no memory": (["evaluate", "--memory-size", "0", "--length", "40"], "contenders.memory_sizes=0 must be"),
     "memory too small": (["evaluate", "--memory-size", "4", "--length", "40"], "memory_size=4 must be at least 5"),
     "nothing evicted": (["evaluate", "--memory-size", "64", "--length", "40"], "no longer than the largest memory"),
     "start too late": (["evaluate", "--start", "40", "--length", "40"], "start=40 leaves nothing to score"),
     "not calibrated": (["evaluate", "--length", "200", "--policies", "retention", "--budgets", "calibrated"], "run `"),
     "too long": (["evaluate", "--length", "600", "--documents", "1"], "512 positions"),
     "too many": (["evaluate", "--documents", "9999", "--length", "200"], "9999 windows"),
-    "too short": (["evaluate", "--length", "0", "--start", "0"], "row_length=0"),
-    "no batch": (["evaluate", "--batch-size", "0"], "--batch-size 0"),
+    "too short": (["evaluate", "--length", "0", "--start", "0"], "text.length=0 must be"),
+    "no batch": (["evaluate", "--batch-size", "0"], "run.batch_size=0 must be"),
     "unknown works": (["evaluate", "--test-works", "Hamlet"], "Hamlet"),
     "no such text": (["evaluate", "--text", "./nowhere.txt"], "nowhere.txt"),
     "no text": (["evaluate", "--text", "EMPTY", "--length", "200"], "is empty"),
-    "a seed below 0": (["evaluate", "--seed", "-1", "--length", "200"], "--seed -1"),
+    "a seed below 0": (["evaluate", "--seed", "-1", "--length", "200"], "run.seeds=-1 must be"),
     "no numbers": (["evaluate", "--device", "meta", "--length", "200"], "device='meta'"),
     "no such GGUF": (["evaluate", "--gguf-file", "no.gguf", "--length", "200"], "has no no.gguf"),
     "unknown device": (["evaluate", "--device", "toaster", "--length", "200"], "toaster"),

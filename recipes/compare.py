@@ -1,0 +1,193 @@
+"""Runs a comparison: loads each model, scores its contenders, and writes results and reports."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retention_gates.recipes import plots, report, report_page
+from retention_gates.recipes.answers import differing_answers
+from retention_gates.recipes.comparison_config import ComparisonConfig, ModelEntry
+from retention_gates.recipes.loading import (
+    adapter_config,
+    base_name,
+    check_gates_trained,
+    load_model,
+    load_rows,
+    load_token_documents,
+    load_tokenizer,
+)
+from retention_gates.recipes.output import check_output, claim_output, replacing, write_text
+from retention_gates.recipes.packaged_models import find_packaged
+from retention_gates.recipes.provenance import machine_and_versions
+from retention_gates.recipes.report_data import ModelReport, Shown
+from retention_gates.recipes.result_store import ResultStore
+from retention_gates.recipes.scoring import Block, Scorer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from retention_gates.trainers.evaluation import Contender
+
+RESULTS, REPORT, PAGE, PICTURE = "results.jsonl", "report.md", "report.html", "score.png"
+HALF_LIFE_ROWS = 4  # passages over which the medians of half-lives are taken
+
+
+@dataclass
+class Source:
+    """A model entry whose name and policies are settled."""
+
+    title: str
+    name: str
+    gguf_file: str | None
+    entry: ModelEntry
+    policies: list[str]
+
+
+def run(config: ComparisonConfig) -> None:
+    """Scores all models, prints the report, and writes it with the results to the output folder."""
+    began, clock = datetime.now(UTC), time.monotonic()
+    folder = Path(config.run.output)
+    check_output(folder)
+    plots.require_matplotlib()
+    start = config.start
+    sources = [_settle(title, entry, config) for title, entry in config.models.items()]
+    store = ResultStore(folder)
+    models = [_compare(source, config, start, store) for source in sources]
+    header = {
+        "text": config.text.source,
+        "held_out": config.held_out,
+        "rows": config.text.rows,
+        "length": config.text.length,
+        "start": start,
+        "seeds": config.run.seeds,
+        "tasks": {name: asdict(task) for name, task in config.tasks.items()},
+        "reference": config.contenders.reference,
+        "time": began.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - clock, 1),
+    }
+    claim_output(folder)
+    write_text(folder / RESULTS, report.json_lines(header, models))  # first: these took the time
+    text = report.markdown(header, models)
+    write_text(folder / REPORT, text)
+    with replacing(folder / PICTURE) as temporary:
+        plots.score_against_memory(models[0].summaries, temporary)
+    write_text(folder / PAGE, report_page.page(header, models))
+    print(text)
+    print(f"written: {', '.join(str(folder / file) for file in (RESULTS, REPORT, PAGE, PICTURE))}")
+
+
+def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
+    """Checks all that can be checked before a model is loaded."""
+    from retention_gates.data.tasks import build_tasks
+    from retention_gates.gates.policies import POLICIES
+    from retention_gates.trainers.evaluation import contenders
+
+    name, gguf_file = entry.name, entry.gguf_file
+    if entry.package is not None:
+        name, gguf_file = find_packaged(entry.package)
+    name = base_name(name, entry.adapter)
+    chosen = config.contenders
+    policies = chosen.policies or [p for p, policy in POLICIES.items() if not policy.needs_gates or entry.adapter]
+    check_gates_trained(policies, entry.adapter)
+    if entry.adapter is not None:
+        adapter_config(entry.adapter)
+    build_tasks(list(config.tasks))
+    if chosen.budgets:
+        contenders(policies, chosen.memory_sizes, chosen.budgets)
+    return Source(title, name, gguf_file, entry, policies)
+
+
+def _compare(source: Source, config: ComparisonConfig, start: int, store: ResultStore) -> ModelReport:
+    from retention_gates.gates.policies import POLICIES
+    from retention_gates.trainers.comparison import aggregate
+    from retention_gates.trainers.evaluation import contenders
+    from retention_gates.trainers.memory import memory_bytes
+
+    entry = source.entry
+    tokenizer = load_tokenizer(source.name, gguf_file=source.gguf_file)
+    blocks = _blocks(config, tokenizer, start)
+    model = load_model(
+        source.name, entry.adapter, gguf_file=source.gguf_file, device=config.run.device, dtype=entry.dtype
+    )
+    chosen = contenders(
+        source.policies, config.contenders.memory_sizes, config.contenders.budgets or _budgets_of(model)
+    )
+    records = Scorer(model, chosen, store, config.run.batch_size).score(blocks)
+    rows = blocks[0].items
+    sizes = memory_bytes(model, rows[0], chosen)
+    uniform = {contender.policy for contender in chosen if contender.budgets == "uniform"}
+    reference = config.contenders.reference if config.contenders.reference in uniform else None
+    return ModelReport(
+        title=source.title,
+        facts={
+            "model": entry.package or source.name,
+            "gguf_file": source.gguf_file,
+            "adapter": entry.adapter,
+            **machine_and_versions(model),
+        },
+        summaries=aggregate(records, reference=reference),
+        records=records,
+        reference=reference,
+        gated=[name for name in source.policies if POLICIES[name].needs_gates],
+        bytes=dict(zip([None, *((c.policy, c.memory_size, c.budgets) for c in chosen)], sizes, strict=True)),
+        shown=_shown(model, rows, chosen) if entry.adapter else None,
+        answers=differing_answers(records, blocks, tokenizer),
+    )
+
+
+def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", start: int) -> list[Block]:
+    """Rows of text, then the examples of each task; seeds draw from the same documents."""
+    from retention_gates.data.tasks import build_tasks
+
+    text, seeds = config.text, config.run.seeds
+    asked = argparse.Namespace(
+        **{name: getattr(text, name) for name in ("split", "subset", "text_field", "work_field")},
+        **{name: getattr(text, name) for name in ("test_fraction", "test_works", "split_seed", "length", "rows")},
+        text=text.source,
+        seed=seeds[0],
+    )
+    asked.rows = text.rows * len(seeds)  # passages that the documents should at least have
+    documents = load_token_documents(asked, tokenizer)
+    blocks = []
+    for seed in seeds:
+        asked.rows, asked.seed = text.rows, seed
+        blocks.append(Block("text", text.length, seed, list(load_rows(asked, tokenizer, documents)), start))
+    for task, entry in zip(build_tasks(list(config.tasks)), config.tasks.values(), strict=True):
+        for length in entry.lengths or []:
+            for seed in seeds:
+                examples = task.examples(tokenizer, documents, entry.examples, length, seed, "test")
+                blocks.append(Block(task.name, length, seed, examples))
+    return blocks
+
+
+def _shown(model: "nn.Module", rows: "Sequence[torch.Tensor]", chosen: "Sequence[Contender]") -> Shown | None:
+    """What heat maps show: half-lives over some rows, and what is kept of the first, at the middle memory size."""
+    import torch
+
+    from retention_gates.gates.model import find_gated_model
+    from retention_gates.gates.policies import find_policy
+    from retention_gates.recipes.inspect_gates import median_half_lives, read_text
+
+    gated = [contender for contender in chosen if find_policy(contender.policy).needs_gates]
+    if not gated:
+        return None
+    sizes = sorted({contender.memory_size for contender in gated})
+    one = [contender for contender in gated if contender.memory_size == sizes[(len(sizes) - 1) // 2]][-1]
+    some = torch.stack(list(rows[:HALF_LIFE_ROWS]))
+    layers = find_gated_model(model).active_config.gated_layers
+    assert layers is not None
+    reading = read_text(model, rows[0], memory_size=one.memory_size, budgets=one.budgets)
+    return Shown(median_half_lives(model, some), len(some), reading, list(layers), one.memory_size, one.budgets)
+
+
+def _budgets_of(model: "nn.Module") -> list[str]:
+    from retention_gates.gates.model import find_gated_model
+
+    has_shares = find_gated_model(model).active_config.budget_shares
+    return ["uniform", "calibrated"] if has_shares else ["uniform"]

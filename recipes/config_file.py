@@ -1,0 +1,96 @@
+"""YAML files with sections, and overrides on the command line: read, checked, and turned into dataclasses."""
+
+import difflib
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+def read(path: str | Path, sections: Iterable[str]) -> dict[str, Any]:
+    """The file's mapping; `sections` are named if it is none."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"The run's file {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold sections ({', '.join(sections)}), not {type(content).__name__}.")
+    return content
+
+
+def override(given: dict[str, Any], path: Sequence[str], text: str) -> None:
+    """Sets the value under nested keys to what `text` says in YAML.
+
+    Raises:
+        ValueError: for text that is no YAML, and where a key on the way holds no mapping.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The value of '{'.'.join(path)}={text}' is no YAML: {error}") from error
+    for depth, key in enumerate(path[:-1], start=1):
+        if given.get(key) is None:
+            given[key] = {}
+        check_mapping(".".join(path[:depth]), given[key])
+        given = given[key]
+    given[path[-1]] = value
+
+
+def build(cls: type, given: dict[str, Any], where: str, *, what: str, allowed: Sequence[str] | None = None) -> Any:
+    """A dataclass from a section's values, each of the kind that its field has.
+
+    Args:
+        where: the section's name; what: the kind of file, for messages such as "is no option of a training run".
+        allowed: the fields that may be given. None: all.
+    """
+    allowed = [f.name for f in fields(cls) if f.init] if allowed is None else allowed
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in given.items():
+        if name not in allowed:
+            raise ValueError(unknown(name, allowed, f"{where}.", what))
+        values[name] = _coerce(f"{where}.{name}", value, hints[name])
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"The section {where!r} is not complete: {error}.") from error
+
+
+def unknown(name: Any, allowed: Iterable[str], prefix: str, what: str) -> str:
+    near = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0)
+    return f"{prefix}{name} is no option of {what}; the nearest is {prefix}{near[0]}."
+
+
+def check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"The section {name!r} must be a mapping of keys to values, not {value!r}.")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """The value, a float where YAML reads `1e-3` as text; refuses a value of a plain kind that isn't asked for."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    plain = [get_origin(kind) or kind for kind in kinds]
+    if value is False and str in plain and bool not in plain:
+        return "no"  # which YAML reads as False: eval_strategy: no
+    if any(kind not in (int, float, str, bool, list, dict, type(None)) for kind in plain):
+        return value  # an enumeration: transformers checks it and names the choices
+    if isinstance(value, str) and float in plain and str not in plain:
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    matches = (type(value) in plain) or (type(value) is int and float in plain)
+    if not matches:
+        wanted = " or ".join(kind.__name__ for kind in plain if kind is not type(None))
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}, where {wanted} is wanted.")
+    return value
