@@ -93,7 +93,7 @@ def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
         name, gguf_file = find_packaged(entry.package)
     name = base_name(name, entry.adapter)
     chosen = config.contenders
-    policies = chosen.policies or [p for p, policy in POLICIES.items() if not policy.needs_gates or entry.adapter]
+    policies = chosen.policies or [p for p in POLICIES if _can_run(p, entry)]
     check_gates_trained(policies, entry.adapter)
     if entry.adapter is not None:
         adapter_config(entry.adapter)
@@ -101,6 +101,18 @@ def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
     if chosen.budgets:
         contenders(policies, chosen.memory_sizes, chosen.budgets)
     return Source(title, name, gguf_file, entry, policies)
+
+
+def _can_run(policy: str, entry: ModelEntry) -> bool:
+    """Whether a policy has all that it needs: gates, or something that a comparison does not give to anyone."""
+    from retention_gates.gates.policies import find_policy
+    from retention_gates.trainers.evaluation import Contender
+
+    try:
+        Contender(policy, memory_size=1)
+    except ValueError:
+        return False
+    return entry.adapter is not None or not find_policy(policy).needs_gates
 
 
 def _compare(source: Source, config: ComparisonConfig, start: int, store: ResultStore) -> ModelReport:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start", type=int, metavar="T", help="first token whose forecast counts (default: the largest memory size)"
     )
     parser.add_argument(
-        "--memory-size", nargs="+", type=int, metavar="M",
+        "--memory-size", nargs="+", type=int, default=[64, 128], metavar="M",
         help="entries kept per KV head, in the mean (default: 64 128)",
     )  # fmt: skip
     parser.add_argument("--policies", nargs="+", metavar="NAME", help=POLICIES_HELP)
@@ -53,14 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets", nargs="+", metavar="KIND", help="among uniform, calibrated (default: all that the adapter has)"
     )
     parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME",
+        "--tasks", nargs="+", default=[], metavar="NAME",
         help="recall tasks: passage_repeat, sentence_recall, passkey, code_lookup, ... (default: none)",
     )  # fmt: skip
-    parser.add_argument("--examples", type=int, metavar="N", help="of each task (default: 16)")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="rows per forward pass (default: 1)")
+    parser.add_argument("--examples", type=int, default=16, metavar="N", help="of each task (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows per forward pass (default: 1)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for results and pictures")
-    # what is not given is the file's, or else the comparison's own default
-    parser.set_defaults(**{name: NOT_GIVEN for name in (*OPTIONS, *MODEL_OPTIONS, *TASK_OPTIONS)})
+    # what is not given is the file's, or else the comparison's own default, which is the one that the help tells
+    names = (*OPTIONS, *MODEL_OPTIONS, *TASK_OPTIONS)
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in names})
+    parser.set_defaults(**{name: NOT_GIVEN for name in names})
 
 
 def main(options: argparse.Namespace) -> None:
@@ -76,6 +78,12 @@ def main(options: argparse.Namespace) -> None:
         )
     _set(comparison, given)
     run(build_comparison(comparison))
+
+
+def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with their defaults, for what is not a comparison."""
+    given = {name: value for name, value in vars(options).items() if value is not NOT_GIVEN}
+    return argparse.Namespace(**options.defaults | given)
 
 
 def _from_model(given: dict[str, Any]) -> dict[str, Any]:

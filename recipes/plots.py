@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GATES_COLOUR = "#D55E00"
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#000000")  # not their yellow: too faint for a line
 MARKERS = "sD^vPXo"
-DASHES = {"calibrated": "-", "uniform": "--"}
+DASHES = {"calibrated": "-", "uniform": "--", "pyramid": "-.", "adaptive": ":"}
 FULL_CACHE_LABEL = "full cache"
 TICKS = (1, 2, 3, 5, 7)  # of each power of ten
 
@@ -55,7 +55,7 @@ def style_of(policy: str, budgets: str | None) -> Style:
     from retention_gates.gates.policies import POLICIES
 
     name = policy.split("+")[0]
-    dashes = DASHES.get(budgets or "", ":")
+    dashes = DASHES.get(budgets or "", "-")
     if name in POLICIES and POLICIES[name].needs_gates:
         return Style(GATES_COLOUR, "o" if budgets == "calibrated" else "X", dashes, 2.4)
     others = [other for other, known in POLICIES.items() if not known.needs_gates]
