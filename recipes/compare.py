@@ -72,7 +72,7 @@ def run(config: ComparisonConfig) -> None:
         "seconds": round(time.monotonic() - clock, 1),
     }
     claim_output(folder)
-    write_text(folder / RESULTS, report.json_lines(header, models))  # first: these took the time
+    write_text(folder / RESULTS, report.result_lines(header, models))  # first: these took the time
     text = report.markdown(header, models)
     write_text(folder / REPORT, text)
     with replacing(folder / PICTURE) as temporary:

@@ -21,16 +21,22 @@ if TYPE_CHECKING:  # importing it takes seconds, which a command's --help should
     from retention_gates.trainers.comparison import Score, Summary
 
 
-def json_lines(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
-    """The header, then each model with its facts, and its records and the bytes of its caches, one object a line."""
-    objects: list[dict[str, Any]] = [{"kind": "header", **header}]
+def json_lines(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    """The header and each record as one JSON object a line."""
+    objects = [{"kind": "header", **header}, *({"kind": "record", **record} for record in records)]
+    return "".join(json.dumps(each, allow_nan=False) + "\n" for each in objects)
+
+
+def result_lines(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
+    """The header, then each model with its facts, the bytes of its caches and its records, one object a line."""
+    records: list[dict[str, Any]] = []
     for model in models:
-        objects.append({"kind": "model", "title": model.title, **model.facts})
+        records.append({"kind": "model", "title": model.title, **model.facts})
         for key, nbytes in model.bytes.items():
             names = dict(zip(("policy", "memory_size", "budgets"), key or ("full", None, None), strict=True))
-            objects.append({"kind": "memory", "model": model.title, **names, "bytes": nbytes})
-        objects += [{"kind": "record", "model": model.title, **record} for record in model.records]
-    return "".join(json.dumps(each, allow_nan=False) + "\n" for each in objects)
+            records.append({"kind": "memory", "model": model.title, **names, "bytes": nbytes})
+        records += [{"kind": "record", "model": model.title, **record} for record in model.records]
+    return json_lines(header, records)
 
 
 def markdown(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
@@ -166,4 +172,4 @@ def pairing_cells(summary: "Summary", metric: str, corrected: dict[int, float]) 
         return ["", "", ""]
     rows = pairing.wins + pairing.losses + pairing.ties
     ties = f" ({pairing.ties} equal)" if pairing.ties else ""
-    return [f"{pairing.wins} of {rows}{ties}", f"{pairing.p_sign:.2g}", f"{corrected[id(summary)]:.2g}"]
+    return [f"{pairing.wins} of {rows}{ties}", f"{pairing.p_value:.2g}", f"{corrected[id(summary)]:.2g}"]

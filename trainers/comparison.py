@@ -11,8 +11,14 @@ import numpy as np
 
 from retention_gates.trainers.evaluation import FULL_CACHE
 
-LOWER_IS_BETTER = {"kl": True, "nll": True, "agreement": False, "token_accuracy": False, "exact": False}
-EXACT_ROWS, DRAWS = 13, 20_000  # up to 2^13 sign patterns are all tried; of more so many are drawn
+LOWER_IS_BETTER = {
+    "kl": True,
+    "nll": True,
+    "agreement": False,
+    "token_accuracy": False,
+    "exact": False,
+    "score": False,
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Pairing:
     losses: int
     ties: int
     difference: float  # mean of contender - rival, in the metric's unit
-    p_sign: float  # two-sided: wins and losses are equally likely
+    p_value: float  # of an exact two-sided sign test
     p_mean: float  # two-sided: the mean difference is 0, by flipping signs
 
 
@@ -104,6 +110,9 @@ def sign_test(wins: int, losses: int) -> float:
     throws = wins + losses
     tail = sum(math.comb(throws, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**throws)
+
+
+EXACT_ROWS, DRAWS = 13, 20_000  # up to 2^13 sign patterns are all tried; of more so many are drawn
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:

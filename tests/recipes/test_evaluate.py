@@ -83,7 +83,7 @@ def test_the_report_says_what_the_records_say(evaluated):
     pairing = calibrated.scores["kl"].pairing
     on_text = [s.scores["kl"].pairing for s in summaries if s.task == "text"]
     corrected = holm([p.p_mean for p in on_text if p])[[p for p in on_text if p].index(pairing)]
-    assert own[6:9] == [f"{pairing.wins} of 3", f"{pairing.p_sign:.2g}", f"{corrected:.2g}"]
+    assert own[6:9] == [f"{pairing.wins} of 3", f"{pairing.p_value:.2g}", f"{corrected:.2g}"]
     (sizes, *rows) = [
         cells(line) for line in lines[lines.index("## model: Text, 240 tokens") :] if line.startswith("|")
     ][:8]

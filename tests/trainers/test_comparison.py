@@ -55,12 +55,12 @@ def test_pairs_by_row_and_memory_size():
     uniform = named["retention", 64, "uniform"].scores
     for metric, difference in (("kl", -0.1), ("agreement", 0.1)):  # higher is better in the latter
         pairing = uniform[metric].pairing
-        assert (pairing.wins, pairing.losses, pairing.ties, pairing.p_sign) == (1, 1, 1, 1)
+        assert (pairing.wins, pairing.losses, pairing.ties, pairing.p_value) == (1, 1, 1, 1)
         assert pairing.difference == pytest.approx(difference)
         assert pairing.p_mean == 1, "0.4 and 0.1 are as far apart as -0.3 with any signs"
     calibrated = named["retention", 64, "calibrated"].scores["kl"].pairing
     assert (calibrated.wins, calibrated.losses, calibrated.ties) == (3, 0, 0)
-    assert calibrated.p_sign == calibrated.p_mean == 0.25
+    assert calibrated.p_value == calibrated.p_mean == 0.25
     assert named["retention", 128, "uniform"].scores["kl"].pairing is None, "there is no rival of this size"
     assert named["streaming_llm", 64, "uniform"].scores["kl"].pairing is None
     assert named["full", None, None].scores["kl"].pairing is None
