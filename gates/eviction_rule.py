@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from retention_gates.gates.policies import Policy
+from retention_gates.gates.policies import NewTokens, Policy
 
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
 
@@ -32,14 +32,21 @@ class EvictionRule:
     def protected_count(self) -> int:
         return count_offsets(self.protected)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries that each head needs room for at a step's end."""
+        return tuple(budget + self.buffer_size for budget in self.budgets)
+
     def recent(self, device: torch.device) -> torch.Tensor | None:
         """The youngest entries that each head is sure of, int64 [H]; None if the policy promises none.
 
-        A share of the budget, as far as protected entries leave room.
+        A share of the budget, as far as the policy's limit and the protected entries leave room.
         """
         if not self.policy.recent_fraction:
             return None
         wanted = [int(self.policy.recent_fraction * budget) for budget in self.budgets]
+        if self.policy.most_recent is not None:
+            wanted = [min(entries, self.policy.most_recent) for entries in wanted]
         room = [budget - self.protected_count for budget in self.budgets]
         return torch.tensor([min(pair) for pair in zip(wanted, room, strict=True)], device=device)
 
@@ -50,9 +57,11 @@ class EvictionRule:
             result |= (offset >= start) & (offset < stop)
         return result
 
-    def score(self, log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """The policy's score [B, H, T], of log_beta [B, H, T], key [B, H, T, D] and offset [B, T]."""
-        return self.policy.score(log_beta, key, offset, self.seed, self.layer)
+    def new_tokens(
+        self, log_beta: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: torch.Tensor
+    ) -> NewTokens:
+        """What the policy gets to see of log_beta [B, H, T], key and value [B, H, T, D] and offset [B, T]."""
+        return NewTokens(log_beta, key, value, offset, self.seed, self.layer)
 
 
 def count_offsets(spans: tuple[Span, ...]) -> int:

@@ -1,7 +1,8 @@
 """Scores memories of bounded size against the full cache, exactly as a bounded cache would evict, without decoding.
 
-Every score comes from one forward pass through a `SimulatedCache`: what each head holds at every step is what a
-token-by-token decode with `BoundedCache` would hold. The full cache is the base model itself, gates off.
+Every score comes from one forward pass through a `SimulatedCache`, several contenders side by side: what each head
+holds at every step is what a token-by-token decode with `BoundedCache` would hold. The full cache is the base model
+itself, gates off.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ TEXT = "text"
 LOGITS_CHUNK = (
     256  # tokens whose logits exist at a time: 256 x 262,144 fp32 logits of the largest vocabulary are 256 MiB
 )
+# tokens that go through the model at a time, all contenders side by side, on a CPU and on a GPU: the more there are,
+# the less a simulated step costs each; an MLP's hidden states take some 10 KB a token
+TOKENS_AT_A_TIME = (2**15, 2**17)
 
 Progress = Callable[[int], Any]  # is told how many forward passes x rows were done
 
@@ -187,12 +191,20 @@ def _hidden_states(
             full = gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         progress(len(ids))
         kept = []
-        for contender in chosen:
-            cache = SimulatedCache(
-                gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=seed
+        at_a_time = max(1, TOKENS_AT_A_TIME[ids.device.type == "cuda"] // ids.numel())
+        for first in range(0, len(chosen), at_a_time):
+            caches = [
+                SimulatedCache(gated, c.memory_size, policy=c.policy, budgets=c.budgets, seed=seed)
+                for c in chosen[first : first + at_a_time]
+            ]
+            hidden = gated(
+                input_ids=ids.repeat(len(caches), 1),
+                past_key_values=SimulatedCache.side_by_side(caches),
+                use_cache=True,
+                last_hidden_state_only=True,
             )
-            kept.append(gated(input_ids=ids, past_key_values=cache, use_cache=True, last_hidden_state_only=True))
-            progress(len(ids))
+            kept += hidden.split(len(ids))
+            progress(len(caches) * len(ids))
     finally:
         gated.train(was_training)
     return full, kept
