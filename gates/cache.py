@@ -13,6 +13,7 @@ from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
 from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.policies import FeedbackPolicy, Policy, find_policy
+from retention_gates.gates.rotation import rotary_frequencies
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
 
@@ -53,9 +54,11 @@ class EvictingCache(Cache):
         self._shares = config.budget_shares
         self._shape = (len(owners), config.num_key_value_heads)
         self.protected: tuple[Span, ...] = ((0, protected_tokens),)
+        needs_rotation = isinstance(chosen, FeedbackPolicy) and chosen.needs_rotation
+        frequencies = rotary_frequencies(gated.model, chosen.name) if needs_rotation else ()
         layers: list[Any] = DynamicCache(config=text_config(gated.model)).layers
         for (layer, owner), row in zip(owners.items(), self._budgets(self.protected), strict=True):
-            rule = EvictionRule(chosen, tuple(row), buffer_size, self.protected, seed, layer)
+            rule = EvictionRule(chosen, tuple(row), buffer_size, self.protected, seed, layer, frequencies)
             layers[layer] = self.make_layer(rule, owner)
             _check_heads(rule)
         super().__init__(layers=layers)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from retention_gates.gates.policies import NewTokens, Policy
+from retention_gates.gates.policies import FeedbackPolicy, NewTokens, Policy, Setting
 
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
 
@@ -22,6 +22,7 @@ class EvictionRule:
     protected: tuple[Span, ...]  # never evicted, counted inside the budget
     seed: int
     layer: int
+    frequencies: tuple[float, ...] = ()  # of the model's rotary embedding, for policies that need it
 
     def __post_init__(self) -> None:
         assert min(self.budgets) > self.protected_count, (
@@ -49,6 +50,26 @@ class EvictionRule:
             wanted = [min(entries, self.policy.most_recent) for entries in wanted]
         room = [budget - self.protected_count for budget in self.budgets]
         return torch.tensor([min(pair) for pair in zip(wanted, room, strict=True)], device=device)
+
+    @property
+    def interval(self) -> int:
+        """Steps for which a feedback policy's priorities hold.
+
+        What entered since then has none and stays, so that every head must be sure of as many recent entries.
+        """
+        interval = self.policy.interval if isinstance(self.policy, FeedbackPolicy) else 1
+        recent = self.recent(torch.device("cpu"))
+        return interval if recent is not None and int(recent.min()) >= interval else 1
+
+    @property
+    def instruction(self) -> tuple[Span, ...]:
+        """What the caller pinned beside the first tokens."""
+        return self.protected[1:]
+
+    def setting(self, rows: int, scale: float, device: torch.device) -> Setting:
+        """For a policy that looks at `rows` rows under this rule."""
+        budgets = torch.tensor(self.budgets, device=device).expand(rows, -1)
+        return Setting(budgets, scale, torch.tensor(self.frequencies, device=device), self.instruction)
 
     def is_protected(self, offset: torch.Tensor) -> torch.Tensor:
         """Whether the tokens at these offsets are never evicted, bool of the same shape."""

@@ -6,10 +6,12 @@ from retention_gates.gates.policies import FeedbackPolicy, Held
 from retention_gates.kernels.gate_evict import lowest
 
 
-def observe(policy: FeedbackPolicy, held: Held, weights: torch.Tensor, is_padded: bool) -> None:
-    """Lets the policy see the attention [B, H, n, S] that the entries received of the block's n queries."""
+def observe(policy: FeedbackPolicy, held: Held, weights: torch.Tensor | None, is_padded: bool) -> None:
+    """Lets the policy see the attention [B, H, n, S] that entries received of the block's n queries, if it looks."""
     assert policy.observe is not None
-    if is_padded:
+    if weights is None:
+        weights = held.state.new_zeros(*held.positions.shape[:2], 0, held.positions.shape[2])
+    elif is_padded:
         weights = weights.masked_fill(~held.is_real[:, None, :, None], 0.0)
     before = held.state
     after = policy.observe(held, weights)
@@ -19,8 +21,14 @@ def observe(policy: FeedbackPolicy, held: Held, weights: torch.Tensor, is_padded
     held.state = after.contiguous()
 
 
+def priorities(policy: FeedbackPolicy, held: Held) -> torch.Tensor:
+    """The policy's priorities, fp32 [B, H, S] and finite: inf means that an entry stays."""
+    limits = torch.finfo(torch.float32)
+    return policy.priority(held).float().nan_to_num(nan=limits.min, posinf=limits.max, neginf=limits.min)
+
+
 def victims(
-    policy: FeedbackPolicy,
+    priority: torch.Tensor,
     held: Held,
     barred: torch.Tensor,
     recent: torch.Tensor | None,
@@ -30,12 +38,11 @@ def victims(
     """The entries that go, bool [B, H, S]: of each head the `surplus` of lowest priority.
 
     Args:
-        barred: fp32 [B, H, S], inf for protected entries.
+        priority, barred: fp32 [B, H, S]; an entry for which one of them is inf stays.
         recent: int64, broadcastable to [B, H], the age below which an entry stays; or None.
         surplus: int64 [B, H], at most largest_surplus.
     """
-    stays = ~held.exists | (barred == float("inf"))
+    priority = (priority + barred).masked_fill(~held.exists, float("inf"))
     if recent is not None:
-        stays |= held.age < recent[..., None]
-    priority = policy.priority(held).masked_fill(stays, float("inf"))
+        priority = priority.masked_fill(held.age < recent[..., None], float("inf"))
     return lowest(priority, held.positions, surplus, largest_surplus)

@@ -1,8 +1,10 @@
 """The cache of fixed size for policies that look at what is held and at the attention that it received."""
 
 import torch
+from torch import nn
 
 from retention_gates.gates import feedback
+from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
 from retention_gates.gates.slot_layer import STATE, SlotLayer
 from retention_gates.kernels.gate_evict import enter_token, place_chunk, slot_table
@@ -15,41 +17,68 @@ class FeedbackSlotLayer(SlotLayer):
     """Slots that carry a policy's state beside them. The victims are chosen after attention, and go at once.
 
     Beside the state of `SlotLayer`, of which `score` is only inf or 0, protected or not, and `pending` stays empty:
-    state [B, N, K] fp32 and head_state [B, H, P] fp32, the policy's own.
+    state [B, N, K] fp32 and head_state [B, H, P] fp32, the policy's own; and, of a policy that gives priorities once
+    in several steps, the last priority [B, N] fp32, inf for who entered since.
     """
 
-    row_state = (*STATE, "state", "head_state")
     state: torch.Tensor
     head_state: torch.Tensor
+    priority: torch.Tensor
+
+    def __init__(self, rule: EvictionRule, owner: nn.Module):
+        super().__init__(rule, owner)
+        self.columns = 0  # read so far, known without asking the device
 
     @property
     def policy(self) -> FeedbackPolicy:
         assert isinstance(self.rule.policy, FeedbackPolicy)
         return self.rule.policy
 
+    @property
+    def row_state(self) -> tuple[str, ...]:
+        return (*STATE, "state", "head_state") + (("priority",) if self.rule.interval > 1 else ())
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        width = self.policy.state_width(key_states.shape[-1])
+        self.has_head_state = False  # its size is known when there are queries
+        shape = (self.batch_size, self.slots)
         with torch.inference_mode(False):
-            self.state = torch.zeros(self.batch_size, self.slots, width, device=self.device)
+            self.state = torch.zeros(*shape, self.policy.state_width(key_states.shape[-1]), device=self.device)
             self.head_state = torch.zeros(self.batch_size, len(self.rule.budgets), 0, device=self.device)
+            self.priority = torch.full(shape if self.rule.interval > 1 else (0, 0), float("inf"), device=self.device)
 
     def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
         barred = torch.zeros_like(new.log_beta).masked_fill(is_protected, float("inf"))
         state = self.policy.initial_state(new)
-        if positions.shape[1] == 1:
-            new_of = ((self.keys, new.key), (self.values, new.value), (self.score, barred), (self.state, state))
-            entering = [(held, of_token.squeeze(2)) for held, of_token in new_of]
-            enter_token(entering, self.slot_positions, positions[:, 0], self.head_offsets)
-            self.token = positions >= 0, is_padded
-        else:
+        self.columns += positions.shape[1]
+        if positions.shape[1] > 1:
             self.chunk = barred, state, positions, is_padded
+            return
+        entering = [
+            (self.keys, new.key.squeeze(2)),
+            (self.values, new.value.squeeze(2)),
+            (self.score, barred.squeeze(2)),
+            (self.state, state.squeeze(2)),
+        ]
+        if self.rule.interval > 1:
+            entering.append((self.priority, torch.full_like(barred[:, :, 0], float("inf"))))
+        enter_token(entering, self.slot_positions, positions[:, 0], self.head_offsets)
+        self.token = positions >= 0, is_padded
+
+    def _ensure_head_state(self, query: torch.Tensor) -> None:
+        if not self.has_head_state:
+            heads = len(self.rule.budgets)
+            size = self.policy.head_state_size(query.shape[3], query.shape[1] // heads)
+            with torch.inference_mode(False):
+                self.head_state = torch.zeros(self.batch_size, heads, size, device=self.device)
+            self.has_head_state = True
 
     def _attend_token(
         self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        table = slot_table(self.head_offsets, self.device)
-        received = None if self.policy.observe is None else torch.empty_like(self.score)
+        self._ensure_head_state(query)
+        policy, table = self.policy, slot_table(self.head_offsets, self.device)
+        received = torch.empty_like(self.score) if policy.needs_attention else None
         output = slot_attention(
             query,
             self.keys,
@@ -71,14 +100,26 @@ class FeedbackSlotLayer(SlotLayer):
             self.seen - 1,
             self.start,
             lambda name: table.by_head(getattr(self, name)),
+            self.rule.setting(self.batch_size, scale, self.device),
         )
-        if received is not None:
-            feedback.observe(self.policy, held, table.by_head(received)[:, :, None], is_padded)
-            self.state.copy_(table.ragged(held.state))
+        if policy.observe is not None:
+            weights = None if received is None else table.by_head(received)[:, :, None]
+            feedback.observe(policy, held, weights, is_padded)
+        interval = self.rule.interval
+        if self.columns % interval == 0:
+            priority = feedback.priorities(policy, held)
+            if interval > 1:
+                self.priority.copy_(table.ragged(priority))
+        else:
+            priority = table.by_head(self.priority)
         full = held.exists.sum(2) == table.sizes
-        buffer_size = self.rule.buffer_size
-        barred = table.by_head(self.score)
-        victims = feedback.victims(self.policy, held, barred, self.recent, full * buffer_size, buffer_size)
+        most = self.rule.buffer_size
+        victims = feedback.victims(priority, held, table.by_head(self.score), self.recent, full * most, most)
+        if policy.merge is not None:
+            keys, values = policy.merge(held, victims, most)
+            self.keys.copy_(table.ragged(keys))
+            self.values.copy_(table.ragged(values))
+        self.state.copy_(table.ragged(held.state))
         self.slot_positions.masked_fill_(table.ragged(victims), -1)
         return output
 
@@ -91,9 +132,10 @@ class FeedbackSlotLayer(SlotLayer):
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
+        self._ensure_head_state(query)
         barred, state, positions, is_padded = self.chunk
         output = self._attend_chunk(query, key, value, positions, is_padded, scale, softcap, sinks)
-        table = slot_table(self.head_offsets, self.device)
+        policy, table = self.policy, slot_table(self.head_offsets, self.device)
         tokens = key.shape[2]
 
         def with_chunk(slots: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:  # [B, H, S + T, ...]
@@ -105,35 +147,43 @@ class FeedbackSlotLayer(SlotLayer):
             everyone,
             with_chunk(self.state, state),
             self.head_state,
-            query[:, :, :0],
-            positions[:, :0] >= 0,
+            query,
+            positions >= 0,
             self.seen - 1,
             self.start,
             lambda name: with_chunk(getattr(self, name), {"keys": key, "values": value}[name]),
+            self.rule.setting(self.batch_size, scale, self.device),
         )
-        for first in range(0, tokens, QUERIES) if self.policy.observe else ():
+        for first in range(0, tokens, QUERIES) if policy.observe is not None else ():
             block = slice(first, min(first + QUERIES, tokens))
             held.query, held.is_real = query[:, :, block], positions[:, block] >= 0
             held.step = self.seen - tokens + block.stop - 1
-            visible = held.exists[:, :, None] & (everyone[:, :, None] <= held.query_steps[:, None])
-            weights = entry_weights(held.query, held.keys, visible, scale=scale, softcap=softcap, sinks=sinks)
-            feedback.observe(self.policy, held, weights, is_padded)
+            weights = None
+            if policy.needs_attention:
+                visible = held.exists[:, :, None] & (everyone[:, :, None] <= held.query_steps[:, None])
+                weights = entry_weights(held.query, held.keys, visible, scale=scale, softcap=softcap, sinks=sinks)
+            feedback.observe(policy, held, weights, is_padded)
+        priority = feedback.priorities(policy, held)
         count = held.exists.sum(2)
         surplus = (count - (table.sizes - self.rule.buffer_size)).where(count >= table.sizes, 0)
-        victims = feedback.victims(
-            self.policy, held, with_chunk(self.score, barred), self.recent, surplus, everyone.shape[2]
-        )
+        most = everyone.shape[2]
+        victims = feedback.victims(priority, held, with_chunk(self.score, barred), self.recent, surplus, most)
+        if policy.merge is not None:
+            keys, values = (x.to(key.dtype) for x in policy.merge(held, victims, most))
+            self.keys.copy_(table.ragged(keys[:, :, :-tokens]))
+            self.values.copy_(table.ragged(values[:, :, :-tokens]))
+            key, value = keys[:, :, -tokens:], values[:, :, -tokens:]
         self.state.copy_(table.ragged(held.state[:, :, :-tokens]))
-        entering = (
-            (self.keys, key),
-            (self.values, value),
-            (self.score, barred),
-            (self.state, held.state[:, :, -tokens:]),
-        )
+        entering = [(self.keys, key), (self.values, value), (self.score, barred)]
+        entering.append((self.state, held.state[:, :, -tokens:]))
+        if self.rule.interval > 1:
+            self.priority.copy_(table.ragged(priority[:, :, :-tokens]))
+            entering.append((self.priority, priority[:, :, -tokens:]))
         place_chunk(entering, self.slot_positions, positions, victims, self.head_offsets)
         return output
 
     def reset(self) -> None:
         super().reset()
+        self.columns = 0
         if self.is_initialized:
             self.head_state.zero_()

@@ -34,12 +34,16 @@ class SlotLayer(RuledLayer):
     pending: torch.Tensor
     start: torch.Tensor
     seen: torch.Tensor
-    row_state: tuple[str, ...] = STATE
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
         self.chunk: Any = None  # what `update` leaves to `attend` of several tokens
         self.head_offsets = self._offsets()
+
+    @property
+    def row_state(self) -> tuple[str, ...]:
+        """Names of the tensors that have one row per sequence of the batch."""
+        return STATE
 
     def _offsets(self) -> tuple[int, ...]:
         return tuple(accumulate(self.rule.sizes, initial=0))

@@ -34,7 +34,8 @@ def simulate_steps(
     only which weights an entry receives. So a step is a handful of small operations on [B, H, S], and no model runs.
 
     Args:
-        rules: of one layer; they differ in their budgets only. The batch has the first rule's rows first, and so on.
+        rules: of one layer; they differ in their budgets only, and in no interval. The batch has the first
+            rule's rows first, and so on.
         query: [B, HQ, T, D], after RoPE.
         valid: bool [B, T], False for padding, or None.
     """
@@ -43,7 +44,9 @@ def simulate_steps(
     batch, heads, tokens, head_dim = new.key.shape
     rows, device = batch // len(rules), new.key.device
     sizes = torch.tensor([rule.sizes for rule in rules], device=device).repeat_interleave(rows, dim=0)  # [B, H]
-    buffer_size, recents = rules[0].buffer_size, [rule.recent(device) for rule in rules]
+    settings = [rule.setting(rows, scale, device) for rule in rules]
+    setting = settings[0]._replace(budgets=torch.cat([one.budgets for one in settings]))
+    buffer_size, interval, recents = rules[0].buffer_size, rules[0].interval, [rule.recent(device) for rule in rules]
     recent = None
     if recents[0] is not None:
         recent = torch.stack([one for one in recents if one is not None]).repeat_interleave(rows, dim=0)
@@ -59,7 +62,9 @@ def simulate_steps(
     keys = torch.zeros(batch, heads, slots, head_dim, dtype=dtype, device=device)
     values = torch.zeros(batch, heads, slots, new.value.shape[3], dtype=dtype, device=device)
     state = torch.zeros(batch, heads, slots, state_of.shape[3], device=device)
-    head_state = torch.zeros(batch, heads, 0, device=device)
+    group = query.shape[1] // heads
+    head_state = torch.zeros(batch, heads, policy.head_state_size(head_dim, group), device=device)
+    priority = torch.full((batch, heads, slots), float("inf"), device=device)
     barred = torch.zeros(batch, heads, slots, device=device)
     positions = torch.full((batch, heads, slots), -1, device=device)
     times = torch.full((batch, heads, tokens + 1), tokens, device=device)  # the last column is nobody's
@@ -75,18 +80,25 @@ def simulate_steps(
         barred.scatter_(2, slot, barred_of[:, :, one])
         for held_of, token_of in ((keys, key_of), (values, value_of), (state, state_of)):
             held_of.scatter_(2, slot[..., None].expand(-1, -1, -1, held_of.shape[3]), token_of[:, :, one])
-        held = Held(
-            positions, state, head_state, query_of[:, :, one], real[:, one], column, start, held_by.__getitem__
-        )
+        now = query_of[:, :, one], real[:, one], column, start
+        held = Held(positions, state, head_state, *now, held_by.__getitem__, setting)
         visible = held.exists[:, :, None]
         if policy.observe is not None:
-            weights = entry_weights(held.query, keys, visible, **arguments)
+            weights = entry_weights(held.query, keys, visible, **arguments) if policy.needs_attention else None
             feedback.observe(policy, held, weights, is_padded=valid is not None)
             state = held.state
         if policy.merge is not None:
             outputs.append(masked_attention(held.query, keys, values, visible, **arguments))
+        if (step + 1) % interval == 0:
+            priority = feedback.priorities(policy, held)
+        else:
+            priority.scatter_(2, slot, float("inf"))
         full = held.exists.sum(2) == sizes
-        victims = feedback.victims(policy, held, barred, recent, full * buffer_size, buffer_size)
+        victims = feedback.victims(priority, held, barred, recent, full * buffer_size, buffer_size)
+        if policy.merge is not None:
+            merged = policy.merge(held, victims, buffer_size)
+            keys.copy_(merged[0])
+            values.copy_(merged[1])
         times.scatter_(2, positions.where(victims, tokens), step + 1)
         positions.masked_fill_(victims, -1)
     times = times[:, :, :tokens]

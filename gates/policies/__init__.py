@@ -2,15 +2,20 @@
 
 import difflib
 
+from retention_gates.gates.policies.citrus import CITRUS
+from retention_gates.gates.policies.expected_attention import EXPECTED_ATTENTION
 from retention_gates.gates.policies.h2o import H2O
-from retention_gates.gates.policies.held import Held
+from retention_gates.gates.policies.held import Held, Setting
 from retention_gates.gates.policies.key_norm import KEY_NORM
 from retention_gates.gates.policies.keydiff import KEYDIFF
+from retention_gates.gates.policies.lagkv import LAGKV
+from retention_gates.gates.policies.merging import MERGING
 from retention_gates.gates.policies.morphkv import MORPHKV
 from retention_gates.gates.policies.policy import FeedbackPolicy, NewTokens, Policy, ScoredPolicy
 from retention_gates.gates.policies.raas import RAAS
 from retention_gates.gates.policies.random import RANDOM
 from retention_gates.gates.policies.retention import RETENTION
+from retention_gates.gates.policies.rkv import RKV
 from retention_gates.gates.policies.sliding_window import SLIDING_WINDOW
 from retention_gates.gates.policies.snapkv import SNAPKV
 from retention_gates.gates.policies.streaming_llm import STREAMING_LLM
@@ -18,10 +23,10 @@ from retention_gates.gates.policies.tova import TOVA
 from retention_gates.gates.policies.value_norm import VALUE_NORM
 
 KNOWN_AHEAD = (RETENTION, STREAMING_LLM, SLIDING_WINDOW, RANDOM, KEY_NORM, VALUE_NORM)
-FED_BACK = (H2O, TOVA, SNAPKV, MORPHKV, RAAS, KEYDIFF)
+FED_BACK = (H2O, TOVA, SNAPKV, MORPHKV, RAAS, RKV, KEYDIFF, LAGKV, EXPECTED_ATTENTION, CITRUS, MERGING)
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (*KNOWN_AHEAD, *FED_BACK)}
 
-__all__ = ["POLICIES", "FeedbackPolicy", "Held", "NewTokens", "Policy", "ScoredPolicy", "find_policy"]
+__all__ = ["POLICIES", "FeedbackPolicy", "Held", "NewTokens", "Policy", "ScoredPolicy", "Setting", "find_policy"]
 
 
 def find_policy(policy: str | Policy) -> Policy:
@@ -32,7 +37,7 @@ def find_policy(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
-    if policy in POLICIES:
+    if isinstance(policy, str) and policy in POLICIES:
         return POLICIES[policy]
     near = difflib.get_close_matches(str(policy), POLICIES, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -2,8 +2,18 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+
+
+class Setting(NamedTuple):
+    """What does not change from step to step."""
+
+    budgets: torch.Tensor  # int64 [B, H], entries per KV head
+    scale: float  # what q k is multiplied with
+    frequencies: torch.Tensor  # fp32 [D / 2], radians per position of the model's rotary embedding; empty if unknown
+    instruction: tuple[tuple[int, int], ...]  # what the caller pinned, offsets start <= offset < stop
 
 
 class Held:
@@ -17,6 +27,7 @@ class Held:
         is_real: bool [B, n], False for a query of padding, which counts for nothing.
         step: int64 [], the column of the block's last query.
         start: int64 [B], the column of each row's first real token.
+        budgets, scale, frequencies, instruction: see `Setting`.
     """
 
     def __init__(
@@ -29,10 +40,12 @@ class Held:
         step: torch.Tensor,
         start: torch.Tensor,
         read: Callable[[str], torch.Tensor],
+        setting: Setting,
     ):
         self.positions, self.state, self.head_state, self.query = positions, state, head_state, query
         self.is_real, self.step, self.start = is_real, step, start
         self._read = read
+        self.budgets, self.scale, self.frequencies, self.instruction = setting
 
     @cached_property
     def keys(self) -> torch.Tensor:
@@ -65,8 +78,23 @@ class Held:
         tokens = self.query.shape[2]
         return self.step - tokens + 1 + torch.arange(tokens, device=self.step.device)
 
+    def is_instruction(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Whether tokens at these offsets from the row's first real token belong to the instruction."""
+        inside = torch.zeros_like(offsets, dtype=torch.bool)
+        for start, stop in self.instruction:
+            inside |= (offsets >= start) & (offsets < stop)
+        return inside
+
     def along_positions(self, change: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """What `change` makes of x [B, H, S] with the entries in order of position, the empty places first."""
         order = self.positions.argsort(dim=2)
         changed = change(x.masked_fill(~self.exists, 0.0).gather(2, order))
         return torch.empty_like(changed).scatter_(2, order, changed)
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """x [..., T, D] turned by the rotary embedding of positions [..., T]; negative ones turn back."""
+    angles = positions[..., None] * frequencies  # [..., T, D / 2]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -58,19 +58,26 @@ class FeedbackPolicy(Policy):
     Each entry carries `state_size` numbers. `initial_state` gives them at its creation; `observe`, if there is one,
     gives them anew after a block of n consecutive queries has attended, from what each entry received of each query,
     the softmax weights summed over the query heads of its KV head: fp32 [B, H, n, S], 0 where a query did not see an
-    entry. `observe` may change `held.state` and `held.head_state` in place, and must give the same for queries that
-    come in one block or in several. Without it the policy needs no attention.
+    entry. It may change `held.state` and `held.head_state` in place, and must give the same for queries that come in
+    one block or in several.
     """
 
     observe: Callable[[Held, torch.Tensor], torch.Tensor] | None = None  # -> [B, H, S, K]
+    looks_at_weights: bool = True  # if not, `observe` gets none, [B, H, 0, S]
     priority: Callable[[Held], torch.Tensor] = first_of_state  # -> [B, H, S] fp32
     initial_state: Callable[[NewTokens], torch.Tensor] = zeros  # -> [B, H, T, K] fp32
     state_size: int | Callable[[int], int] = 1  # K, or K of the head dim
-    head_state_size: Callable[[int, int], int] | None = None  # numbers per KV head, of the head dim and query group
-    merge: Callable[[Held, torch.Tensor], None] | None = None  # victims [B, H, S] into the others, before they go
+    head_state_size: Callable[[int, int], int] = lambda head_dim, group: 0  # P, numbers per KV head
+    interval: int = 1  # steps for which a priority holds; an entry without one stays
+    # of the victims, bool [B, H, S], at most so many: keys [B, H, S, D] and values of the others with them merged in
+    merge: Callable[[Held, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] | None = None
     same_for_all_heads: bool = False  # all heads of a layer evict alike, so that they need equal budgets
     needs_rotation: bool = False  # of the model's RoPE
     needs_instruction: bool = False  # a pinned span
+
+    @property
+    def needs_attention(self) -> bool:
+        return self.observe is not None and self.looks_at_weights
 
     def state_width(self, head_dim: int) -> int:
         return self.state_size if isinstance(self.state_size, int) else self.state_size(head_dim)
