@@ -6,6 +6,7 @@ import torch
 
 from retention_gates.gates.policies import FeedbackPolicy, NewTokens, Policy, Setting
 
+SURE_SHARE = 0.2  # of its budget that a head keeps when the heads share them, alpha in AdaKV, arXiv 2407.11550
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
 
 
@@ -23,6 +24,7 @@ class EvictionRule:
     seed: int
     layer: int
     frequencies: tuple[float, ...] = ()  # of the model's rotary embedding, for policies that need it
+    is_shared: bool = False  # whether the heads of the layer move their budgets between them as they go
 
     def __post_init__(self) -> None:
         assert min(self.budgets) > self.protected_count, (
@@ -35,8 +37,22 @@ class EvictionRule:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Entries that each head needs room for at a step's end."""
-        return tuple(budget + self.buffer_size for budget in self.budgets)
+        """Entries that each head needs room for while a step lasts."""
+        most = self.budgets
+        if self.is_shared:
+            others = (len(most) - 1) * int(SURE_SHARE * min(most))
+            most = (sum(most) - others,) * len(most)
+        return tuple(entries + self.buffer_size for entries in most)
+
+    @property
+    def most_victims(self) -> int:
+        """Entries that one head may lose at one step."""
+        return self.buffer_size * (len(self.budgets) if self.is_shared else 1)
+
+    @property
+    def floor(self) -> int | None:
+        """Entries that each head is sure of if the heads share their budgets."""
+        return max(int(SURE_SHARE * min(self.budgets)), self.protected_count + 1) if self.is_shared else None
 
     def recent(self, device: torch.device) -> torch.Tensor | None:
         """The youngest entries that each head is sure of, int64 [H]; None if the policy promises none.

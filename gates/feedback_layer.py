@@ -112,9 +112,8 @@ class FeedbackSlotLayer(SlotLayer):
                 self.priority.copy_(table.ragged(priority))
         else:
             priority = table.by_head(self.priority)
-        full = held.exists.sum(2) == table.sizes
-        most = self.rule.buffer_size
-        victims = feedback.victims(priority, held, table.by_head(self.score), self.recent, full * most, most)
+        most = self.rule.most_victims
+        victims = self._victims(priority, held, table.by_head(self.score), most)
         if policy.merge is not None:
             keys, values = policy.merge(held, victims, most)
             self.keys.copy_(table.ragged(keys))
@@ -164,10 +163,8 @@ class FeedbackSlotLayer(SlotLayer):
                 weights = entry_weights(held.query, held.keys, visible, scale=scale, softcap=softcap, sinks=sinks)
             feedback.observe(policy, held, weights, is_padded)
         priority = feedback.priorities(policy, held)
-        count = held.exists.sum(2)
-        surplus = (count - (table.sizes - self.rule.buffer_size)).where(count >= table.sizes, 0)
         most = everyone.shape[2]
-        victims = feedback.victims(priority, held, with_chunk(self.score, barred), self.recent, surplus, most)
+        victims = self._victims(priority, held, with_chunk(self.score, barred), most)
         if policy.merge is not None:
             keys, values = (x.to(key.dtype) for x in policy.merge(held, victims, most))
             self.keys.copy_(table.ragged(keys[:, :, :-tokens]))
@@ -181,6 +178,12 @@ class FeedbackSlotLayer(SlotLayer):
             entering.append((self.priority, priority[:, :, -tokens:]))
         place_chunk(entering, self.slot_positions, positions, victims, self.head_offsets)
         return output
+
+    def _victims(self, priority: torch.Tensor, held: Held, barred: torch.Tensor, most: int) -> torch.Tensor:
+        rule = self.rule
+        surplus = feedback.surplus(held.exists.sum(2), held.budgets, rule.buffer_size, rule.is_shared)
+        floor = None if rule.floor is None else torch.tensor(rule.floor, device=self.device)
+        return feedback.victims(priority, held, barred, self.recent, surplus, most, floor)
 
     def reset(self) -> None:
         super().reset()

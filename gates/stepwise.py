@@ -50,6 +50,10 @@ def simulate_steps(
     recent = None
     if recents[0] is not None:
         recent = torch.stack([one for one in recents if one is not None]).repeat_interleave(rows, dim=0)
+    floor = None
+    if rules[0].is_shared:
+        floors = torch.tensor([rule.floor for rule in rules], device=device)
+        floor = floors.repeat_interleave(rows)[:, None]
     slots = int(sizes.max())
     exists = torch.arange(slots, device=device) < sizes[..., None]  # [B, H, S]
 
@@ -93,10 +97,10 @@ def simulate_steps(
             priority = feedback.priorities(policy, held)
         else:
             priority.scatter_(2, slot, float("inf"))
-        full = held.exists.sum(2) == sizes
-        victims = feedback.victims(priority, held, barred, recent, full * buffer_size, buffer_size)
+        surplus = feedback.surplus(held.exists.sum(2), held.budgets, buffer_size, rules[0].is_shared)
+        victims = feedback.victims(priority, held, barred, recent, surplus, rules[0].most_victims, floor)
         if policy.merge is not None:
-            merged = policy.merge(held, victims, buffer_size)
+            merged = policy.merge(held, victims, rules[0].most_victims)
             keys.copy_(merged[0])
             values.copy_(merged[1])
         times.scatter_(2, positions.where(victims, tokens), step + 1)

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from retention_gates.gates.budgets import BUDGETS
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
-from retention_gates.gates.policies import find_policy
+from retention_gates.gates.policies import FeedbackPolicy, Policy, find_policy
 from retention_gates.gates.simulation import SimulatedCache
 
-BUDGETS = ("uniform", "calibrated")
 FULL_CACHE = "full"
 TEXT = "text"
 LOGITS_CHUNK = (
@@ -43,7 +43,17 @@ class Contender:
     def __post_init__(self) -> None:
         policy = find_policy(self.policy)
         if self.budgets not in BUDGETS:
-            raise ValueError(f"budgets={self.budgets!r} is unknown: choose {' or '.join(map(repr, BUDGETS))}.")
+            raise ValueError(f"budgets={self.budgets!r} is unknown: choose among {', '.join(map(repr, BUDGETS))}.")
+        if isinstance(policy, FeedbackPolicy) and policy.needs_instruction:
+            raise ValueError(
+                f"Policy {self.policy!r} needs an instruction, and contenders get texts and prompts without one: "
+                "leave it out, or try it with BoundedCache and pin."
+            )
+        if self.budgets == "adaptive" and isinstance(policy, FeedbackPolicy) and policy.same_for_all_heads:
+            raise ValueError(
+                f"Policy {self.policy!r} evicts the same tokens in all heads of a layer, which cannot have adaptive "
+                "budgets: give it uniform ones."
+            )
         if self.budgets == "calibrated" and not policy.needs_gates:
             raise ValueError(
                 f"Calibrated budgets follow what the gates retain, which policy {self.policy!r} does not look at: "
@@ -52,7 +62,8 @@ class Contender:
 
 
 def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Sequence[str]) -> list[Contender]:
-    """All combinations that have a meaning: calibrated budgets go to policies of trained gates only.
+    """All combinations that have a meaning: calibrated budgets go to policies of trained gates only, adaptive ones not
+    to a policy that evicts alike in all heads.
 
     Raises:
         ValueError: for an unknown or repeated name, and for a policy that is left without any budgets.
@@ -62,7 +73,7 @@ def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Se
             raise ValueError(f"The {name} {list(values)} name one twice: name each once.")
     chosen = []
     for policy in policies:
-        fitting = [b for b in budgets if b != "calibrated" or find_policy(policy).needs_gates]
+        fitting = [b for b in budgets if _fits(find_policy(policy), b)]
         if not fitting:
             raise ValueError(
                 f"Policy {policy!r} has no use for budgets {list(budgets)}: add 'uniform', or leave it out."
@@ -71,6 +82,12 @@ def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Se
     if not chosen:
         raise ValueError("Nothing to compare: name at least one policy, one memory size and one kind of budgets.")
     return chosen
+
+
+def _fits(policy: Policy, budgets: str) -> bool:
+    if budgets == "calibrated":
+        return policy.needs_gates
+    return budgets != "adaptive" or not (isinstance(policy, FeedbackPolicy) and policy.same_for_all_heads)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from retention_gates.gates.policies.keydiff import KEYDIFF
 from retention_gates.gates.policies.lagkv import LAGKV
 from retention_gates.gates.policies.merging import MERGING
 from retention_gates.gates.policies.morphkv import MORPHKV
-from retention_gates.gates.policies.policy import FeedbackPolicy, NewTokens, Policy, ScoredPolicy
+from retention_gates.gates.policies.policy import FeedbackPolicy, NewTokens, Policy, ScoredPolicy, as_feedback
 from retention_gates.gates.policies.raas import RAAS
 from retention_gates.gates.policies.random import RANDOM
 from retention_gates.gates.policies.retention import RETENTION
@@ -26,7 +26,17 @@ KNOWN_AHEAD = (RETENTION, STREAMING_LLM, SLIDING_WINDOW, RANDOM, KEY_NORM, VALUE
 FED_BACK = (H2O, TOVA, SNAPKV, MORPHKV, RAAS, RKV, KEYDIFF, LAGKV, EXPECTED_ATTENTION, CITRUS, MERGING)
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (*KNOWN_AHEAD, *FED_BACK)}
 
-__all__ = ["POLICIES", "FeedbackPolicy", "Held", "NewTokens", "Policy", "ScoredPolicy", "Setting", "find_policy"]
+__all__ = [
+    "POLICIES",
+    "FeedbackPolicy",
+    "Held",
+    "NewTokens",
+    "Policy",
+    "ScoredPolicy",
+    "Setting",
+    "as_feedback",
+    "find_policy",
+]
 
 
 def find_policy(policy: str | Policy) -> Policy:

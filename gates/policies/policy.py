@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -81,3 +82,21 @@ class FeedbackPolicy(Policy):
 
     def state_width(self, head_dim: int) -> int:
         return self.state_size if isinstance(self.state_size, int) else self.state_size(head_dim)
+
+
+@cache
+def as_feedback(policy: Policy) -> FeedbackPolicy:
+    """The same policy as one that looks at what is held, for heads that share their budgets."""
+    if isinstance(policy, FeedbackPolicy):
+        return policy
+    assert isinstance(policy, ScoredPolicy)
+    score, linear_in_age = policy.score, policy.linear_in_age
+    return FeedbackPolicy(
+        name=policy.name,
+        needs_gates=policy.needs_gates,
+        keeps_sinks=policy.keeps_sinks,
+        recent_fraction=policy.recent_fraction,
+        most_recent=policy.most_recent,
+        initial_state=lambda new: score(new)[..., None],
+        priority=lambda held: held.age * held.state[..., 0] if linear_in_age else held.state[..., 0],
+    )

@@ -31,8 +31,9 @@ from retention_gates.gates.simulation import SimulatedCache
         (dict(memory_size=8, policy=["h2o"]), "policy=.*is unknown"),
         (
             dict(memory_size=8, policy="tova", budgets=[[8, 8], [8, 8], [6, 10], [8, 8]]),
-            r"layer 2 has budgets of \[6, 10\]",
+            r"layer 2 have budgets of \[6, 10\]",
         ),
+        (dict(memory_size=8, policy="tova", budgets="adaptive"), "layer 0 have budgets that they share"),
         (dict(memory_size=8, budgets="global"), "budgets='global'"),
         (dict(memory_size=8, budgets=7), "budgets=7"),
         (dict(memory_size=8, budgets="calibrated"), "no budget shares|does not have"),

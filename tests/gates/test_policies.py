@@ -9,7 +9,7 @@ from torch import nn
 
 from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
-from retention_gates.gates.policies import POLICIES, FeedbackPolicy, NewTokens, ScoredPolicy, find_policy
+from retention_gates.gates.policies import POLICIES, FeedbackPolicy, NewTokens, ScoredPolicy, as_feedback, find_policy
 
 SCORED = [name for name, policy in POLICIES.items() if isinstance(policy, ScoredPolicy)]
 OWNER = nn.Identity()
@@ -100,14 +100,15 @@ def test_unknown_policy_names_the_nearest():
 FREQUENCIES = (1.0, 0.1)
 
 
-def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4):
+def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4, shared=False):
     """What a layer holds after each chunk, by the cache and by plain Python."""
     protected = [(0, 2), (4, 7)] if name == "citrus" else [(0, 2)]
     tokens = sum(chunks)
     generator = torch.Generator().manual_seed(seed)
     key, value = torch.randn(2, 1, heads, tokens, head_dim, generator=generator)
     query = 2 * torch.randn(1, heads * group, tokens, head_dim, generator=generator)
-    rule = EvictionRule(POLICIES[name], (budget,) * heads, 1, tuple(protected), 0, 0, FREQUENCIES)
+    policy = as_feedback(POLICIES[name]) if shared else POLICIES[name]
+    rule = EvictionRule(policy, (budget,) * heads, 1, tuple(protected), 0, 0, FREQUENCIES, shared)
     layer, ours, first = FeedbackSlotLayer(rule, OWNER), [], 0
     for length in chunks:
         now = slice(first, first + length)
@@ -116,7 +117,7 @@ def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4):
         ours.append([{p for p in layer.positions(head)[0].tolist() if p >= 0} for head in range(heads)])
         first += length
     arguments = (query[0].tolist(), key[0].tolist(), value[0].tolist(), budget, protected, 0.5, list(FREQUENCIES))
-    plain = simulate(name, *arguments, chunks)
+    plain = simulate(name, *arguments, chunks, shared)
     return ours, plain
 
 
@@ -130,3 +131,16 @@ def test_keeps_what_plain_python_keeps(name, chunks):
     assert ours == plain
     assert any(held != ours[-1][0] for held in ours[-1][1:]) or POLICIES[name].same_for_all_heads
     assert ours[-1][0] != set(range(sum(chunks) - 20, sum(chunks)))
+
+
+@pytest.mark.parametrize("name", ["value_norm", "h2o", "snapkv", "merging"])
+@pytest.mark.parametrize("chunks", [[1] * 60, [70, 1, 1, 1, 30, 1]], ids=["steps", "mixed"])
+def test_heads_that_share_their_budgets(name, chunks):
+    ours, plain = layer_run(name, budget=20, chunks=chunks, seed=2, heads=3, shared=True)
+    assert ours == plain
+    for step in ours[-10:]:
+        assert sum(map(len, step)) == min(60, 3 * sum(chunks))
+    sizes = {size for step in ours[-3:] for size in map(len, step)}
+    assert min(sizes) >= 4
+    if name == "value_norm" or len(chunks) < 10:  # one at a time, it may be each head's own entry that goes
+        assert len(sizes) > 1

@@ -68,6 +68,13 @@ def test_priorities_that_hold_for_some_steps(policy):
     compare(gated_model(), token_ids(2, 60), mask, memory_size=24, policy=policy, budgets=budgets)
 
 
+@pytest.mark.parametrize("policy", ["retention", "key_norm", "h2o", "keydiff"])
+def test_adaptive_budgets(policy):
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :7] = 0
+    compare(gated_model(), token_ids(2, 40), mask, memory_size=9, policy=policy, budgets="adaptive", buffer_size=2)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "phi3"])
 def test_families(family):
     # softcap, sliding layers in between, sinks, one projection for q, k and v

@@ -198,18 +198,26 @@ def turn(x: list[float], position: int, frequencies: list[float]) -> list[float]
 PLAIN = {f.__name__: f for f in (h2o, tova, snapkv, morphkv, raas, keydiff, rkv, lagkv, expected_attention, citrus)}
 PLAIN["merging"] = h2o
 # the share of the budget, and at most so many tokens, that the youngest entries are sure of
-RECENT = {name: (0.5, None) for name in ("h2o", "lagkv", "expected_attention", "citrus", "merging")}
+RECENT = {name: (0.5, None) for name in ("h2o", "lagkv", "expected_attention", "citrus", "merging", "value_norm")}
 RECENT |= {"snapkv": (0.5, 32), "morphkv": (0.5, 32), "rkv": (0.5, 8)}
 INTERVAL = {"rkv": 8, "expected_attention": 8}  # steps for which a priority holds
 
 
-def simulate(name, query, key, value, budget, protected, scale, frequencies, chunks) -> list[list[set[int]]]:
+def value_norm(layer: PlainLayer, head: int, step: int) -> Priorities:
+    return {position: math.sqrt(dot(entry.value, entry.value)) for position, entry in layer.heads[head].items()}
+
+
+PLAIN["value_norm"] = value_norm
+
+
+def simulate(name, query, key, value, budget, protected, scale, frequencies, chunks, shared=False):
     """What each head holds after each chunk of tokens, [chunks][H].
 
     Args:
         query: [HQ, T, D], key and value [H, T, D], all nested lists.
         protected: spans of offsets; those after the first are the instruction.
         chunks: how many tokens are read at a time; a chunk sees all that is held and itself, and is cut at its end.
+        shared: whether the heads have one budget together, of which each is sure of a fifth of its share (AdaKV).
     """
     layer = PlainLayer(query, len(query) // len(key), budget, scale, protected, frequencies, [{} for _ in key])
     kept = {p for start, stop in protected for p in range(start, stop)}
@@ -235,13 +243,22 @@ def simulate(name, query, key, value, budget, protected, scale, frequencies, chu
             for h, priorities in enumerate([PLAIN[name](layer, h, step) for h in range(len(layer.heads))]):
                 for position, priority in priorities.items():
                     layer.heads[h][position].priority = priority
+        candidates = []  # of each head, the best last
         for entries in layer.heads:
-            candidates = [
-                (entry.priority, p)
-                for p, entry in entries.items()
-                if p not in kept and step - p >= recent and entry.priority is not None
+            stays = {p for p, e in entries.items() if p in kept or step - p < recent or e.priority is None}
+            candidates.append(sorted((entries[p].priority, p) for p in entries if p not in stays))
+        if shared:
+            floor = max(budget // 5, len(kept) + 1)
+            may_go = [(*c, h) for h, own in enumerate(candidates) for c in own[: max(0, len(layer.heads[h]) - floor)]]
+            surplus = sum(map(len, layer.heads)) - budget * len(layer.heads)
+            gone = sorted(may_go)[: max(0, surplus)]
+            victims_of = [[p for _, p, head in gone if head == h] for h in range(len(layer.heads))]
+        else:
+            victims_of = [
+                [p for _, p in own[: max(0, len(entries) - budget)]]
+                for own, entries in zip(candidates, layer.heads, strict=True)
             ]
-            victims = [p for _, p in sorted(candidates)[: max(0, len(entries) - budget)]]
+        for entries, victims in zip(layer.heads, victims_of, strict=True):
             if name == "merging":
                 merge(entries, victims)
             for position in victims:
