@@ -36,7 +36,7 @@ Progress = Callable[[int], Any]  # is told how many forward passes x rows were d
 class Contender:
     """One memory to be scored: who is evicted, how much is kept, and how it is divided."""
 
-    policy: str
+    policy: str | Policy  # its name, or itself
     memory_size: int  # mean entries per KV head
     budgets: str = "uniform"
 
@@ -46,17 +46,17 @@ class Contender:
             raise ValueError(f"budgets={self.budgets!r} is unknown: choose among {', '.join(map(repr, BUDGETS))}.")
         if isinstance(policy, FeedbackPolicy) and policy.needs_instruction:
             raise ValueError(
-                f"Policy {self.policy!r} needs an instruction, and contenders get texts and prompts without one: "
+                f"Policy {policy.name!r} needs an instruction, and contenders get texts and prompts without one: "
                 "leave it out, or try it with BoundedCache and pin."
             )
         if self.budgets == "adaptive" and isinstance(policy, FeedbackPolicy) and policy.same_for_all_heads:
             raise ValueError(
-                f"Policy {self.policy!r} evicts the same tokens in all heads of a layer, which cannot have adaptive "
+                f"Policy {policy.name!r} evicts the same tokens in all heads of a layer, which cannot have adaptive "
                 "budgets: give it uniform ones."
             )
         if self.budgets == "calibrated" and not policy.needs_gates:
             raise ValueError(
-                f"Calibrated budgets follow what the gates retain, which policy {self.policy!r} does not look at: "
+                f"Calibrated budgets follow what the gates retain, which policy {policy.name!r} does not look at: "
                 "give it uniform budgets."
             )
 
@@ -194,7 +194,11 @@ def check_length(gated: RetentionGateModel, length: int) -> None:
 def _name(contender: Contender | None) -> dict[str, Any]:
     if contender is None:
         return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
-    return {"policy": contender.policy, "memory_size": contender.memory_size, "budgets": contender.budgets}
+    return {
+        "policy": find_policy(contender.policy).name,
+        "memory_size": contender.memory_size,
+        "budgets": contender.budgets,
+    }
 
 
 def _hidden_states(
