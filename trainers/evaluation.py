@@ -6,7 +6,7 @@ token-by-token decode with `BoundedCache` would hold. The full cache is the base
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,11 +30,16 @@ Progress = Callable[[int], Any]  # is told how many forward passes x rows were d
 
 @dataclass(frozen=True)
 class Contender:
-    """One memory to be scored: who is evicted, how much is kept, and how it is divided."""
+    """One memory to be scored: who is evicted, how much is kept, and how it is divided.
+
+    Args:
+        pin: pin the spans that an example asks for, such as its system prompt; records call the policy "NAME+pin".
+    """
 
     policy: str
     memory_size: int  # mean entries per KV head
     budgets: str = "uniform"
+    pin: bool = False
 
     def __post_init__(self) -> None:
         policy = find_policy(self.policy)
@@ -67,6 +72,13 @@ def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Se
     if not chosen:
         raise ValueError("Nothing to compare: name at least one policy, one memory size and one kind of budgets.")
     return chosen
+
+
+def with_pinned(chosen: Sequence[Contender], examples: Sequence["Example"]) -> list[Contender]:
+    """The contenders and, if the examples have spans to pin, each once more with these pinned."""
+    if not any(_pinned(example) for example in examples):
+        return list(chosen)
+    return [*chosen, *(replace(contender, pin=True) for contender in chosen)]
 
 
 @torch.no_grad()
@@ -120,7 +132,11 @@ def compare_rows(
 
 
 class Example(Protocol):
-    """What a recall task gives: token ids of the prompt, and of the answer that belongs behind it."""
+    """What a recall task gives: token ids of the prompt, and of the answer that belongs behind it.
+
+    It may also have `parts`, named spans of the answer, outside of which nothing is scored; and `pinned`, spans of the
+    prompt for contenders that pin.
+    """
 
     @property
     def prompt_ids(self) -> list[int]: ...
@@ -143,7 +159,12 @@ def compare_answers(
     """Whether each contender, and the full cache, would say the answer: one record per example and contender.
 
     Teacher-forced: the answer is part of the input, and each of its tokens must be the most likely one after what came
-    before. A record has `token_accuracy`, the share of such tokens, and `exact`, 1.0 if all are.
+    before. A record has `token_accuracy`, the share of such tokens, and `exact`, 1.0 if all are. Each part of an
+    example is scored once more, in a record of the task "TASK/PART".
+
+    Raises:
+        ValueError: for examples without prompt or answer, or longer than the model has positions for, and for
+            contenders that pin where an example has nothing to pin.
     """
     gated = find_gated_model(model)
     head = OutputHead.from_model(model)
@@ -152,32 +173,51 @@ def compare_answers(
         batch = [examples[i] for i in indices]
         ids = torch.tensor([example.prompt_ids + example.answer_ids for example in batch], device=head.weight.device)
         check_length(gated, ids.shape[1])
-        full, kept = _hidden_states(gated, ids, chosen, seed, progress)
+        full, kept = _hidden_states(gated, ids, chosen, seed, progress, _pinned(batch[0]))
         for contender, hidden in zip([None, *chosen], [full, *kept], strict=True):
             for row, index in enumerate(indices):
                 answer = slice(len(batch[row].prompt_ids), None)
-                forecast = head.logits(hidden[row, answer.start - 1 : -1]).argmax(-1)
-                share = (forecast == ids[row, answer]).double().mean().item()
-                name = {"task": task, "row": index, **_name(contender)}
-                records.append(name | {"token_accuracy": share, "exact": float(share == 1.0)})
+                right = head.logits(hidden[row, answer.start - 1 : -1]).argmax(-1) == ids[row, answer]
+                parts = {f"{task}/{part}": right[slice(*span)] for part, span in _parts(batch[row]).items()}
+                for name, tokens in {task: torch.cat([*parts.values()]) if parts else right, **parts}.items():
+                    share = tokens.double().mean().item()
+                    scores = {"token_accuracy": share, "exact": float(share == 1.0)}
+                    records.append({"task": name, "row": index, **_name(contender)} | scores)
     return records
+
+
+def _parts(example: Example) -> dict[str, tuple[int, int]]:
+    return getattr(example, "parts", {})
+
+
+def _pinned(example: Example) -> tuple[tuple[int, int], ...]:
+    return getattr(example, "pinned", ())
 
 
 def check_length(gated: RetentionGateModel, length: int) -> None:
     """Raises ValueError if the model has no positions for rows of so many tokens."""
     most = getattr(text_config(gated.model), "max_position_embeddings", None)
     if most is not None and length > most:
-        raise ValueError(f"Rows of {length} tokens are longer than the model's {most} positions: make them shorter.")
+        raise ValueError(
+            f"Rows of {length} tokens are longer than the model's {most} positions: ask for a length of {most} or "
+            "less, or take a model with a longer context."
+        )
 
 
 def _name(contender: Contender | None) -> dict[str, Any]:
     if contender is None:
         return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
-    return {"policy": contender.policy, "memory_size": contender.memory_size, "budgets": contender.budgets}
+    policy = contender.policy + ("+pin" if contender.pin else "")
+    return {"policy": policy, "memory_size": contender.memory_size, "budgets": contender.budgets}
 
 
 def _hidden_states(
-    gated: RetentionGateModel, ids: torch.Tensor, chosen: Sequence[Contender], seed: int, progress: Progress
+    gated: RetentionGateModel,
+    ids: torch.Tensor,
+    chosen: Sequence[Contender],
+    seed: int,
+    progress: Progress,
+    pinned: Sequence[tuple[int, int]] = (),
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What lm_head would get from the full cache and from each contender, [B, T, C] each."""
     was_training = gated.training
@@ -191,6 +231,10 @@ def _hidden_states(
             cache = SimulatedCache(
                 gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=seed
             )
+            if contender.pin and not pinned:
+                raise ValueError(f"{contender} pins, but what is scored has no spans to pin: leave pin=False.")
+            for span in pinned if contender.pin else ():
+                cache.pin(*span)
             kept.append(gated(input_ids=ids, past_key_values=cache, use_cache=True, last_hidden_state_only=True))
             progress(len(ids))
     finally:
@@ -236,12 +280,13 @@ def _score_text(
 
 
 def _batches_of_equal_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Indices of examples that need no padding beside each other."""
-    by_length: dict[int, list[int]] = {}
+    """Indices of examples that need no padding beside each other and would pin the same positions."""
+    by_length: dict[tuple, list[int]] = {}
     for index, example in enumerate(examples):
         if not example.prompt_ids or not example.answer_ids:
             raise ValueError(f"Example {index} has no prompt or no answer: there is nothing to score.")
-        by_length.setdefault(len(example.prompt_ids) + len(example.answer_ids), []).append(index)
+        length = len(example.prompt_ids) + len(example.answer_ids)
+        by_length.setdefault((length, _pinned(example)), []).append(index)
     for indices in by_length.values():
         for first in range(0, len(indices), batch_size):
             yield indices[first : first + batch_size]
