@@ -122,12 +122,14 @@ def compare_rows(
         for row in range(len(ids)):
             full_nll = scores["full_nll"][row].item()
             records.append(
-                {"task": TEXT, "row": first + row, **_name(None), "kl": 0.0, "nll": full_nll, "full_nll": full_nll}
+                {"task": TEXT, "row": first + row, **name_of(None), "kl": 0.0, "nll": full_nll, "full_nll": full_nll}
                 | {"agreement": 1.0}
             )
             for index, contender in enumerate(chosen):
                 values = {name: scores[name][index, row].item() for name in ("kl", "nll", "agreement")}
-                records.append({"task": TEXT, "row": first + row, **_name(contender), **values, "full_nll": full_nll})
+                records.append(
+                    {"task": TEXT, "row": first + row, **name_of(contender), **values, "full_nll": full_nll}
+                )
     return records
 
 
@@ -182,7 +184,7 @@ def compare_answers(
                 for name, tokens in {task: torch.cat([*parts.values()]) if parts else right, **parts}.items():
                     share = tokens.double().mean().item()
                     scores = {"token_accuracy": share, "exact": float(share == 1.0)}
-                    records.append({"task": name, "row": index, **_name(contender)} | scores)
+                    records.append({"task": name, "row": index, **name_of(contender)} | scores)
     return records
 
 
@@ -204,7 +206,8 @@ def check_length(gated: RetentionGateModel, length: int) -> None:
         )
 
 
-def _name(contender: Contender | None) -> dict[str, Any]:
+def name_of(contender: Contender | None) -> dict[str, Any]:
+    """What names a contender in a record; None is the full cache."""
     if contender is None:
         return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
     policy = contender.policy + ("+pin" if contender.pin else "")
