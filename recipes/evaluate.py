@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retention_gates.recipes import plots, report
+from retention_gates.recipes import plots, report, written_answers
 from retention_gates.recipes.loading import (
     add_model_arguments,
     add_text_arguments,
@@ -57,14 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME",
-        help="recall tasks: passage_repeat, sentence_recall, passkey, code_lookup (default: none)",
+        help="recall tasks, such as passage_repeat, passkey:needles=3 or pitfalls (default: none)",
     )  # fmt: skip
     parser.add_argument("--examples", type=int, default=16, metavar="N", help="of each task (default: 16)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows per forward pass (default: 1)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and pictures")
+    written_answers.add_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> None:
+    if written_answers.wanted(options):
+        return written_answers.main(options, POLICIES, REFERENCE)
     began, clock = datetime.now(UTC), time.monotonic()
     check_output(options.output)
     plots.require_matplotlib()

@@ -131,6 +131,6 @@ def _check_fits(gated: RetentionGateModel, index: int, question: Question, new_t
     if most is not None and length + new_tokens > most:
         raise ValueError(
             f"Question {index} of {question.task} has a prompt of {length} tokens and an answer of {new_tokens}, "
-            f"but the model has {most} positions: shorten prompts with longest_prompt and answers with max_new_tokens, "
+            f"but the model has {most} positions: shorten prompts with longest_prompt or answers with max_new_tokens, "
             "or take a model with a longer context."
         )
