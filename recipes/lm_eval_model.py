@@ -2,20 +2,25 @@
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance  # type: ignore[import-not-found,import-untyped,unused-ignore]
-from lm_eval.evaluator import simple_evaluate  # type: ignore[import-not-found,import-untyped,unused-ignore]
-from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,import-untyped,unused-ignore]
-from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.simulation import SimulatedCache
 from retention_gates.trainers.evaluation import Contender, name_of
+
+INSTALLED = find_spec("lm_eval") is not None
+if INSTALLED:
+    from lm_eval.evaluator import simple_evaluate  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,import-untyped,unused-ignore]
+else:  # everything but a model can be had without it
+    HFLM = object
 
 
 class BoundedCacheLM(HFLM):
@@ -38,6 +43,7 @@ class BoundedCacheLM(HFLM):
         batch_size: int = 1,
         seed: int = 0,
     ) -> None:
+        check_installed()
         if contender is not None and contender.pin:
             raise ValueError("The tasks of lm-eval have no spans to pin: give a contender with pin=False.")
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
@@ -67,7 +73,7 @@ class BoundedCacheLM(HFLM):
 
     # What lm-eval would cut off with a warning is refused.
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         longest = max(int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests)
         if longest >= self.max_length:
             raise ValueError(
@@ -101,6 +107,12 @@ class BoundedCacheLM(HFLM):
             )
 
 
+def check_installed() -> None:
+    """Raises ValueError if the package lm-eval is not there."""
+    if not INSTALLED:
+        raise ValueError('lm-eval\'s tasks need its package: pip install "retention-gates[eval]".')
+
+
 def run_lm_eval(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,6 +143,7 @@ def run_lm_eval(
     Raises:
         ValueError: for an unknown task, or a prompt that is longer than the model's positions.
     """
+    check_installed()
     if chat and not tokenizer.chat_template:
         raise ValueError("The model's tokenizer has no chat template: leave chat out.")
     if not tasks:
@@ -161,7 +174,7 @@ def run_lm_eval(
     return records
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> "TaskManager":
     """Knows the tasks of the folder and, unless these are enough, lm-eval's own: to look through those takes long."""
     if include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)

@@ -10,7 +10,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from retention_gates.recipes import report
@@ -142,8 +141,10 @@ def _check(options: argparse.Namespace, policies: Sequence[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
     if min(options.memory_size) < 1:
         raise ValueError(f"--memory-size {min(options.memory_size)} must be 1 or more.")
-    if options.lm_eval and find_spec("lm_eval") is None:
-        raise ValueError('--lm-eval needs the package lm-eval: pip install "retention-gates[eval]".')
+    if options.lm_eval:  # before anything is loaded
+        from retention_gates.recipes.lm_eval_model import check_installed
+
+        check_installed()
     check_gates_trained(list(policies), options.adapter)
 
 

@@ -26,7 +26,7 @@ else:
 from retention_gates.recipes.lm_eval_model import BoundedCacheLM, run_lm_eval  # noqa: E402
 
 CHOSEN = [Contender("retention", 6), Contender("streaming_llm", 6)]
-TEXTS = [" ".join(f"w{3 + (7 * i + 5 * j) % 90}" for j in range(16 + i)) for i in range(3)]
+TEXTS = [" ".join(f"w{3 + (7 * i + 5 * j) % 90}" for j in range(10 + i)) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +133,10 @@ def generated(model, tokenizer, contender: Contender | None, text: str) -> list[
 
 
 def test_what_does_not_fit_is_refused(tokenizer, tasks):
-    model = gated_model(max_position_embeddings=18)
+    model = gated_model(max_position_embeddings=12)
     for task, options, message in [
-        ("local_written", {}, "A prompt has 18 tokens and the model has room for 12 of its 18 positions"),
-        ("local_choice", {}, "A prompt has 19 tokens and the model has room for 18 of its 18 positions"),
+        ("local_written", {}, "A prompt has 12 tokens and the model has room for 6 of its 12 positions"),
+        ("local_choice", {}, "A prompt has 13 tokens and the model has room for 12 of its 12 positions"),
         ("local_written", {"max_new_tokens": 20}, "Answers of up to 20 tokens leave no room for a prompt"),
         ("local_written", {"chat": True}, "has no chat template"),
     ]:

@@ -67,3 +67,14 @@ def test_suites_are_those_that_are_documented():
         "aime24", "gsm8k", "infinitebench", "longbench", "longbench_v2", "longmemeval", "longproc", "math500", "ruler",
         "scbench",
     ]  # fmt: skip
+
+
+def test_what_is_not_installed_is_named(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("retention_gates.recipes.lm_eval_model.INSTALLED", False)
+    monkeypatch.setattr("retention_gates.recipes.kvpress_press.INSTALLED", False)
+    assert main(["evaluate", *files.arguments, "--lm-eval", "gsm8k", "--output", str(tmp_path / "out")]) == 2
+    assert "lm-eval's tasks need its package: pip install" in capsys.readouterr().err
+    from retention_gates.recipes.kvpress_press import RetentionPress
+
+    with pytest.raises(ValueError, match="needs the package kvpress: pip install kvpress"):
+        RetentionPress(adapter=str(files.adapter))
