@@ -64,6 +64,7 @@ class ContenderSection:
     policies: list[str] | None = None  # None: all that can run with the model
     budgets: list[str] | None = None  # None: all that the adapter has
     memory_sizes: list[int] = field(default_factory=lambda: [64, 128])  # mean entries per KV head
+    pin: bool = False  # of tasks with a system prompt: each policy once more with it pinned
     reference: str | None = "streaming_llm"  # whom others are paired with, row by row
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from retention_gates.recipes import written_answers
 from retention_gates.recipes.loading import add_model_arguments, add_text_arguments, base_name
 
 POLICIES_HELP = "retention (the trained gates), streaming_llm, random, key_norm, ... (default: all that can run)"
@@ -25,11 +26,13 @@ OPTIONS = {
     "policies": ("contenders", "policies"),
     "budgets": ("contenders", "budgets"),
     **{name: ("run", name) for name in ("device", "batch_size", "output")},
+    "pin": ("contenders", "pin"),
     "seed": ("run", "seeds"),
 }
 MODEL_OPTIONS = {"model": "name", "gguf_file": "gguf_file", "adapter": "adapter", "dtype": "dtype"}
 TASK_OPTIONS = ("tasks", "examples")
 NOT_GIVEN = object()
+REFERENCE = "streaming_llm"  # of written answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME",
-        help="recall tasks: passage_repeat, sentence_recall, passkey, code_lookup, ... (default: none)",
+        help="recall tasks, such as passage_repeat, passkey:needles=3 or pitfalls (default: none)",
     )  # fmt: skip
+    parser.add_argument(
+        "--pin", action="store_true", help="of tasks with a system prompt: score each policy once more with it pinned"
+    )
     parser.add_argument("--examples", type=int, default=16, metavar="N", help="of each task (default: 16)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows per forward pass (default: 1)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for results and pictures")
+    written_answers.add_arguments(parser)
     # what is not given is the file's, or else the comparison's own default, which is the one that the help tells
     names = (*OPTIONS, *MODEL_OPTIONS, *TASK_OPTIONS)
     parser.set_defaults(defaults={name: parser.get_default(name) for name in names})
@@ -66,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    if written_answers.wanted(options):
+        return _write_answers(options)
+
     from retention_gates.recipes.compare import run
     from retention_gates.recipes.comparison_config import build_comparison, read_comparison
 
@@ -78,6 +88,18 @@ def main(options: argparse.Namespace) -> None:
         )
     _set(comparison, given)
     run(build_comparison(comparison))
+
+
+def _write_answers(options: argparse.Namespace) -> None:
+    from retention_gates.gates.policies import POLICIES
+    from retention_gates.recipes.compare import can_run
+
+    if options.config is not None:
+        raise ValueError(f"--suites and --lm-eval go without a file: leave {options.config} out, and name --adapter.")
+    if options.output is NOT_GIVEN:
+        raise ValueError("Name a folder for the results: --output.")
+    options = with_defaults(options)
+    written_answers.main(options, [name for name in POLICIES if can_run(name, options.adapter)], REFERENCE)
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:

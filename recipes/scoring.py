@@ -42,6 +42,7 @@ class Scorer:
     chosen: "list[Contender]"
     store: ResultStore
     batch_size: int
+    pin: bool = False  # of tasks with a system prompt: each contender once more with it pinned
 
     def __post_init__(self) -> None:
         from retention_gates.gates.model import find_gated_model
@@ -58,8 +59,10 @@ class Scorer:
         """Records as `compare_rows` and `compare_answers` give them, with length and seed, block after block."""
         from tqdm.auto import tqdm
 
+        from retention_gates.data.tasks.pitfalls import leaks
+
         todo = [batch for block in blocks for batch in self._missing(block)]
-        known = sum(len(block.items) for block in blocks) * (1 + len(self.chosen))
+        known = sum(len(block.items) * (1 + len(self._contenders(block))) for block in blocks)
         new = sum(len(indices) * (1 + len(contenders)) for _, indices, contenders in todo)
         if todo and self.store.found:
             print(f"{max(0, known - new)} of {known} scores are there already; {new} are computed.")
@@ -71,11 +74,17 @@ class Scorer:
         for block in blocks:
             place = {"length": block.length, "seed": block.seed}
             for index in range(len(block.items)):
-                for contender in (None, *self.chosen):
+                for contender in (None, *self._contenders(block)):
                     stored = self.store.get(self._unit(block, index, contender))
                     assert stored is not None
-                    records += [record | place | {"row": index} for record in stored]
+                    own = [record | {"row": index} for record in stored]
+                    records += [record | place for record in own + leaks(own)]
         return records
+
+    def _contenders(self, block: Block) -> "list[Contender]":
+        from retention_gates.trainers.evaluation import with_pinned
+
+        return with_pinned(self.chosen, block.items) if self.pin and block.start is None else self.chosen
 
     def _missing(self, block: Block) -> "list[tuple[Block, list[int], list[Contender]]]":
         """Batches of rows, with the contenders that any of these still needs."""
@@ -84,7 +93,7 @@ class Scorer:
             indices = list(range(first, min(first + self.batch_size, len(block.items))))
             lacking = [
                 contender
-                for contender in (None, *self.chosen)
+                for contender in (None, *self._contenders(block))
                 if any(self.store.get(self._unit(block, index, contender)) is None for index in indices)
             ]
             if lacking:
