@@ -93,7 +93,7 @@ def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
         name, gguf_file = find_packaged(entry.package)
     name = base_name(name, entry.adapter)
     chosen = config.contenders
-    policies = chosen.policies or [p for p in POLICIES if _can_run(p, entry)]
+    policies = chosen.policies or [p for p in POLICIES if can_run(p, entry.adapter)]
     check_gates_trained(policies, entry.adapter)
     if entry.adapter is not None:
         adapter_config(entry.adapter)
@@ -103,7 +103,7 @@ def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
     return Source(title, name, gguf_file, entry, policies)
 
 
-def _can_run(policy: str, entry: ModelEntry) -> bool:
+def can_run(policy: str, adapter: str | None) -> bool:
     """Whether a policy has all that it needs: gates, or something that a comparison does not give to anyone."""
     from retention_gates.gates.policies import find_policy
     from retention_gates.trainers.evaluation import Contender
@@ -112,7 +112,7 @@ def _can_run(policy: str, entry: ModelEntry) -> bool:
         Contender(policy, memory_size=1)
     except ValueError:
         return False
-    return entry.adapter is not None or not find_policy(policy).needs_gates
+    return adapter is not None or not find_policy(policy).needs_gates
 
 
 def _compare(source: Source, config: ComparisonConfig, start: int, store: ResultStore) -> ModelReport:
