@@ -40,12 +40,12 @@ def _on_text(met: list[Duel], summaries: "list[Summary]") -> list[str]:
     said = []
     won = [duel for duel in met if better("kl", duel.gates.scores["kl"].mean, duel.rival.scores["kl"].mean)]
     if won:
-        most = max(won, key=lambda duel: duel.rival.scores["kl"].mean / duel.gates.scores["kl"].mean)
-        ratio = most.rival.scores["kl"].mean / most.gates.scores["kl"].mean
+        most = min(won, key=lambda duel: duel.gates.scores["kl"].mean / duel.rival.scores["kl"].mean)
+        less = 1 - most.gates.scores["kl"].mean / most.rival.scores["kl"].mean
         sizes = "every memory size" if len(won) == len(met) else f"{len(won)} of {len(met)} memory sizes"
         said.append(
-            f"Text: the trained gates stay closest to the full cache at {sizes}. The gap is widest at "
-            f"{most.memory_size} entries per head: {_duel(most)}, {ratio:.1f} times less."
+            f"Text: the trained gates stay closest to the full cache at {sizes}. The lead is largest at "
+            f"{most.memory_size} entries per head, {less:.0%} less lost: {_duel(most)}."
         )
     for duel in met:
         if duel not in won:
@@ -60,7 +60,7 @@ def _duel(duel: Duel) -> str:
     return (
         f"KL {ours:.3f} ({contender_name(duel.gates.policy, duel.gates.budgets)}) against {theirs:.3f} nats per token "
         f"({contender_name(duel.rival.policy, duel.rival.budgets)}, the best other policy); better on {pairing.wins} "
-        f"of {rows} passages"
+        f"of {rows} passages (p = {pairing.p_mean:.2g} for the mean, uncorrected)"
     )
 
 
