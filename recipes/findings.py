@@ -60,8 +60,12 @@ def _duel(duel: Duel) -> str:
     return (
         f"KL {ours:.3f} ({contender_name(duel.gates.policy, duel.gates.budgets)}) against {theirs:.3f} nats per token "
         f"({contender_name(duel.rival.policy, duel.rival.budgets)}, the best other policy); better on {pairing.wins} "
-        f"of {rows} passages (p = {pairing.p_mean:.2g} for the mean, uncorrected)"
+        f"of {rows} passages ({_p(pairing.p_mean)} for the mean, uncorrected)"
     )
+
+
+def _p(value: float) -> str:
+    return f"p = {value:.2g}" if value >= 1e-3 else "p < 0.001"
 
 
 def _leaders(summaries: "list[Summary]") -> list[str]:
@@ -84,8 +88,8 @@ def _on_tasks(tasks: list[tuple[str, list[Duel]]]) -> list[str]:
     clearly = sum(duel.pairing.p_mean < CLEAR for _, duel in lost)
     said = [
         f"Recall tasks: of {len(cells)} pairs of task and memory size the gates are ahead of the best other policy in "
-        f"{ahead}, equal in {len(cells) - ahead - len(lost)} and behind in {len(lost)} (clearly, p < {CLEAR} before "
-        f"any correction, in {clearly})."
+        f"{ahead}, equal in {len(cells) - ahead - len(lost)} and behind in {len(lost)}"
+        + (f", of which {clearly} with p < {CLEAR} before any correction." if lost else ".")
     ]
     where = [
         f"{title} at {duel.memory_size} ({contender_name(duel.rival.policy, duel.rival.budgets)} "
