@@ -147,7 +147,7 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
         records=records,
         reference=reference,
         gated=[name for name in source.policies if POLICIES[name].needs_gates],
-        bytes=dict(zip([None, *((c.policy, c.memory_size, c.budgets) for c in chosen)], sizes, strict=True)),
+        bytes=dict(zip([None, *((str(c.policy), c.memory_size, c.budgets) for c in chosen)], sizes, strict=True)),
         shown=_shown(model, rows, chosen) if entry.adapter else None,
         answers=differing_answers(records, blocks, tokenizer),
     )

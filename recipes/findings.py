@@ -40,12 +40,12 @@ def _on_text(met: list[Duel], summaries: "list[Summary]") -> list[str]:
     said = []
     won = [duel for duel in met if better("kl", duel.gates.scores["kl"].mean, duel.rival.scores["kl"].mean)]
     if won:
-        most = max(won, key=lambda duel: duel.rival.scores["kl"].mean / duel.gates.scores["kl"].mean)
-        ratio = most.rival.scores["kl"].mean / most.gates.scores["kl"].mean
+        most = min(won, key=lambda duel: duel.gates.scores["kl"].mean / duel.rival.scores["kl"].mean)
+        less = 1 - most.gates.scores["kl"].mean / most.rival.scores["kl"].mean
         sizes = "every memory size" if len(won) == len(met) else f"{len(won)} of {len(met)} memory sizes"
         said.append(
-            f"Text: the trained gates stay closest to the full cache at {sizes}. The gap is widest at "
-            f"{most.memory_size} entries per head: {_duel(most)}, {ratio:.1f} times less."
+            f"Text: the trained gates stay closest to the full cache at {sizes}. The lead is largest at "
+            f"{most.memory_size} entries per head, {less:.0%} less lost: {_duel(most)}."
         )
     for duel in met:
         if duel not in won:
@@ -60,8 +60,12 @@ def _duel(duel: Duel) -> str:
     return (
         f"KL {ours:.3f} ({contender_name(duel.gates.policy, duel.gates.budgets)}) against {theirs:.3f} nats per token "
         f"({contender_name(duel.rival.policy, duel.rival.budgets)}, the best other policy); better on {pairing.wins} "
-        f"of {rows} passages"
+        f"of {rows} passages ({_p(pairing.p_mean)} for the mean, uncorrected)"
     )
+
+
+def _p(value: float) -> str:
+    return f"p = {value:.2g}" if value >= 1e-3 else "p < 0.001"
 
 
 def _leaders(summaries: "list[Summary]") -> list[str]:
@@ -84,8 +88,8 @@ def _on_tasks(tasks: list[tuple[str, list[Duel]]]) -> list[str]:
     clearly = sum(duel.pairing.p_mean < CLEAR for _, duel in lost)
     said = [
         f"Recall tasks: of {len(cells)} pairs of task and memory size the gates are ahead of the best other policy in "
-        f"{ahead}, equal in {len(cells) - ahead - len(lost)} and behind in {len(lost)} (clearly, p < {CLEAR} before "
-        f"any correction, in {clearly})."
+        f"{ahead}, equal in {len(cells) - ahead - len(lost)} and behind in {len(lost)}"
+        + (f", of which {clearly} with p < {CLEAR} before any correction." if lost else ".")
     ]
     where = [
         f"{title} at {duel.memory_size} ({contender_name(duel.rival.policy, duel.rival.budgets)} "

@@ -61,7 +61,8 @@ def style_of(policy: str, budgets: str | None) -> Style:
     others = [other for other, known in POLICIES.items() if not known.needs_gates]
     # numbers of colours and markers have no common factor, so that pairs of them recur late
     index = others.index(name) if name in others else len(others)
-    return Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], dashes, 1.2)
+    dashes = dashes if budgets != "uniform" else "-"  # dashed are the gates, which have two kinds in most pictures
+    return Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], dashes, 1.1)
 
 
 def score_against_memory(summaries: Sequence["Summary"], path: Path) -> None:
@@ -198,7 +199,7 @@ def _draw_scores(
             label=contender_name(*kind),
             color=style.colour,
             marker=style.marker,
-            markersize=5,
+            markersize=6 if style.colour == GATES_COLOUR else 4.5,
             linestyle=style.dashes,
             linewidth=style.width,
             elinewidth=1,

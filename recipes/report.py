@@ -11,7 +11,7 @@ from retention_gates.recipes.report_data import (
     TEXT,
     ModelReport,
     best,
-    contender_name,
+    by_contender,
     memory_sizes,
     metric_of,
     panel_title,
@@ -104,14 +104,6 @@ def number(score: "Score", digits: int) -> str:
     return f"{score.mean:.{digits}f} ± {score.standard_error:.{digits}f}"
 
 
-def lines_of(summaries: "list[Summary]") -> "list[tuple[str, dict[int | None, Summary]]]":
-    """Contenders by name, each with its summary at every memory size; the full cache's has none, and comes first."""
-    found: dict[str, dict[int | None, Summary]] = {}
-    for summary in summaries:
-        found.setdefault(contender_name(summary.policy, summary.budgets), {})[summary.memory_size] = summary
-    return list(found.items())
-
-
 def _overview(summaries: "list[Summary]", metric: str) -> list[str]:
     """One row for each contender, one column for each memory size."""
     heading, digits = METRICS[metric]
@@ -120,7 +112,7 @@ def _overview(summaries: "list[Summary]", metric: str) -> list[str]:
     arrow = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
     lines = [f"{heading.capitalize() if metric != 'kl' else heading} ({arrow}), by entries per head:", ""]
     lines += ["| | " + " | ".join(map(str, sizes)) + " |", "|---|" + "---:|" * len(sizes)]
-    for name, by_size in lines_of(summaries):
+    for name, by_size in by_contender(summaries, metric):
         cells = []
         for size in sizes:
             summary = by_size.get(size, by_size.get(None))

@@ -20,6 +20,20 @@ METRICS = {  # metric -> heading and digits after the point
     "exact": ("answers exact", 2),
 }
 LOWER_IS_BETTER = ("kl", "perplexity_ratio")
+NAMES = {  # as their papers write them
+    "retention": "gates",
+    "streaming_llm": "StreamingLLM",
+    "h2o": "H2O",
+    "tova": "TOVA",
+    "snapkv": "SnapKV",
+    "morphkv": "MorphKV",
+    "raas": "RaaS",
+    "rkv": "R-KV",
+    "keydiff": "KeyDiff",
+    "lagkv": "LagKV",
+    "expected_attention": "Expected Attention",
+    "citrus": "CItruS",
+}
 Key = tuple[str, int, str]  # policy, memory size, budgets
 
 
@@ -71,12 +85,12 @@ def panel_title(task: str, length: int | None) -> str:
 
 
 def contender_name(policy: str, budgets: str | None) -> str:
-    """As people read it: "gates, calibrated", "streaming_llm"; uniform budgets go without saying but for gates."""
+    """As people read it: "gates, calibrated", "StreamingLLM"; uniform budgets go without saying but for gates."""
     if policy == FULL_CACHE:
         return "full cache"
-    if policy.split("+")[0] == "retention":
-        return f"{policy.replace('retention', 'gates')}, {budgets}"
-    return policy if budgets == "uniform" else f"{policy}, {budgets}"
+    name, plus, addition = policy.partition("+")
+    shown = NAMES.get(name, name.replace("_", " ")) + plus + addition
+    return shown if budgets == "uniform" and name != "retention" else f"{shown}, {budgets}"
 
 
 def better(metric: str, one: float, other: float) -> bool:
@@ -90,6 +104,23 @@ def best(metric: str, summaries: "list[Summary]") -> "Summary | None":
     if len(ranked) < 2 or ranked[0].scores[metric].mean == ranked[1].scores[metric].mean:
         return None
     return ranked[0]
+
+
+def by_contender(summaries: "list[Summary]", metric: str) -> "list[tuple[str, dict[int | None, Summary]]]":
+    """Names with the summaries at every memory size: the full cache (None) first, then from best to worst on average.
+
+    The average is over memory sizes, which are the same for all.
+    """
+    found: dict[str, dict[int | None, Summary]] = {}
+    for summary in summaries:
+        found.setdefault(contender_name(summary.policy, summary.budgets), {})[summary.memory_size] = summary
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+
+    def rank(entry: "tuple[str, dict[int | None, Summary]]") -> tuple[bool, float]:
+        scores = [summary.scores[metric].mean for summary in entry[1].values()]
+        return None not in entry[1], sign * sum(scores) / len(scores)
+
+    return sorted(found.items(), key=rank)
 
 
 def memory_sizes(summaries: "list[Summary]") -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from retention_gates.recipes import plots
 from retention_gates.recipes.findings import findings
 from retention_gates.recipes.page_template import PAGE
-from retention_gates.recipes.report import corrected_p, facts, legend, lines_of, pairing_cells
+from retention_gates.recipes.report import corrected_p, facts, legend, pairing_cells
 from retention_gates.recipes.report_data import (
     FULL_CACHE,
     LOWER_IS_BETTER,
@@ -18,6 +18,7 @@ from retention_gates.recipes.report_data import (
     TEXT,
     ModelReport,
     best,
+    by_contender,
     contender_name,
     memory_sizes,
     metric_of,
@@ -115,7 +116,7 @@ def _overview(summaries: "list[Summary]", task: str) -> str:
     sizes = memory_sizes(summaries)
     winners = {size: best(metric, [s for s in summaries if s.memory_size == size]) for size in sizes}
     rows = []
-    for name, by_size in lines_of(summaries):
+    for name, by_size in by_contender(summaries, metric):
         cells = []
         for size in sizes:
             summary = by_size.get(size, by_size.get(None))
