@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     if written_answers.wanted(options):
-        return written_answers.main(options, POLICIES, REFERENCE)
+        return written_answers.main(options)
     began, clock = datetime.now(UTC), time.monotonic()
     check_output(options.output)
     plots.require_matplotlib()
