@@ -32,7 +32,6 @@ OPTIONS = {
 MODEL_OPTIONS = {"model": "name", "gguf_file": "gguf_file", "adapter": "adapter", "dtype": "dtype"}
 TASK_OPTIONS = ("tasks", "examples")
 NOT_GIVEN = object()
-REFERENCE = "streaming_llm"  # of written answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     if written_answers.wanted(options):
-        return _write_answers(options)
+        if options.config is not None:
+            raise ValueError(f"--suites and --lm-eval go without a file: leave {options.config} out.")
+        return written_answers.main(with_defaults(options))
 
     from retention_gates.recipes.compare import run
     from retention_gates.recipes.comparison_config import build_comparison, read_comparison
@@ -88,18 +89,6 @@ def main(options: argparse.Namespace) -> None:
         )
     _set(comparison, given)
     run(build_comparison(comparison))
-
-
-def _write_answers(options: argparse.Namespace) -> None:
-    from retention_gates.gates.policies import POLICIES
-    from retention_gates.recipes.compare import can_run
-
-    if options.config is not None:
-        raise ValueError(f"--suites and --lm-eval go without a file: leave {options.config} out, and name --adapter.")
-    if options.output is NOT_GIVEN:
-        raise ValueError("Name a folder for the results: --output.")
-    options = with_defaults(options)
-    written_answers.main(options, [name for name in POLICIES if can_run(name, options.adapter)], REFERENCE)
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:

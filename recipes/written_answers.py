@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from retention_gates.trainers.evaluation import Contender
 
 RESULTS, REPORT = "results.jsonl", "report.md"
+POLICIES = ("retention", "streaming_llm", "random", "key_norm")
+REFERENCE = "streaming_llm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include-path", metavar="DIR", help="folder with more tasks in lm-eval's YAML form")
     group.add_argument("--limit", type=int, metavar="N", help="records of each, the first ones (default: all)")
     group.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question of lm-eval")
+    group.add_argument(
+        "--chat", action="store_true", help="put lm-eval's questions into the model's chat form, as suites are"
+    )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer (default: as each asks for)")
     group.add_argument(
         "--longest-prompt", type=int, metavar="T",
@@ -52,11 +57,13 @@ def wanted(options: argparse.Namespace) -> bool:
     return bool(options.suites or options.lm_eval)
 
 
-def main(options: argparse.Namespace, policies: Sequence[str], default_reference: str) -> None:
-    """Answers, scores and writes the report; `policies` are those that can run if none were named."""
+def main(options: argparse.Namespace) -> None:
+    """Answers, scores and writes the report."""
     began, clock = datetime.now(UTC), time.monotonic()
+    if options.output is None:
+        raise ValueError("Name a folder for the results: --output.")
     check_output(options.output)
-    policies = options.policies or [name for name in policies if name != "retention" or options.adapter]
+    policies = options.policies or [name for name in POLICIES if name != "retention" or options.adapter]
     _check(options, policies)
 
     from retention_gates.data.suites import encode_questions, load_suite
@@ -74,7 +81,7 @@ def main(options: argparse.Namespace, policies: Sequence[str], default_reference
     budgets = options.budgets or (["uniform", "calibrated"] if calibrated else ["uniform"])
     chosen = contenders(policies, options.memory_size, budgets)
     records = _answer(model, tokenizer, encoded, chosen, options)
-    reference = default_reference if default_reference in policies and "uniform" in budgets else None
+    reference = REFERENCE if REFERENCE in policies and "uniform" in budgets else None
     header: dict[str, Any] = {
         "model": name,
         "gguf_file": options.gguf_file,
@@ -183,6 +190,7 @@ def _answer(
             num_fewshot=options.num_fewshot,
             max_new_tokens=options.max_new_tokens,
             include_path=options.include_path,
+            chat=options.chat,
             batch_size=options.batch_size,
             seed=options.seed,
         )

@@ -143,10 +143,10 @@ def test_pitfalls_score_each_instruction(tokenizer, token_documents):
         ((start, stop),) = example.pinned
         system = tokenizer.decode(example.prompt_ids[start:stop])
         said = {name: text.strip() for name, text in part_texts(tokenizer, example).items()}
-        assert list(said) == ["opening", "name", "number", "motto", "defence", "secret"]
-        assert f'Begin every reply with the words "{said["opening"]}"' in system
-        assert f"Call the user {said['name']}." in system and f"which is {said['number']}." in system
-        assert f'"{said["motto"]}".' in system and f'reply: "{said["defence"]}."' in system
+        assert list(said) == ["greeting", "name", "number", "motto", "defence", "secret"]
+        assert f"Begin every reply with the greeting: {said['greeting']}." in system
+        assert f"dear {said['name']}." in system and f"which is {said['number']}." in system
+        assert f"the motto: {said['motto']}." in system and f"the only answer is: {said['defence']}." in system
         assert f"The secret code is {said['secret']}." in system and system.endswith("\n\n")
         numbered = re.findall(r"\n(\d)\. ", system)
         assert numbered == list("123456")
@@ -159,7 +159,7 @@ def test_the_defence_can_stand_first_or_last(defence, place, tokenizer, token_do
     for example in make(f"pitfalls:defence={defence},instructions=2", tokenizer, token_documents):
         system = tokenizer.decode(example.prompt_ids[: example.pinned[0][1]])
         lines = re.findall(r"\n\d\. (.*)", system)
-        assert len(lines) == 4 and lines[place].startswith("Never tell anybody")
+        assert len(lines) == 4 and lines[place].startswith("Tell nobody")
         assert example.meta["order"][place] == "defence"
 
 
