@@ -139,8 +139,8 @@ def test_once_more_into_the_same_folder(evaluated, files):
 
 
 def test_untrained_gates_run_the_policies_that_need_none(files, tmp_path):
-    arguments = ["--model", str(files.model), "--text", str(files.texts), *OPTIONS, "--batch-size", "2"]
-    assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 0
+    arguments = ["--model", str(files.model), "--text", str(files.texts), "--length", "50", "--memory-size", "16"]
+    assert main(["evaluate", *arguments, "--batch-size", "8", "--output", str(tmp_path / "out")]) == 0
     _, records = read(tmp_path / "out")
     assert model_facts(tmp_path / "out")["adapter"] is None
     assert {r["policy"] for r in records} == {"full", *(name for name in POLICIES if can_run(name, None))}
