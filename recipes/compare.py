@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from retention_gates.trainers.evaluation import Contender
 
-RESULTS, REPORT, PAGE, PICTURE = "results.jsonl", "report.md", "report.html", "score.png"
+RESULTS, SUMMARY, REPORT, PAGE, PICTURE = "results.jsonl", "summary.jsonl", "report.md", "report.html", "score.png"
 HALF_LIFE_ROWS = 4  # passages over which the medians of half-lives are taken
 
 
@@ -72,13 +72,14 @@ def run(config: ComparisonConfig) -> None:
     }
     claim_output(folder)
     write_text(folder / RESULTS, report.result_lines(header, models))  # first: these took the time
+    write_text(folder / SUMMARY, report.summary_lines(header, models))
     text = report.markdown(header, models)
     write_text(folder / REPORT, text)
     with replacing(folder / PICTURE) as temporary:
         plots.score_against_memory(models[0].summaries, temporary)
     write_text(folder / PAGE, report_page.page(header, models))
     print(text)
-    print(f"written: {', '.join(str(folder / file) for file in (RESULTS, REPORT, PAGE, PICTURE))}")
+    print(f"written: {', '.join(str(folder / file) for file in (RESULTS, SUMMARY, REPORT, PAGE, PICTURE))}")
 
 
 def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
