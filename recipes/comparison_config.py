@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from retention_gates.recipes.config_file import build, check_count, check_mapping, override, read, unknown
+from retention_gates.recipes.packaged_models import settle_model
 
 WHAT = "a comparison"
 
@@ -20,10 +21,7 @@ class ModelEntry:
     dtype: str = "auto"  # float32 on a CPU, else the model's own
 
     def __post_init__(self) -> None:
-        if self.package is not None and (self.name is not None or self.gguf_file is not None):
-            raise ValueError(
-                f"A model is named by its package ({self.package}) or by name and gguf_file, not by both."
-            )
+        self.name, self.gguf_file = settle_model("models.NAME", self.name, self.gguf_file, self.package)
 
 
 @dataclass
@@ -65,11 +63,15 @@ class ContenderSection:
     budgets: list[str] | None = None  # None: all that the adapter has
     memory_sizes: list[int] = field(default_factory=lambda: [64, 128])  # mean entries per KV head
     pin: bool = False  # of tasks with a system prompt: each policy once more with it pinned
+    extra: list[str] = field(default_factory=list)  # one policy with one kind of budgets each: snapkv/pyramid
     reference: str | None = "streaming_llm"  # whom others are paired with, row by row
 
     def __post_init__(self) -> None:
         for size in self.memory_sizes:
             check_count("contenders.memory_sizes", size, least=1)
+        for name in self.extra:
+            if not isinstance(name, str) or name.count("/") != 1:
+                raise ValueError(f"contenders.extra={name!r} must read POLICY/BUDGETS, such as snapkv/pyramid.")
 
 
 @dataclass

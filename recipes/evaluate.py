@@ -5,8 +5,8 @@
 
 The first takes everything from a YAML file, several models if it names them; the second has one model and options for
 the rest, which may also follow a file. Both write to the output folder: report.html, report.md, score.png,
-results.jsonl (a header, then one object per row and contender), and scores.jsonl, from which a run that was stopped
-goes on and a later one takes what it has in common.
+summary.jsonl (every mean), results.jsonl (a header, then one object per row and contender), and scores.jsonl, from
+which a run that was stopped goes on and a later one takes what it has in common.
 """
 
 import argparse

@@ -5,6 +5,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+def settle_model(
+    section: str, name: str | None, gguf_file: str | None, package: str | None
+) -> tuple[str | None, str | None]:
+    """Name and GGUF file of a model that is given by these, or by a package instead.
+
+    Raises:
+        ValueError: if it is given by both, or the package does not hold a model.
+    """
+    if package is None:
+        return name, gguf_file
+    if name is not None or gguf_file is not None:
+        raise ValueError(
+            f"{section}.package={package} stands instead of {section}.name and gguf_file: leave one out, with null on "
+            "a command line."
+        )
+    return find_packaged(package)
+
+
 def find_packaged(package: str) -> tuple[str, str]:
     """Folder and name of the GGUF file that an installed package holds, or puts together with its `assemble()`.
 

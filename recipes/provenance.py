@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,17 @@ def machine_and_versions(model: "nn.Module") -> dict[str, Any]:
         "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
+        "triton": _triton(),
         "device": device,
         "dtype": str(parameter.dtype).removeprefix("torch."),
     }
+
+
+def _triton() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # there is none for every platform
+        return None
 
 
 def commit() -> str | None:

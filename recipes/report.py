@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from retention_gates.recipes.findings import findings
 from retention_gates.recipes.report_data import (
+    FULL_CACHE,
     LOWER_IS_BETTER,
     METRICS,
     TEXT,
     ModelReport,
     best,
     by_contender,
+    contender_name,
     memory_sizes,
     metric_of,
     panel_title,
@@ -37,6 +39,33 @@ def result_lines(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
             records.append({"kind": "memory", "model": model.title, **names, "bytes": nbytes})
         records += [{"kind": "record", "model": model.title, **record} for record in model.records]
     return json_lines(header, records)
+
+
+def summary_lines(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
+    """Every mean as benchmarks write theirs: `spread` is the standard error, `limit` what the full cache reaches."""
+    objects = []
+    for model in models:
+        machine = {"gpu": model.facts["device"]} | {name: model.facts[name] for name in ("torch", "triton", "commit")}
+        for task, length, summaries in model.panels():
+            metric = metric_of(task)
+            full = next(s.scores[metric].mean for s in summaries if s.policy == FULL_CACHE)
+            for each in summaries:
+                if each.memory_size is None or each.budgets is None:
+                    continue
+                nbytes = model.bytes.get((each.policy, each.memory_size, each.budgets))
+                measured = {
+                    "bench": "compare",
+                    "case": f"{model.title} {task} T={length} M={each.memory_size} rows={each.rows}",
+                    "contender": contender_name(each.policy, each.budgets),
+                    "value": each.scores[metric].mean,
+                    "unit": METRICS[metric][0],
+                    "spread": each.scores[metric].standard_error,
+                    "limit": full,
+                    "peak_mib": None if nbytes is None else nbytes / 2**20,
+                    "error": None,
+                }
+                objects.append(measured | machine | {"time": header["time"]})
+    return "".join(json.dumps(each, allow_nan=False) + "\n" for each in objects)
 
 
 def markdown(header: dict[str, Any], models: Sequence[ModelReport]) -> str:

@@ -106,6 +106,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     if args.max_steps < 1:
         raise ValueError(f"training.max_steps={args.max_steps} must be 1 or more: rows are drawn for so many steps.")
     evaluates = args.eval_strategy != "no"
+    assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
     train_documents, test_documents = load_documents_of(config, tokenizer)
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import yaml
 from tiny_adapter import Files, make_files
 
 from retention_gates.cli import main
-from retention_gates.recipes import fingerprints, scoring
+from retention_gates.recipes import fingerprints, packaged_models, scoring
 from retention_gates.recipes.comparison_config import build_comparison, read_comparison
+from retention_gates.recipes.packaged_models import find_packaged
+from retention_gates.recipes.run_config import load_config
 from retention_gates.trainers import evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +41,7 @@ def write_config(files: Files, folder: Path) -> Path:
     return path
 
 
-GATES = ["models.bare <b>=", "contenders.policies=[retention, random]", "contenders.budgets=[uniform, calibrated]"]
+GATES = ["models.bare <b>=", "contenders.policies=[retention, random]", "contenders.extra=[retention/calibrated]"]
 
 
 def lines(folder: Path, kind: str) -> list[dict]:
@@ -190,8 +194,11 @@ def test_the_page_is_whole_and_loads_nothing(files, tmp_path):
         (["tasks.passkey=4"], "must be a mapping"),
         (["models="], "models is empty"),
         (["models.gated.package=os_path"], "'os_path' with the base model is not installed"),
-        (["models.gated.package=os", "models.gated.name=x"], "not by both"),
+        (["models.gated.package=os", "models.gated.name=x"], "stands instead of"),
         (["contenders.policies=[retention]"], "needs trained gates"),
+        (["contenders.extra=[random]"], "must read POLICY/BUDGETS"),
+        (["contenders.extra=[random/even]"], "'even' is unknown"),
+        (["contenders.extra=[random/uniform]"], "is among them already"),
         (["contenders.memory_sizes=[200]"], "no longer than the largest memory"),
         (["text.test_fraction=0.5", "text.test_works=[work1]"], "give one of them"),
         (["--adapter", "x"], "models.NAME.adapter"),
@@ -211,7 +218,40 @@ def test_neither_file_nor_folder(files, capsys):
     assert "nowhere.yaml cannot be read" in capsys.readouterr().err
 
 
-def test_the_shipped_comparison():
+def test_a_package_that_holds_a_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = {
+        "whole_model": "raise ImportError('not to be imported')",
+        "parts_of_model": f"assemble = lambda: {str(tmp_path / 'made.gguf')!r}",
+    }
+    for name in code:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code[name], encoding="utf-8")
+    with pytest.raises(ValueError, match="should hold one GGUF file and has none"):
+        find_packaged("json")
+    (tmp_path / "whole_model" / "small.gguf").touch()
+    assert find_packaged("whole_model") == (str(tmp_path / "whole_model"), "small.gguf")
+    assert find_packaged("parts_of_model") == (str(tmp_path), "made.gguf")
+
+
+def test_make_compare_trains_what_is_missing(monkeypatch):
+    printed = subprocess.run(
+        ["make", "--dry-run", "--always-make", "compare"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    commands = [shlex.split(line) for line in printed.replace("\\\n", " ").splitlines() if "retention_gates" in line]
+    *trainings, comparing = [command[command.index("--") + 1 :] for command in commands]
+    assert comparing == ["evaluate", "recipes/compare_smollm2.yaml"]
+    monkeypatch.setattr(packaged_models, "find_packaged", lambda package: (package, "a.gguf"))
+    given = build_comparison(read_comparison(ROOT / comparing[1], []))
+    runs = [load_config(ROOT / path, overrides) for _, path, *overrides in trainings]
+    trained = {run.model.package: f"{run.training.output_dir}/adapter" for run in runs}
+    assert trained == {entry.package: entry.adapter for entry in given.models.values()}
+    for run in runs:
+        assert (run.data.test_fraction, run.data.split_seed) == (given.text.test_fraction, given.text.split_seed)
+
+
+def test_the_shipped_comparison(monkeypatch):
+    monkeypatch.setattr(packaged_models, "find_packaged", lambda package: (package, "a.gguf"))
     comparison = build_comparison(read_comparison(ROOT / "recipes" / "compare_smollm2.yaml", []))
     assert len(comparison.run.seeds) >= 3 and comparison.contenders.memory_sizes == [32, 64, 128, 256]
     assert set(comparison.models) == {"SmolLM2-135M", "Gemma-3-270M"} and comparison.start == 256

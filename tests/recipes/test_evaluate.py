@@ -1,6 +1,7 @@
 """retention-gates evaluate: its files and what stands in them, resuming, and what is refused."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_adapter import Files, make_files
 
 from retention_gates.cli import main
 from retention_gates.gates.policies import POLICIES
+from retention_gates.recipes.bench.harness import Measurement
 from retention_gates.recipes.compare import can_run
 from retention_gates.trainers.comparison import aggregate, holm
 from retention_gates.trainers.evaluation import contenders
@@ -107,6 +109,25 @@ def test_the_report_says_what_the_records_say(evaluated):
     assert all(len(set(table)) <= 1 for table in tables), "every line of a table has as many cells as its heading"
 
 
+def test_the_summary_has_every_mean_as_benchmarks_write_theirs(evaluated):
+    objects = [json.loads(line) for line in (evaluated / "summary.jsonl").read_text().splitlines()]
+    assert set(objects[0]) == {
+        *(f.name for f in fields(Measurement)),
+        "bench",
+        "gpu",
+        "torch",
+        "triton",
+        "commit",
+        "time",
+    }
+    named = {(each["case"], each["contender"]): each for each in objects}
+    assert len(named) == len(objects) == 2 * 2 * len(CONTENDERS)
+    summaries = aggregate(read(evaluated)[1])
+    (score,) = [s.scores["kl"] for s in summaries if (s.policy, s.memory_size, s.task) == ("random", 32, "text")]
+    own = named["model text T=240 M=32 rows=3", "random"]
+    assert (own["value"], own["spread"], own["limit"]) == (score.mean, score.standard_error, 0)
+
+
 def test_the_bytes_are_those_of_the_caches(evaluated, files):
     lines = map(json.loads, (evaluated / "results.jsonl").open())
     sizes = {(line["policy"], line["memory_size"]): line["bytes"] for line in lines if line["kind"] == "memory"}
@@ -135,12 +156,13 @@ def test_once_more_into_the_same_folder(evaluated, files):
     assert "streaming_llm" not in report and header["seeds"] == [1]
     assert sorted(path.name for path in evaluated.iterdir()) == [
         ".retention-gates", "report.html", "report.md", "results.jsonl", "score.png", "scores.jsonl",
+        "summary.jsonl",
     ]  # fmt: skip
 
 
 def test_untrained_gates_run_the_policies_that_need_none(files, tmp_path):
-    arguments = ["--model", str(files.model), "--text", str(files.texts), *OPTIONS, "--batch-size", "2"]
-    assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 0
+    arguments = ["--model", str(files.model), "--text", str(files.texts), "--length", "50", "--memory-size", "16"]
+    assert main(["evaluate", *arguments, "--batch-size", "8", "--output", str(tmp_path / "out")]) == 0
     _, records = read(tmp_path / "out")
     assert model_facts(tmp_path / "out")["adapter"] is None
     assert {r["policy"] for r in records} == {"full", *(name for name in POLICIES if can_run(name, None))}
