@@ -29,7 +29,7 @@ def test_parts_and_pinned_policies_have_records_and_lines(files, tmp_path):
     turns = {"multi_turn:turns=2", "multi_turn:turns=2/turn 1", "multi_turn:turns=2/turn 2"}
     assert {task for task, found in policies.items() if found == plain} == {"text", *turns}
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "multi_turn:turns=2/turn 2" in report and "| streaming_llm+pin |" in report
+    assert "turns=2/turn 2" in report and "| streaming_llm+pin |" in report
 
 
 def test_a_system_prompt_that_no_memory_holds_is_named(files, tmp_path, capsys):
