@@ -116,8 +116,9 @@ def leaks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _key(record: dict[str, Any], part: str) -> tuple[Any, ...]:
+    """What names a part's example and contender; `length` and `seed` may tell runs apart."""
     task = record["task"].removesuffix(f"/{part}")
-    return task, record["row"], record["policy"], record["memory_size"], record["budgets"]
+    return task, *(record.get(name) for name in ("length", "seed", "row", "policy", "memory_size", "budgets"))
 
 
 def _extend(filler: Filler, answer: list[int], parts: dict[str, Span], name: str, before: str, said: str) -> None:
