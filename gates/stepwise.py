@@ -11,6 +11,8 @@ from retention_gates.gates.masked_attention import masked_attention
 from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
 from retention_gates.kernels.slot_attention import entry_weights
 
+NEVER = 2**62  # a step that no sequence comes to
+
 
 class Stepper:
     """When a bounded cache would evict each token, for all rows and all rules of one policy side by side.
@@ -30,7 +32,8 @@ class Stepper:
     key: torch.Tensor  # [B, H, T, D]
     value: torch.Tensor  # [B, H, T, Dv]
     new_state: torch.Tensor  # [B, H, T, K]
-    new_barred: torch.Tensor  # [B, H, T], inf for protected tokens
+    free_from: torch.Tensor  # int64 [B, H, T], the first step at which a token may be evicted
+    surplus: torch.Tensor  # int64 [B, H or 1, T], the entries that must go at each step
     real: torch.Tensor  # bool [B, T], False for padding
     columns: torch.Tensor  # int64 [B, H, T], -1 for padding
     start: torch.Tensor  # [B]
@@ -63,9 +66,9 @@ class Stepper:
             valid: bool [B, T], False for padding, or None.
             sinks: [HQ] or None.
         """
-        self._load(query, new, valid, sinks)
         if not self.is_ready:
-            self._allocate()
+            self._allocate(query, new)
+        self._load(query, new, valid, sinks)
         self._reset()
         tokens, interval = query.shape[2], self.rule.interval
         is_captured = query.device.type == "cuda" and not self.policy.reads_back
@@ -80,7 +83,7 @@ class Stepper:
         times = self.times[:, :, :tokens].clone()
         if valid is not None:
             times.masked_fill_(~valid[:, None], 0)
-        return times, None if self.output is None else self.output.to(query.dtype)
+        return times, self.output
 
     def _load(
         self, query: torch.Tensor, new: NewTokens, valid: torch.Tensor | None, sinks: torch.Tensor | None
@@ -89,31 +92,37 @@ class Stepper:
         batch, _, tokens, _ = query.shape
         self.is_padded = valid is not None
         real = query.new_ones((batch, tokens), dtype=torch.bool) if valid is None else valid
-        # merged entries must be rounded as the cache rounds them; others are looked at in fp32 only
-        dtype = new.key.dtype if self.policy.merge else torch.float32
         columns = torch.arange(tokens, device=query.device).where(real, -1)
-        tensors = {
-            "query": query.to(dtype),
-            "key": new.key.to(dtype),
-            "value": new.value.to(dtype),
+        tensors: dict[str, Any] = {
+            "query": query.to(self.dtype),
+            "key": new.key.to(self.dtype),
+            "value": new.value.to(self.dtype),
             "new_state": self.policy.initial_state(new),
-            "new_barred": torch.zeros_like(new.log_beta).masked_fill(
-                self.rule.is_protected(new.offset)[:, None], float("inf")
-            ),
             "real": real,
             "columns": columns[:, None].expand(-1, new.key.shape[1], -1),
             "start": (real.cumsum(1) == 0).sum(1),
             "sinks": sinks,
         }
+        is_protected = self.rule.is_protected(new.offset)[:, None]
+        free_from = tensors["columns"] + (0 if self.recent is None else self.recent[..., None])
+        tensors["free_from"] = free_from.masked_fill(is_protected, NEVER)
+        tensors["surplus"] = self._surplus(real)
         for name, tensor in tensors.items():
             if self.graphs and tensor is not None:
                 getattr(self, name).copy_(tensor)
             else:
                 setattr(self, name, tensor)
 
-    def _allocate(self) -> None:
-        batch, heads, tokens, head_dim = self.key.shape
-        rules, rows, device = self.rules, batch // len(self.rules), self.key.device
+    def _allocate(self, query: torch.Tensor, new: NewTokens) -> None:
+        batch, heads, tokens, head_dim = new.key.shape
+        rules, rows, device, merges = (
+            self.rules,
+            batch // len(self.rules),
+            new.key.device,
+            self.policy.merge is not None,
+        )
+        # merged entries must be rounded as the cache rounds them; others are looked at in fp32 only
+        self.dtype = new.key.dtype if merges else torch.float32
         sizes = torch.tensor([rule.sizes for rule in rules], device=device).repeat_interleave(rows, dim=0)  # [B, H]
         settings = [rule.setting(rows, self.scale, device) for rule in rules]
         self.setting = settings[0]._replace(budgets=torch.cat([one.budgets for one in settings]))
@@ -124,27 +133,38 @@ class Stepper:
         shape = (batch, heads, int(sizes.max()))
         self.no_positions = torch.full(shape, -1, device=device)
         self.no_positions[torch.arange(shape[2], device=device) >= sizes[..., None]] = -2
-        group = self.query.shape[1] // heads
+        group = query.shape[1] // heads
         self.positions = torch.empty_like(self.no_positions)
-        self.barred, self.priority = (torch.empty(shape, device=device) for _ in range(2))
-        self.state = torch.empty(*shape, self.new_state.shape[3], device=device)
+        self.evictable_from = torch.empty_like(self.no_positions)
+        self.priority = torch.empty(shape, device=device)
+        self.state = torch.empty(*shape, self.policy.state_width(head_dim), device=device)
         self.head_state = torch.empty(batch, heads, self.policy.head_state_size(head_dim, group), device=device)
         self.times = torch.empty(batch, heads, tokens + 1, dtype=torch.int64, device=device)
         self.column = torch.empty(1, dtype=torch.int64, device=device)
         self.slots = {}
-        if self.policy.needs_attention or self.policy.merge:
-            self.slots["keys"] = torch.empty(*shape, head_dim, dtype=self.key.dtype, device=device)
-        self.output = None
-        if self.policy.merge:
-            self.slots["values"] = torch.empty(*shape, self.value.shape[3], dtype=self.value.dtype, device=device)
-            self.output = torch.empty(
-                *self.query.shape[:3], self.value.shape[3], dtype=self.value.dtype, device=device
-            )
+        if self.policy.needs_attention or merges:
+            self.slots["keys"] = torch.empty(*shape, head_dim, dtype=self.dtype, device=device)
+        self.output, value_dim = None, new.value.shape[3]
+        if merges:
+            self.slots["values"] = torch.empty(*shape, value_dim, dtype=self.dtype, device=device)
+            self.output = torch.empty(*query.shape[:3], value_dim, dtype=self.dtype, device=device)
         self.is_ready = True
+
+    def _surplus(self, real: torch.Tensor) -> torch.Tensor:
+        """How many entries must go at each step, [B, H or 1, T]: known beforehand, because only numbers count."""
+        read = real.cumsum(1)[:, None]  # [B, 1, T]
+        budgets, buffer_size = self.setting.budgets[..., None], self.rule.buffer_size
+        if self.rule.is_shared:
+            buffer_size *= budgets.shape[1]
+            read, budgets = read * budgets.shape[1], budgets.sum(1, keepdim=True)
+        above = read - budgets
+        is_due = real[:, None] & (above > 0) & (above % buffer_size == 0)
+        return is_due * buffer_size
 
     def _reset(self) -> None:
         self.positions.copy_(self.no_positions)
-        for tensor in (self.barred, self.state, self.head_state, self.column, *self.slots.values()):
+        self.evictable_from.fill_(NEVER)
+        for tensor in (self.state, self.head_state, self.column, *self.slots.values()):
             tensor.zero_()
         self.priority.fill_(float("inf"))
         self.times.fill_(self.times.shape[2] - 1)
@@ -177,7 +197,7 @@ class Stepper:
         policy, rule = self.policy, self.rule
         slot = (self.positions == -1).to(torch.uint8).argmax(2, keepdim=True)  # [B, H, 1], the first empty one
         self.positions.scatter_(2, slot, self._at_column(self.columns))
-        self.barred.scatter_(2, slot, self._at_column(self.new_barred))
+        self.evictable_from.scatter_(2, slot, self._at_column(self.free_from))
         entering = [(self.state, self.new_state)]
         entering += [(slots, {"keys": self.key, "values": self.value}[name]) for name, slots in self.slots.items()]
         for held_of, token_of in entering:
@@ -199,10 +219,8 @@ class Stepper:
             self.priority.copy_(feedback.priorities(policy, held))
         else:
             self.priority.scatter_(2, slot, float("inf"))
-        surplus = feedback.surplus(held.exists.sum(2), held.budgets, rule.buffer_size, rule.is_shared)
-        victims = feedback.victims(
-            self.priority, held, self.barred, self.recent, surplus, rule.most_victims, self.floor
-        )
+        stays, surplus = self.evictable_from > self.column, self._at_column(self.surplus)[..., 0]
+        victims = feedback.victims(self.priority, held, stays, surplus, rule.most_victims, self.floor)
         if policy.merge is not None:
             merged = policy.merge(held, victims, rule.most_victims)
             for slots, entries in zip(self.slots.values(), merged, strict=True):
@@ -212,4 +230,5 @@ class Stepper:
         gone = self.positions.where(victims, self.times.shape[2] - 1)
         self.times.scatter_(2, gone, (self.column + 1).expand_as(gone))
         self.positions.masked_fill_(victims, -1)
+        self.evictable_from.masked_fill_(victims, NEVER)
         self.column.add_(1)

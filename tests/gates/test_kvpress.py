@@ -97,8 +97,8 @@ def test_lagkv():
 def test_adaptive_budgets():
     pruned = RECORDED["adaptive_pruned"]
     held = after_prompt("h2o")  # whose entries they are does not matter
-    barred, surplus, floor = torch.zeros(1, HEADS, TOKENS), pruned.sum().view(1, 1), torch.tensor(20 // 5)
-    victims = feedback.victims(RECORDED["adaptive"][None], held, barred, None, surplus, TOKENS, floor)
+    nobody, surplus, floor = torch.zeros(1, HEADS, TOKENS).bool(), pruned.sum().view(1, 1), torch.tensor(20 // 5)
+    victims = feedback.victims(RECORDED["adaptive"][None], held, nobody, surplus, TOKENS, floor)
     assert torch.equal(victims[0], pruned)
     assert (TOKENS - pruned.sum(1)).tolist() == [36, 4]  # one head is down to what it is sure of
 
