@@ -41,11 +41,21 @@ def surplus(count: torch.Tensor, budgets: torch.Tensor, buffer_size: int, is_sha
     return (count - budgets).where(count >= budgets + room, 0)
 
 
+def stays(held: Held, barred: torch.Tensor, recent: torch.Tensor | None) -> torch.Tensor:
+    """Which places nothing may be evicted from, bool [B, H, S]: empty, protected and recent ones.
+
+    Args:
+        barred: fp32 [B, H, S], inf for protected entries.
+        recent: int64, broadcastable to [B, H], the age below which an entry stays; or None.
+    """
+    result = ~held.exists | (barred == float("inf"))
+    return result if recent is None else result | (held.age < recent[..., None])
+
+
 def victims(
     priority: torch.Tensor,
     held: Held,
-    barred: torch.Tensor,
-    recent: torch.Tensor | None,
+    stays: torch.Tensor,
     surplus: torch.Tensor,
     largest_surplus: int,
     floor: torch.Tensor | None,
@@ -53,19 +63,16 @@ def victims(
     """The entries that go, bool [B, H, S]: the `surplus` of lowest priority.
 
     Args:
-        priority, barred: fp32 [B, H, S]; an entry for which one of them is inf stays.
-        recent: int64, broadcastable to [B, H], the age below which an entry stays; or None.
+        priority: fp32 [B, H, S]; inf for an entry that stays, too.
+        stays: bool [B, H, S], empty places among them.
         surplus: int64 [B, H], or [B, 1] if the heads share their budgets, at most largest_surplus.
         floor: int64, broadcastable to [B, H], the best entries that each head is sure of if they do, else None.
     """
-    inf, exists = float("inf"), held.exists
-    priority = priority + barred
-    if recent is not None:
-        priority = priority.masked_fill(held.age < recent[..., None], inf)
+    inf, positions = float("inf"), held.positions
     if floor is None:
-        return lowest(priority.masked_fill(~exists, inf), held.positions, surplus, largest_surplus)
+        return lowest(torch.where(stays, inf, priority), positions, surplus, largest_surplus)
     batch, heads, places = priority.shape
-    ranked = priority.masked_fill(~exists, -inf)
-    is_sure = ~lowest(ranked, held.positions, (places - floor).expand(batch, heads), places)
-    priority = priority.masked_fill(is_sure | ~exists, inf).view(batch, 1, -1)
-    return lowest(priority, held.positions.reshape(batch, 1, -1), surplus, places).view_as(exists)
+    ranked = torch.where(stays, inf, priority).masked_fill(~held.exists, -inf)
+    is_sure = ~lowest(ranked, positions, (places - floor).expand(batch, heads), places)
+    priority = torch.where(stays | is_sure, inf, priority).view(batch, 1, -1)
+    return lowest(priority, positions.reshape(batch, 1, -1), surplus, places).view_as(stays)

@@ -183,7 +183,7 @@ class FeedbackSlotLayer(SlotLayer):
         rule = self.rule
         surplus = feedback.surplus(held.exists.sum(2), held.budgets, rule.buffer_size, rule.is_shared)
         floor = None if rule.floor is None else torch.tensor(rule.floor, device=self.device)
-        return feedback.victims(priority, held, barred, self.recent, surplus, most, floor)
+        return feedback.victims(priority, held, feedback.stays(held, barred, self.recent), surplus, most, floor)
 
     def reset(self) -> None:
         super().reset()

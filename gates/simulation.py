@@ -1,6 +1,7 @@
 """A whole sequence in one forward pass, seen as a bounded cache would have shown it token by token."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,7 @@ from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.sparse_attention import attention_until
-from retention_gates.gates.stepwise import simulate_steps
+from retention_gates.gates.stepwise import Stepper
 from retention_gates.kernels.eviction_times import eviction_times
 
 
@@ -29,6 +30,7 @@ class SimulatedLayer(RuledLayer):
         super().__init__(rule, owner)
         self.others: list[EvictionRule] = []
         self.seen = 0
+        self.steppers: dict[Any, Stepper] = {}  # shared by the layers of a cache
         self.sequence: tuple[NewTokens, torch.Tensor | None] | None = None
 
     @property
@@ -86,10 +88,12 @@ class SimulatedLayer(RuledLayer):
             if isinstance(rules[0].policy, ScoredPolicy):
                 times.append(_times_known_ahead(rules, own, own_valid))
             else:
-                simulated = simulate_steps(rules, query[rows], own, own_valid, **arguments)
-                times.append(simulated.times)
-                if simulated.output is not None:
-                    merged.append((rows, simulated.output))
+                shape = (query.shape, key.shape, value.shape, value.dtype, valid is None, sinks is None)
+                stepper = self._stepper(rules, scale, softcap, shape)
+                own_times, own_output = stepper.run(query[rows], own, own_valid, sinks)
+                times.append(own_times)
+                if own_output is not None:
+                    merged.append((rows, own_output))
             first = rows.stop
         self.eviction_times = torch.cat(times)
         most_held = max(max(rule.sizes) for rule in self.rules) - 1
@@ -99,6 +103,15 @@ class SimulatedLayer(RuledLayer):
         self.sequence = None
         self.is_empty = self.is_attending = False
         return output
+
+    def _stepper(
+        self, rules: list[EvictionRule], scale: float, softcap: float | None, shape: tuple[Any, ...]
+    ) -> Stepper:
+        """That of the layer before, if it had the same rules and shapes."""
+        key = tuple(replace(rule, layer=0) for rule in rules), scale, softcap, *shape
+        if key not in self.steppers:
+            self.steppers[key] = Stepper(rules, scale, softcap)
+        return self.steppers[key]
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -154,6 +167,12 @@ class SimulatedCache(EvictingCache):
     @staticmethod
     def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
         return SimulatedLayer(rule, owner)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        steppers: dict[Any, Stepper] = {}
+        for layer in self.gated_layers:
+            layer.steppers = steppers
 
     @classmethod
     def side_by_side(cls, caches: Sequence["SimulatedCache"]) -> "SimulatedCache":

@@ -58,5 +58,5 @@ def unscored(new: NewTokens) -> torch.Tensor:
 
 
 LAGKV = FeedbackPolicy(
-    name="lagkv", recent_fraction=0.5, observe=observe, looks_at_weights=False, initial_state=unscored
+    name="lagkv", recent_fraction=0.5, observe=observe, looks_at_weights=False, initial_state=unscored, reads_back=True
 )

@@ -74,6 +74,7 @@ class FeedbackPolicy(Policy):
     merge: Callable[[Held, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] | None = None
     same_for_all_heads: bool = False  # all heads of a layer evict alike, so that they need equal budgets
     needs_rotation: bool = False  # of the model's RoPE
+    reads_back: bool = False  # its functions ask the device for numbers, so that no graph can be captured of them
     needs_instruction: bool = False  # a pinned span
 
     @property

@@ -137,7 +137,7 @@ def lowest(priority: torch.Tensor, positions: torch.Tensor, count: torch.Tensor,
     """Marks the `count` [B, H] entries of lowest (priority, position) of each head, [B, H, S]."""
     if largest_count == 1:
         ties = priority == priority.amin(2, keepdim=True)
-        among_ties = positions.masked_fill(~ties, torch.iinfo(positions.dtype).max)
+        among_ties = positions.where(ties, torch.iinfo(positions.dtype).max)
         return (among_ties == among_ties.amin(2, keepdim=True)) & (count > 0)[..., None]
     by_position = positions.argsort(dim=2, stable=True)
     by_priority = priority.gather(2, by_position).argsort(dim=2, stable=True)

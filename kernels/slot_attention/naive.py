@@ -55,10 +55,10 @@ def entry_weights(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.view(batch, heads, query_heads // heads, tokens, entries)
-    visible = visible[:, :, None]  # [B, H, 1, n, S]
-    logits = logits.masked_fill_(~visible, float("-inf"))
+    hidden = ~visible
+    logits = logits.masked_fill_(hidden[:, :, None], float("-inf"))
     if sinks is not None:
         sink = sinks.float().view(heads, -1, 1, 1).expand(*logits.shape[:4], 1)
         logits = torch.cat([logits, sink], dim=4)
     # a query that sees nothing has no softmax
-    return logits.softmax(dim=4)[..., :entries].sum(2).masked_fill_(~visible[:, :, 0], 0.0)
+    return logits.softmax(dim=4)[..., :entries].sum(2).masked_fill_(hidden, 0.0)

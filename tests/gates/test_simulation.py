@@ -1,5 +1,7 @@
 """SimulatedCache in one forward pass equals BoundedCache token by token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gated_models import gated_model, token_ids
@@ -169,3 +171,16 @@ def test_one_sequence_in_one_pass():
 def test_bad_arguments_are_those_of_the_bounded_cache():
     with pytest.raises(ValueError, match="memory_size=0"):
         SimulatedCache(gated_model(), memory_size=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "rkv", "expected_attention", "merging"])
+def test_captured_steps_are_the_steps(policy):
+    plain = replace(POLICIES[policy], reads_back=True)  # which no graph is captured of
+    model, ids = gated_model().cuda(), token_ids(2, 80).cuda()
+    caches = [SimulatedCache(model, memory_size=24, policy=one) for one in (POLICIES[policy], plain)]
+    with torch.no_grad():
+        captured, stepped = (model(input_ids=ids, past_key_values=cache).logits for cache in caches)
+    torch.testing.assert_close(captured, stepped)
+    for one, other in zip(*(cache.gated_layers for cache in caches), strict=True):
+        assert torch.equal(one.eviction_times, other.eviction_times) and (one.eviction_times < 80).any()
