@@ -12,6 +12,7 @@ from retention_gates.kernels.retention_attention.backward import (
     attention_backward_queries,
     output_times_gradient,
 )
+from retention_gates.kernels.retention_attention import hopper_launch as hopper
 from retention_gates.kernels.retention_attention.forward import attention_forward
 from retention_gates.kernels.retention_attention.spans import visible_spans
 from retention_gates.kernels.retention_attention.tiles import LARGEST, Tiles, tiles_for
@@ -62,21 +63,28 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, HQ, T, Dv], and the log of the softmax's denominator over scale, inf where a query sees nothing.
 
-    The latter is [B, HQ, T and up to 3 more], because the copy engine needs rows of a multiple of 16 bytes.
+    The latter is [B, HQ, T rounded up to a multiple of 128].
     `first` and `last` are those of `visible_spans`, int32 [B, T]; `until` int32 [B, H, T].
     """
     batch, query_heads, tokens, _ = query.shape
     output, lse = _empty_output(query, value)
     block_dim, block_value, tiles, precision = _blocks(query, value)
+    prepared = _prepared(log_beta, scale, last)
+    sinks = None if sinks is None else (sinks.float() / scale).contiguous()
+    if hopper.takes(query, block_dim, block_value, softcap, until):
+        hopper.forward(
+            query, key, value, output, prepared, lse, sinks, first, scale * LOG2_E, block_dim, block_value
+        )  # fmt: skip
+        return output, lse
     tile = tiles.forward
     attention_forward[batch * query_heads, cdiv(tokens, tile.BM)](
         _descriptor(query, tile.BM, block_dim),
         _descriptor(key, tile.BN, block_dim),
         _descriptor(value, tile.BN, block_value),
         _descriptor(output, tile.BM, block_value),
-        _vector_descriptor(_prepared(log_beta, scale, last), tokens, tile.BN),
+        _vector_descriptor(prepared, tokens, tile.BN),
         lse,
-        lse if sinks is None else (sinks.float() / scale).contiguous(),
+        lse if sinks is None else sinks,
         lse if first is None else first,
         lse if until is None else until,
         tokens,
@@ -109,7 +117,7 @@ def _empty_output(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, query_heads, tokens, _ = query.shape
     # tokens before heads in memory, as the output projection wants it
     output = query.new_empty(batch, tokens, query_heads, value.shape[3]).transpose(1, 2)
-    return output, query.new_empty(batch, query_heads, _padded(tokens), dtype=torch.float32)
+    return output, query.new_zeros(batch, query_heads, _padded(tokens), dtype=torch.float32)
 
 
 @torch.library.custom_op("retention_gates::retention_attention_backward", mutates_args=())
@@ -139,7 +147,7 @@ def _backward(
         query, key, value, log_beta, sinks, needs_query, needs_key_value
     )
     block_dim, block_value, tiles, precision = _blocks(query, value)
-    delta = torch.empty_like(lse)
+    delta = torch.zeros_like(lse)
     output_times_gradient[batch * query_heads, cdiv(tokens, 64)](
         output, gradient, delta, *output.stride()[:3], *gradient.stride()[:3], tokens, lse.shape[2], value.shape[3],
         HQ=query_heads, BDV=block_value, BM=64,
@@ -149,9 +157,20 @@ def _backward(
     shared = {"HQ": query_heads, "G": query_heads // heads, "BD": block_dim, "BDV": block_value}
     shared |= {"SOFTCAP": softcap is not None, "PRECISION": precision}
 
-    tile = tiles.backward_keys
     latest = _latest(last, until, heads)
     written_key, written_value = (d_key, d_value) if needs_key_value else (key, value)
+    if hopper.takes(query, block_dim, block_value, softcap, until):
+        shapes = (scale, scale * LOG2_E, block_dim, block_value)
+        hopper.backward_keys(
+            query, key, value, gradient, written_key, written_value, d_log_beta, prepared, lse, delta, latest, *shapes,
+            needs_key_value,
+        )  # fmt: skip
+        if needs_query:
+            hopper.backward_queries(
+                query, key, value, gradient, d_query, prepared, lse, delta, first, *shapes
+            )  # fmt: skip
+        return d_query, d_key, d_value, d_log_beta, _sinks_gradient(sinks, d_sinks, lse, delta, scale, tokens)
+    tile = tiles.backward_keys
     attention_backward_keys[batch * heads, cdiv(tokens, tile.BN)](
         _descriptor(query, tile.BM, block_dim),
         _descriptor(key, tile.BN, block_dim),
@@ -195,11 +214,15 @@ def _backward(
             num_warps=tile.warps,
             **shared,
         )
-    if sinks is not None:
-        # a sink's weight in each row's softmax, times what the row would gain if it fell
-        weight = torch.exp(sinks.float()[None, :, None] - lse[..., :tokens] * scale)
-        d_sinks = -(weight * delta[..., :tokens]).sum((0, 2)).to(sinks.dtype)
-    return d_query, d_key, d_value, d_log_beta, d_sinks
+    return d_query, d_key, d_value, d_log_beta, _sinks_gradient(sinks, d_sinks, lse, delta, scale, tokens)
+
+
+def _sinks_gradient(sinks, nothing, lse, delta, scale, tokens):
+    if sinks is None:
+        return nothing
+    # a sink's weight in each row's softmax, times what the row would gain if it fell
+    weight = torch.exp(sinks.float()[None, :, None] - lse[..., :tokens] * scale)
+    return -(weight * delta[..., :tokens]).sum((0, 2)).to(sinks.dtype)
 
 
 @_backward.register_fake
@@ -284,8 +307,8 @@ def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _padded(tokens: int) -> int:
-    """The least length >= tokens at which rows of fp32 lie on multiples of 16 bytes."""
-    return (tokens + 3) // 4 * 4
+    """tokens, rounded up to whole blocks: the Hopper kernels read them without looking whether they are there."""
+    return (tokens + 127) // 128 * 128
 
 
 def _vector_descriptor(vectors: Tensor, tokens: int, count: int) -> TensorDescriptor:
@@ -304,7 +327,7 @@ def _blocks(query: Tensor, value: Tensor) -> tuple[int, int, Tiles, str]:
 def _prepared(log_beta: Tensor, scale: float, last: Tensor | None) -> Tensor:
     """log_beta over scale [B, H, T, padded]; padding fades at once, so that no mask is needed where it lies inside."""
     batch, heads, tokens = log_beta.shape
-    prepared = log_beta.new_empty(batch, heads, _padded(tokens))
+    prepared = log_beta.new_zeros(batch, heads, _padded(tokens))
     inside = prepared[..., :tokens]
     torch.clamp(log_beta / scale, min=LOWEST_LOG_BETA, out=inside)
     if last is not None:
