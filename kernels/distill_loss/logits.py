@@ -65,7 +65,7 @@ class ShardLogits:
             COMPUTE=tl.float64 if parts.dtype == torch.float64 else tl.float32,
             BLOCK=block,
             SPLITS=triton.next_power_of_2(parts.shape[2]),
-            num_warps=WARPS if weight.element_size() == 2 else 2 * WARPS,  # else fp32 with a softcap spills
+            num_warps=2 * WARPS if weight.element_size() == 4 else WARPS,  # else fp32 with a softcap spills
         )
 
     def multiply(self, student: Tensor, teacher: Tensor | None) -> None:

@@ -17,8 +17,14 @@ def make_inputs(positions, hidden_size=6, vocabulary=11, dtype=torch.float64, de
     return student.requires_grad_(), teacher, weight, targets.to(device)
 
 
-def whole_logits_loss(student, teacher, weight, targets, *, mask=None, bias=None, logit_scale=1.0, softcap=None):
+def whole_logits_loss(student, teacher, weight, targets, *, mask=None, **head):
     """forward_kl and next_token_loss, in the inputs' dtype up to the logits and at least in fp32 from there on."""
+    divergence, cross_entropy = losses_by_position(student, teacher, weight, targets, **head)
+    return (divergence if mask is None else divergence[mask]).mean(), cross_entropy[targets != -100].mean()
+
+
+def losses_by_position(student, teacher, weight, targets, *, bias=None, logit_scale=1.0, softcap=None):
+    """KL and cross entropy [N] each, 0 where there is no target."""
 
     def log_softmax(hidden):
         logits = F.linear(hidden, weight, bias)
@@ -29,5 +35,4 @@ def whole_logits_loss(student, teacher, weight, targets, *, mask=None, bias=None
 
     student_log, teacher_log = log_softmax(student), log_softmax(teacher)
     divergence = F.kl_div(student_log, teacher_log, log_target=True, reduction="none").sum(-1)
-    forward_kl = divergence.mean() if mask is None else divergence[mask].mean()
-    return forward_kl, F.nll_loss(student_log, targets)
+    return divergence, F.nll_loss(student_log, targets, reduction="none")
