@@ -8,21 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from retention_gates.kernels.retention_attention.hopper import copy_out, fence, load, release
-
-
-@gluon.jit
-def _span(FIRST, batch, start, T, BM: gl.constexpr, BN: gl.constexpr, SPANS: gl.constexpr, layout: gl.constexpr):
-    """First key that each query sees; and where the blocks begin that any of the queries sees, and that all see whole."""
-    t = start + gl.arange(0, BM, layout=layout)
-    first = t
-    begin = 0
-    inner = 0
-    if SPANS:
-        first = gl.load(FIRST + batch.to(gl.int64) * T + t, mask=t < T, other=T)
-        begin = gl.min(first, 0) // BN * BN
-        inner = gl.cdiv(gl.max(first, 0), BN) * BN
-    return first, gl.minimum(begin, start), inner
+from retention_gates.kernels.retention_attention.hopper import copy_out, fence, load, release, span, synchronize
 
 
 @gluon.jit
@@ -73,13 +59,14 @@ def _step(
     value = value_buffers.index(before & 1).reshape([BN, BDV])
     accumulator = warpgroup_mma(weights, value, accumulator, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    release(key_free, index & 1)
     scores = _decayed(scores, log_beta, first, start, n, S, BM, BN, MASKED, SPANS)
     fresh, total, highest, shrink = _softmax(scores, total, highest, qk_scale, MASKED)
     fresh = gl.convert_layout(fresh.to(value.dtype), gl.DotOperandLayout(0, O, 2))
     # naming what is to be ready before the wait keeps the compiler from computing it afterwards
     accumulator, weights, fresh, shrink = warpgroup_mma_wait(0, deps=[accumulator, weights, fresh, shrink])
-    release(value_free, before & 1)
+    synchronize()  # one thread speaks for its group
+    mbarrier.arrive(key_free.index(index & 1), count=1)
+    mbarrier.arrive(value_free.index(before & 1), count=1)
     accumulator = accumulator * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
     return accumulator, fresh, total, highest
 
@@ -98,8 +85,8 @@ def _compute(
     start = block * (2 * BM) + PART * BM
     LOG_BETA += (batch * (HQ // G) + head).to(gl.int64) * padded
     # both halves walk through the same blocks of keys, so that one copy serves both
-    _, begin, _ = _span(FIRST, batch, block * (2 * BM), T, 2 * BM, BN, SPANS, ROWS)
-    first, _, inner = _span(FIRST, batch, start, T, BM, BN, SPANS, ROWS)
+    _, begin, _ = span(FIRST, batch, block * (2 * BM), T, 2 * BM, BN, SPANS, ROWS)
+    first, _, inner = span(FIRST, batch, start, T, BM, BN, SPANS, ROWS)
     top = block * (2 * BM) + 2 * BM - BN
     blocks = (top - begin) // BN + 1
 
@@ -159,7 +146,11 @@ def _compute(
         accumulator.to(outputs.dtype)
     )
     fence()
-    copy_out(outputs, [batch, query_head, start, 0], query_buffers.index(PART)._reinterpret(outputs.dtype, [1, 1, BM, BDV], outputs.layout))
+    copy_out(
+        outputs,
+        [batch, query_head, start, 0],
+        query_buffers.index(PART)._reinterpret(outputs.dtype, [1, 1, BM, BDV], outputs.layout),
+    )
     tma.store_wait(0)
 
 
@@ -169,7 +160,7 @@ def _copy(
     value_free, FIRST, T, batch, query_head, head, block, BM: gl.constexpr, BN: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     """Brings queries, keys and values in, as far ahead as there is room."""
-    _, begin, _ = _span(FIRST, batch, block * (2 * BM), T, 2 * BM, BN, SPANS, gl.BlockedLayout([1], [32], [1], [0]))
+    _, begin, _ = span(FIRST, batch, block * (2 * BM), T, 2 * BM, BN, SPANS, gl.BlockedLayout([1], [32], [1], [0]))
     top = block * (2 * BM) + 2 * BM - BN
     blocks = (top - begin) // BN + 1
     load(queries, batch, query_head, block * (2 * BM), 0, query_buffers, query_ready)

@@ -17,6 +17,7 @@ from retention_gates.kernels.retention_attention.hopper_forward import attention
 
 ROWS, COLUMNS, QUERIES = 128, 128, 64  # of the square tiles, and queries at a time in the pass for keys
 WARPS = 8
+STAGES = 3
 TYPES = {torch.bfloat16: bfloat16, torch.float16: float16}
 VERSIONS = ((3, 6), (3, 8))  # of Triton, first and last whose Gluon these kernels were compiled with
 
@@ -93,11 +94,11 @@ def backward_keys(
     heads = key.shape[1]
     attention_backward_keys[batch * heads, cdiv(tokens, COLUMNS)](
         _descriptor(query, QUERIES, block_dim),
-        _descriptor(key, COLUMNS, block_dim),
-        _descriptor(value, COLUMNS, block_value),
+        _descriptor(key, COLUMNS // 2, block_dim),
+        _descriptor(value, COLUMNS // 2, block_value),
         _descriptor(gradient, QUERIES, block_value),
-        _descriptor(d_key, COLUMNS, block_dim),
-        _descriptor(d_value, COLUMNS, block_value),
+        _descriptor(d_key, COLUMNS // 2, block_dim),
+        _descriptor(d_value, COLUMNS // 2, block_value),
         d_log_beta,
         log_beta,
         lse,
@@ -112,10 +113,11 @@ def backward_keys(
         BD=block_dim,
         BDV=block_value,
         BM=QUERIES,
-        BN=COLUMNS,
+        BN=COLUMNS // 2,
+        STAGES=STAGES,
         LIMITED=last is not None,
         NEEDS_KV=needs_key_value,
-        num_warps=WARPS,
+        num_warps=WARPS // 2,
     )
 
 
@@ -136,11 +138,11 @@ def backward_queries(
 ) -> None:
     batch, query_heads, tokens, _ = query.shape
     attention_backward_queries[batch * query_heads, cdiv(tokens, ROWS)](
-        _descriptor(query, ROWS, block_dim),
-        _descriptor(key, COLUMNS, block_dim),
-        _descriptor(value, COLUMNS, block_value),
-        _descriptor(gradient, ROWS, block_value),
-        _descriptor(d_query, ROWS, block_dim),
+        _descriptor(query, ROWS // 2, block_dim),
+        _descriptor(key, QUERIES, block_dim),
+        _descriptor(value, QUERIES, block_value),
+        _descriptor(gradient, ROWS // 2, block_value),
+        _descriptor(d_query, ROWS // 2, block_dim),
         log_beta,
         lse,
         delta,
@@ -153,10 +155,11 @@ def backward_queries(
         G=query_heads // key.shape[1],
         BD=block_dim,
         BDV=block_value,
-        BM=ROWS,
-        BN=COLUMNS,
+        BM=ROWS // 2,
+        BN=QUERIES,
+        STAGES=STAGES,
         SPANS=first is not None,
-        num_warps=WARPS,
+        num_warps=WARPS // 2,
     )
 
 
