@@ -3,26 +3,26 @@
 import triton
 import triton.language as tl
 
-from retention_gates.kernels.retention_sum.rates import locate
+from retention_gates.kernels.retention_sum.rates import COUNTS, locate
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def write_sums(
     log_beta,  # [O * ROWS, T]
     starts,  # [B, T]
-    states,  # [O, chunks, NODES], after each chunk
-    decays,  # [NODES, 2 CHUNK + 1]
+    states,  # [O, chunks, nodes], after each chunk
+    decays,  # [nodes, 2 CHUNK + 1]
     out,  # [splits, O, T]
     tokens,
     chunks,
     rows,
     rows_per_split,
     sums_per_batch,
+    nodes,
     FAR: tl.constexpr,
     PACKED: tl.constexpr,
-    NODES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -58,15 +58,15 @@ def write_sums(
             chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
             age = CHUNK + 1 + tl.arange(0, CHUNK)  # from the end of the chunk before the previous one
             far = tl.zeros((CHUNKS, CHUNK), tl.float32)
-            for base in tl.static_range(0, NODES, 32):
+            for base in range(0, nodes, 32):
                 node = base + tl.arange(0, 32)
                 state = tl.load(
-                    states + (sum_id * chunks + chunk[:, None] - 2) * NODES + node[None, :],
-                    mask=((chunk >= 2) & (chunk < chunks))[:, None] & (node < NODES)[None, :],
+                    states + (sum_id * chunks + chunk[:, None] - 2) * nodes + node[None, :],
+                    mask=((chunk >= 2) & (chunk < chunks))[:, None] & (node < nodes)[None, :],
                     other=0.0,
                 )
                 decay = tl.load(
-                    decays + node[:, None] * (2 * CHUNK + 1) + age[None, :], mask=(node < NODES)[:, None], other=0.0
+                    decays + node[:, None] * (2 * CHUNK + 1) + age[None, :], mask=(node < nodes)[:, None], other=0.0
                 )
                 far = tl.dot(state, decay, far, input_precision="tf32x3")
             reaches = start < (step // CHUNK - 1) * CHUNK
@@ -74,25 +74,25 @@ def write_sums(
     tl.store(out + (split * tl.num_programs(0).to(tl.int64) + sum_id) * tokens + step, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def write_gradients(
     log_beta,  # [O * ROWS, T]
     ends,  # [B, T]
     gradients,  # [O, T], of S
-    states,  # [O, chunks, NODES]: sums of gradient * decay before each chunk
+    states,  # [O, chunks, nodes]: sums of gradient * decay before each chunk
     aged_states,  # the same of gradient * age * decay
     out,  # [O * ROWS, T]
     tokens,
     chunks,
     rows,
     sums_per_batch,
+    intervals,
     offset,
     lowest,
     per_octave,
     greatest_rate,
     FAR: tl.constexpr,
     PACKED: tl.constexpr,
-    INTERVALS: tl.constexpr,
     ORDER: tl.constexpr,
     ROOTS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -131,9 +131,9 @@ def write_gradients(
 
     if FAR:
         reaches = (end > far_start) & (-rate < greatest_rate)
-        interval, x = locate(rate, offset, lowest, per_octave, INTERVALS)
+        interval, x = locate(rate, offset, lowest, per_octave, intervals)
         age = (far_start - token).to(tl.float32)
-        where = (sum_id * chunks + token // CHUNK + 2) * (INTERVALS * ORDER) + interval * ORDER
+        where = (sum_id * chunks + token // CHUNK + 2) * (intervals * ORDER) + interval * ORDER
         far = tl.zeros((BLOCK,), tl.float32)
         for q in tl.static_range(ORDER):
             weight = tl.full((BLOCK,), SCALES[q], tl.float32)

@@ -78,14 +78,14 @@ def forward(
         parts = log_beta.new_empty(splits, sums, chunks, count)
         states.project_tokens[(sums, groups, splits)](
             log_beta, starts, nodes.other_roots, nodes.scale, parts,
-            tokens, chunks, rows, per_split, per_batch, *_map(nodes),
-            PACKED=packed, INTERVALS=nodes.intervals, PADDED_INTERVALS=triton.next_power_of_2(nodes.intervals),
+            tokens, chunks, rows, per_split, per_batch, nodes.intervals, *_map(nodes),
+            PACKED=packed, PADDED_INTERVALS=triton.next_power_of_2(nodes.intervals),
             ORDER=nodes.order, CHUNK=settings.chunk, CHUNKS=settings.project_chunks, num_warps=settings.project_warps,
         )  # fmt: skip
         state = parts.sum(0) if splits > 1 else parts[0]
         states.scan_tokens[(sums, triton.cdiv(count, 32))](
-            state, starts, nodes.decay, tokens, chunks, per_batch,
-            PACKED=packed, NODES=count, CHUNK=settings.chunk, CHUNKS=settings.scan_chunks,
+            state, starts, nodes.decay, tokens, chunks, per_batch, count,
+            PACKED=packed, CHUNK=settings.chunk, CHUNKS=settings.scan_chunks,
             num_warps=settings.scan_warps,
         )  # fmt: skip
     chunk, per_program, warps = _tiling(linear, settings)
@@ -93,8 +93,8 @@ def forward(
     splits, per_split = _splits(rows, sums * blocks, settings)
     parts = log_beta.new_empty(splits, sums, tokens)
     direct.write_sums[(sums, blocks, splits)](
-        log_beta, starts, state, decays, parts, tokens, chunks, rows, per_split, per_batch,
-        FAR=linear, PACKED=packed, NODES=count, CHUNK=chunk, CHUNKS=per_program, UNROLL=UNROLL, num_warps=warps,
+        log_beta, starts, state, decays, parts, tokens, chunks, rows, per_split, per_batch, count,
+        FAR=linear, PACKED=packed, CHUNK=chunk, CHUNKS=per_program, UNROLL=UNROLL, num_warps=warps,
     )  # fmt: skip
     total = parts.sum(0) if splits > 1 else parts[0]
     return total if over_heads else total.view(batch, heads, tokens)
@@ -120,20 +120,21 @@ def backward(
     if linear:
         state, aged_state = log_beta.new_empty(2, sums, chunks, nodes.count)
         states.project_gradients[(sums, triton.cdiv(chunks, settings.chunks))](
-            gradient, starts, nodes.decays, state, aged_state, tokens, chunks, per_batch,
-            PACKED=packed, NODES=nodes.count, CHUNK=settings.chunk, CHUNKS=settings.chunks, num_warps=settings.warps,
+            gradient, starts, nodes.decays, state, aged_state, tokens, chunks, per_batch, nodes.count,
+            PACKED=packed, CHUNK=settings.chunk, CHUNKS=settings.chunks, num_warps=settings.warps,
         )  # fmt: skip
         states.scan_gradients[(sums, triton.cdiv(nodes.count, 32))](
-            state, aged_state, starts, nodes.decay, tokens, chunks, per_batch,
-            PACKED=packed, NODES=nodes.count, CHUNK=settings.chunk, CHUNKS=settings.scan_chunks,
+            state, aged_state, starts, nodes.decay, tokens, chunks, per_batch, nodes.count,
+            PACKED=packed, CHUNK=settings.chunk, CHUNKS=settings.scan_chunks,
             num_warps=settings.scan_warps,
         )  # fmt: skip
     chunk, per_program, warps = _tiling(linear, settings)
     out = torch.empty_like(log_beta)
     direct.write_gradients[(batch * heads, triton.cdiv(tokens, chunk * per_program))](
-        log_beta, ends, gradient, state, aged_state, out, tokens, chunks, rows, per_batch, *_map(nodes),
-        FAR=linear, PACKED=packed, INTERVALS=nodes.intervals, ORDER=nodes.order, ROOTS=nodes.roots,
-        SCALES=nodes.scales, CHUNK=chunk, CHUNKS=per_program, UNROLL=UNROLL, num_warps=warps,
+        log_beta, ends, gradient, state, aged_state, out,
+        tokens, chunks, rows, per_batch, nodes.intervals, *_map(nodes),
+        FAR=linear, PACKED=packed, ORDER=nodes.order, ROOTS=nodes.roots, SCALES=nodes.scales,
+        CHUNK=chunk, CHUNKS=per_program, UNROLL=UNROLL, num_warps=warps,
     )  # fmt: skip
     return out
 

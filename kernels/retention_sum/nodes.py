@@ -56,7 +56,7 @@ def nodes_for(tokens: int, settings: Settings, device: torch.device) -> Nodes:
     offset = SMALLEST / tokens
     greatest = FAR_EXPONENT / (settings.chunk + 1)
     width = math.log((greatest + offset) / offset)
-    intervals = max(1, math.ceil(width / settings.interval))
+    intervals = 2 * math.ceil(width / settings.interval / 2)  # even: 16 nodes of alignment at the least order
     order = settings.order
     roots = torch.cos(torch.pi * (2 * torch.arange(order, dtype=torch.float64) + 1) / (2 * order))
     distance = roots[:, None] - roots

@@ -289,3 +289,41 @@ def test_the_form_is_chosen_by_length(kernels, monkeypatch):
     for tokens in (fused.LINEAR_FROM - 1, fused.LINEAR_FROM):
         retention_sum(torch.zeros(1, 1, tokens))
     assert chosen == [False, True]
+
+
+@pytest.mark.parametrize("tokens", [1024, 16_384, 131_072])
+def test_nodes_stand_for_every_rate(tokens):
+    """In fp64, at full length: e^(-rate age) and what rows of one rate sum up to, from the decays of the nodes."""
+    pytest.importorskip("triton")
+    from retention_gates.kernels.retention_sum.fused import SETTINGS
+    from retention_gates.kernels.retention_sum.nodes import nodes_for
+
+    nodes = nodes_for(tokens, SETTINGS, torch.device("cpu"))
+    nearest = SETTINGS.chunk + 1
+    tiny = torch.tensor([0, 1e-9])
+    rates = torch.cat(
+        [tiny, torch.logspace(math.log10(1e-3 / tokens), math.log10(0.999 * nodes.greatest), 500)]
+    ).double()
+    ages = torch.logspace(math.log10(nearest), math.log10(tokens), 1000, dtype=torch.float64)
+    place = (torch.log2(rates + nodes.offset) - nodes.lowest) * nodes.per_octave
+    interval = place.clamp(0, nodes.intervals - 1).long()
+    distance = (2 * (place - interval) - 1)[:, None] - torch.tensor(nodes.roots, dtype=torch.float64)
+    others = ~torch.eye(nodes.order, dtype=torch.bool)
+    weights = torch.where(others, distance[:, None], 1).prod(-1) * torch.tensor(nodes.scales)  # [rates, order]
+    node_rates = -nodes.decay.log() / SETTINGS.chunk
+    decays = torch.exp(-node_rates.view(nodes.intervals, nodes.order, 1) * ages)
+    estimate = (weights[:, :, None] * decays[interval]).sum(1)
+    exact = torch.exp(-rates[:, None] * ages)
+    error = (estimate - exact).abs()
+    assert error.max() < 2e-7
+
+    # errors of one sign at every age: sums over all ages, against those of the exact decay
+    width = ages.diff(prepend=ages[:1])
+    near = torch.arange(nearest, dtype=torch.float64)
+    near_decay = torch.exp(-rates[:, None] * near)
+    relative = (error * width).cumsum(-1) / (near_decay.sum(-1, keepdim=True) + (exact * width).cumsum(-1))
+    aged = (error * ages * width).cumsum(-1)
+    aged_exact = (near_decay * near).sum(-1, keepdim=True) + (exact * ages * width).cumsum(-1)
+    print("N", tokens, nodes.count, error.max().item(), relative.max().item(), (aged / aged_exact).max().item())
+    assert relative.max() < 1e-6
+    assert (aged / aged_exact).max() < 5e-6
