@@ -238,9 +238,13 @@ def test_fused_matches_fp64_and_repeats_itself(kernels, form, device, tokens, la
 def test_fused_extreme_rates(kernels, form, device):
     """Rates from 0 to 1e30, each a head of its own and all in one, stay within the bound."""
     kernels(form)
-    rates = torch.tensor([0, 1e-9, 1e-5, 3e-3, 0.3, 0.61, 5, 40, 3e4, 1e30])
+    rates = torch.tensor(
+        [0, 1e-9, 0.3, 40, 1e30] if device == "cpu" else [0, 1e-9, 1e-4, 3e-3, 0.3, 0.61, 5, 40, 3e4, 1e30]
+    )
     tokens = 100 if device == "cpu" else 3000
-    log_beta = -torch.cat([rates[:, None].expand(-1, tokens), rates.repeat(tokens // 10)[None]]).to(device)[None]
+    log_beta = -torch.cat([rates[:, None].expand(-1, tokens), rates.repeat(tokens // len(rates))[None]]).to(device)[
+        None
+    ]
     mass, gradient = check_against_fp64(retention_sum, False, log_beta, None)
     assert torch.equal(mass[0, -3:-1], torch.ones_like(mass[0, -3:-1]))  # nothing but the newest token is left
     torch.testing.assert_close(mass[0, 0], torch.arange(1.0, tokens + 1, device=device), rtol=1e-6, atol=0)
@@ -324,6 +328,5 @@ def test_nodes_stand_for_every_rate(tokens):
     relative = (error * width).cumsum(-1) / (near_decay.sum(-1, keepdim=True) + (exact * width).cumsum(-1))
     aged = (error * ages * width).cumsum(-1)
     aged_exact = (near_decay * near).sum(-1, keepdim=True) + (exact * ages * width).cumsum(-1)
-    print("N", tokens, nodes.count, error.max().item(), relative.max().item(), (aged / aged_exact).max().item())
     assert relative.max() < 1e-6
     assert (aged / aged_exact).max() < 5e-6
