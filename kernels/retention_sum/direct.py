@@ -8,6 +8,14 @@ from retention_gates.kernels.retention_sum.rates import COUNTS, locate
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def add_kept(total, lost, part):
+    """total + part, and what rounding lost of it (Kahan). A thousand terms of 1 - 2e-5 would else count 1 each."""
+    wanted = part - lost
+    result = total + wanted
+    return result, (result - total) - wanted
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def write_sums(
     log_beta,  # [O * ROWS, T]
@@ -46,11 +54,14 @@ def write_sums(
     for row in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, rows)):
         ours = log_beta + (sum_id * rows + row) * tokens
         mass = tl.where(span >= 0, 1.0, 0.0)
+        lost = tl.zeros((BLOCK,), tl.float32)
         for base in range(1, greatest + 1, UNROLL):
+            part = tl.zeros((BLOCK,), tl.float32)
             for more in tl.static_range(UNROLL):
                 age = base + more
                 rate = tl.load(ours + step - age, mask=age <= span, other=-1e4)
-                mass += tl.exp2(rate * (age * LOG2E))
+                part += tl.exp2(rate * (age * LOG2E))
+            mass, lost = add_kept(mass, lost, part)
         total += mass
 
     if FAR:
@@ -120,14 +131,17 @@ def write_gradients(
     ours = gradients + sum_id * tokens
     beta = tl.exp2(rate * LOG2E)
     total = tl.zeros((BLOCK,), tl.float32)
+    lost = tl.zeros((BLOCK,), tl.float32)
     for base in range(1, greatest + 1, UNROLL):
         # one exponential for UNROLL ages, then products: few enough for their rounding to stay below 1e-6
         decay = tl.exp2(rate * (base * LOG2E))
+        part = tl.zeros((BLOCK,), tl.float32)
         for more in tl.static_range(UNROLL):
             age = base + more
             gradient = tl.load(ours + token + age, mask=age <= span, other=0.0)
-            total += decay * (gradient * age)
+            part += decay * (gradient * age)
             decay *= beta
+        total, lost = add_kept(total, lost, part)
 
     if FAR:
         reaches = (end > far_start) & (-rate < greatest_rate)

@@ -330,3 +330,13 @@ def test_nodes_stand_for_every_rate(tokens):
     aged_exact = (near_decay * near).sum(-1, keepdim=True) + (exact * ages * width).cumsum(-1)
     assert relative.max() < 1e-6
     assert (aged / aged_exact).max() < 5e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fused_exact_does_not_lose_small_decays(kernels, device):
+    """Terms just below 1, added to hundreds: a plain fp32 sum rounds every one of them up, and is 1e-5 off."""
+    kernels("exact")
+    log_beta = torch.full((1, 1, 1000), -3e-8, device=device)
+    age = torch.arange(1000, device=device, dtype=torch.float64)
+    expected = torch.exp(-3e-8 * age).cumsum(0)
+    assert ((retention_sum(log_beta).flatten() - expected) / expected).abs().max() < 1e-6
