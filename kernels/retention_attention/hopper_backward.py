@@ -40,7 +40,7 @@ def _query_blocks(LAST, row, n, T, BM: gl.constexpr, BN: gl.constexpr, LIMITED: 
 
 @gluon.jit
 def _key_step(
-    d_key, d_value, d_log_beta, d_logits, key, value, log_beta, last, queries, gradients, query_buffers,
+    d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, query_buffers,
     gradient_buffers, ready, free, LSE, DELTA, batch, query_head, vector, n, start, block, blocks, index, rest, qk_scale,
     PART: gl.constexpr, S: gl.constexpr, O: gl.constexpr, OV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr,
     BDV: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, LIMITED: gl.constexpr, NEEDS_KV: gl.constexpr,
@@ -57,10 +57,7 @@ def _key_step(
     gradient = gradient_buffers.index(slot).reshape([BM, BDV])
     logits = warpgroup_mma(key, query.permute((1, 0)), empty, use_acc=False, is_async=True)
     d_weights = warpgroup_mma(value, gradient.permute((1, 0)), empty, use_acc=False, is_async=True)
-    if NEEDS_KV:
-        logits, d_key, d_logits = warpgroup_mma_wait(1, deps=[logits, d_key, d_logits])
-    else:
-        logits = warpgroup_mma_wait(1, deps=[logits])
+    logits = warpgroup_mma_wait(1, deps=[logits])
     if PART == 0:
         if (index + 1 >= STAGES) & (rest > 1):
             over = block + 1 == blocks  # the next block is the first of the next head
@@ -97,9 +94,9 @@ def _key_step(
     d_log_beta += risen + gl.convert_layout(base, gl.SliceLayout(1, plain.type.layout))[:, None] * plain
     if NEEDS_KV:
         d_logits = gl.convert_layout(change.to(query.dtype), gl.DotOperandLayout(0, O, 2))
-        d_value, left = warpgroup_mma_wait(0, deps=[d_value, left])
         d_key = warpgroup_mma(d_logits, query, d_key, is_async=True)
-    return d_key, d_value, d_log_beta, d_logits
+        d_value, left, d_key, d_logits = warpgroup_mma_wait(0, deps=[d_value, left, d_key, d_logits])
+    return d_key, d_value, d_log_beta
 
 
 @gluon.jit
@@ -126,9 +123,8 @@ def _compute_keys(
     if not LIMITED:
         whole = blocks
 
-    d_key = in_flight(gl.full([BN, BD], 0.0, gl.float32, layout=O))
+    d_key = gl.full([BN, BD], 0.0, gl.float32, layout=O)
     d_value = gl.full([BN, BDV], 0.0, gl.float32, layout=OV)
-    d_logits = gl.full([BN, BM], 0.0, d_keys.dtype, layout=gl.DotOperandLayout(0, O, 2))
     d_log_beta = _by_thread(gl.full([BN, BM], 0.0, gl.float32, layout=S), BN, BM)
     mbarrier.wait(pair_ready.index(PART), 0)
     key = key_buffers.index(PART).reshape([BN, BD])
@@ -137,23 +133,23 @@ def _compute_keys(
     for g in range(G):
         vector = (batch * HQ + head * G + g).to(gl.int64) * padded
         for block in range(0, diagonal):
-            d_key, d_value, d_log_beta, d_logits = _key_step(
-                d_key, d_value, d_log_beta, d_logits, key, value, log_beta, last, queries, gradients, query_buffers,
+            d_key, d_value, d_log_beta = _key_step(
+                d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, query_buffers,
                 gradient_buffers, ready, free, LSE, DELTA, batch, head * G + g, vector, n, start, block, blocks, index,
                 G * blocks - index, qk_scale, PART, S, O, OV, BM, BN, BD, BDV, STAGES, True, LIMITED, NEEDS_KV,
             )  # fmt: skip
             index += 1
         for block in range(diagonal, whole):
-            d_key, d_value, d_log_beta, d_logits = _key_step(
-                d_key, d_value, d_log_beta, d_logits, key, value, log_beta, last, queries, gradients, query_buffers,
+            d_key, d_value, d_log_beta = _key_step(
+                d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, query_buffers,
                 gradient_buffers, ready, free, LSE, DELTA, batch, head * G + g, vector, n, start, block, blocks, index,
                 G * blocks - index, qk_scale, PART, S, O, OV, BM, BN, BD, BDV, STAGES, False, False, NEEDS_KV,
             )  # fmt: skip
             index += 1
         if LIMITED:
             for block in range(whole, blocks):
-                d_key, d_value, d_log_beta, d_logits = _key_step(
-                    d_key, d_value, d_log_beta, d_logits, key, value, log_beta, last, queries, gradients, query_buffers,
+                d_key, d_value, d_log_beta = _key_step(
+                    d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, query_buffers,
                     gradient_buffers, ready, free, LSE, DELTA, batch, head * G + g, vector, n, start, block, blocks,
                     index, G * blocks - index, qk_scale, PART, S, O, OV, BM, BN, BD, BDV, STAGES, True, True, NEEDS_KV,
                 )  # fmt: skip
@@ -163,7 +159,6 @@ def _compute_keys(
     i = n + gl.arange(0, BN, layout=summed.type.layout)
     gl.store(D_LOG_BETA + row * T + i, summed, mask=i < T)
     if NEEDS_KV:
-        d_key, d_logits = warpgroup_mma_wait(0, deps=[d_key, d_logits])
         # keys and values have been read: their gradients take their place
         key.store((d_key * scale).to(d_keys.dtype))
         value.store(d_value.to(d_values.dtype))
