@@ -163,8 +163,8 @@ def attention_forward(
             held = tl.max(tl.load(UNTIL + (batch * H + head).to(tl.int64) * T + n + tl.arange(0, BN)), 0) > start
             if held:
                 accumulator, total, highest = _attend_block(
-                    accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-                    qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, True, SOFTCAP, PRECISION,
+                    accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n,
+                    T, qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, True, SOFTCAP, PRECISION,
                 )  # fmt: skip
     elif SPANS:
         for n in tl.range(begin, inner, BN, num_stages=STAGES):

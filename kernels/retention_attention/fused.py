@@ -12,7 +12,6 @@ from retention_gates.kernels.retention_attention.backward import (
     attention_backward_queries,
     output_times_gradient,
 )
-from retention_gates.kernels.retention_attention import hopper_launch as hopper
 from retention_gates.kernels.retention_attention.forward import attention_forward
 from retention_gates.kernels.retention_attention.spans import visible_spans
 from retention_gates.kernels.retention_attention.tiles import LARGEST, Tiles, tiles_for
@@ -63,7 +62,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, HQ, T, Dv], and the log of the softmax's denominator over scale, inf where a query sees nothing.
 
-    The latter is [B, HQ, T rounded up to a multiple of 128].
+    The latter is [B, HQ, T and up to 3 more].
     `first` and `last` are those of `visible_spans`, int32 [B, T]; `until` int32 [B, H, T].
     """
     batch, query_heads, tokens, _ = query.shape
@@ -71,11 +70,6 @@ def _forward(
     block_dim, block_value, tiles, precision = _blocks(query, value)
     prepared = _prepared(log_beta, scale, last)
     sinks = None if sinks is None else (sinks.float() / scale).contiguous()
-    if hopper.takes(query, block_dim, block_value, softcap, until):
-        hopper.forward(
-            query, key, value, output, prepared, lse, sinks, first, scale * LOG2_E, block_dim, block_value
-        )  # fmt: skip
-        return output, lse
     tile = tiles.forward
     attention_forward[batch * query_heads, cdiv(tokens, tile.BM)](
         _descriptor(query, tile.BM, block_dim),
@@ -159,17 +153,6 @@ def _backward(
 
     latest = _latest(last, until, heads)
     written_key, written_value = (d_key, d_value) if needs_key_value else (key, value)
-    if hopper.takes(query, block_dim, block_value, softcap, until):
-        shapes = (scale, scale * LOG2_E, block_dim, block_value)
-        hopper.backward_keys(
-            query, key, value, gradient, written_key, written_value, d_log_beta, prepared, lse, delta, latest, *shapes,
-            needs_key_value,
-        )  # fmt: skip
-        if needs_query:
-            hopper.backward_queries(
-                query, key, value, gradient, d_query, prepared, lse, delta, first, *shapes
-            )  # fmt: skip
-        return d_query, d_key, d_value, d_log_beta, _sinks_gradient(sinks, d_sinks, lse, delta, scale, tokens)
     tile = tiles.backward_keys
     attention_backward_keys[batch * heads, cdiv(tokens, tile.BN)](
         _descriptor(query, tile.BM, block_dim),
@@ -307,8 +290,8 @@ def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _padded(tokens: int) -> int:
-    """tokens, rounded up to whole blocks: the Hopper kernels read them without looking whether they are there."""
-    return (tokens + 127) // 128 * 128
+    """The least length >= tokens at which rows of fp32 lie on multiples of 16 bytes, as the copy engine wants them."""
+    return (tokens + 3) // 4 * 4
 
 
 def _vector_descriptor(vectors: Tensor, tokens: int, count: int) -> TensorDescriptor:
