@@ -122,7 +122,10 @@ def attention_backward_keys(
     lses,  # [B * HQ, T]
     deltas,  # [B * HQ, T]
     LAST,  # [B, H, T]
+    LISTS,  # int16 [B * H, key blocks, width]: blocks of queries for which the keys are not negligible
+    COUNTS,  # [B * H, key blocks]
     T,
+    width,
     scale,
     qk_scale,
     softcap,
@@ -134,6 +137,7 @@ def attention_backward_keys(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
     LIMITED: tl.constexpr,
+    SKIPPING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     NEEDS_KV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,12 +171,22 @@ def attention_backward_keys(
                 deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, True, LIMITED, SOFTCAP,
                 NEEDS_KV, PRECISION,
             )  # fmt: skip
-        for m in tl.range(n + BN, inner, BM, num_stages=STAGES):
-            d_key, d_value, d_log_beta = _key_step(
-                d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, lses,
-                deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, False, False, SOFTCAP,
-                NEEDS_KV, PRECISION,
-            )  # fmt: skip
+        if SKIPPING:
+            place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+            for k in tl.range(0, tl.load(COUNTS + place), num_stages=STAGES):
+                m = tl.load(LISTS + place * width + k).to(tl.int32) * BM
+                d_key, d_value, d_log_beta = _key_step(
+                    d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, lses,
+                    deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, False, False, SOFTCAP,
+                    NEEDS_KV, PRECISION,
+                )  # fmt: skip
+        else:
+            for m in tl.range(n + BN, inner, BM, num_stages=STAGES):
+                d_key, d_value, d_log_beta = _key_step(
+                    d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, lses,
+                    deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, False, False, SOFTCAP,
+                    NEEDS_KV, PRECISION,
+                )  # fmt: skip
         if LIMITED:
             for m in tl.range(inner, end, BM, num_stages=STAGES):
                 d_key, d_value, d_log_beta = _key_step(
@@ -257,7 +271,10 @@ def attention_backward_queries(
     deltas,
     FIRST,  # [B, T]
     UNTIL,  # [B, H, T]
+    LISTS,  # as in the forward pass
+    COUNTS,
     T,
+    width,
     scale,
     qk_scale,
     softcap,
@@ -270,6 +287,7 @@ def attention_backward_queries(
     STAGES: tl.constexpr,
     SPANS: tl.constexpr,
     EVICTED: tl.constexpr,
+    SKIPPING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -310,11 +328,21 @@ def attention_backward_queries(
                 d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
                 qk_scale, softcap, H, BM, BN, BD, BDV, True, True, False, SOFTCAP, PRECISION,
             )  # fmt: skip
-    for n in tl.range(inner, start, BN, num_stages=STAGES):
-        d_query = _query_step(
-            d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-            qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
-        )  # fmt: skip
+    if SKIPPING:
+        place = (batch * H + head) * tl.num_programs(1) + block
+        LISTS += place.to(tl.int64) * width
+        for k in tl.range(0, tl.load(COUNTS + place), num_stages=STAGES):
+            n = tl.load(LISTS + k).to(tl.int32) * BN
+            d_query = _query_step(
+                d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
+    else:
+        for n in tl.range(inner, start, BN, num_stages=STAGES):
+            d_query = _query_step(
+                d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
     for n in tl.range(start, tl.minimum(start + BM, T), BN, num_stages=STAGES):
         d_query = _query_step(
             d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,

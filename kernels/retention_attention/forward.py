@@ -114,8 +114,11 @@ def attention_forward(
     SINKS,  # [HQ], over scale
     FIRST,  # [B, T]
     UNTIL,  # [B, H, T]
+    LISTS,  # int16 [B * H, query blocks, width]: blocks of keys that are not negligible
+    COUNTS,  # [B * H, query blocks]
     T,
     lse_stride,
+    width,
     qk_scale,
     softcap,
     HQ: tl.constexpr,
@@ -127,6 +130,7 @@ def attention_forward(
     STAGES: tl.constexpr,
     SPANS: tl.constexpr,
     EVICTED: tl.constexpr,
+    SKIPPING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -172,11 +176,21 @@ def attention_forward(
                 accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
                 qk_scale, softcap, H, BM, BN, BD, BDV, True, True, False, SOFTCAP, PRECISION,
             )  # fmt: skip
-    for n in tl.range(inner, start, BN, num_stages=STAGES):
-        accumulator, total, highest = _attend_block(
-            accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-            qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
-        )  # fmt: skip
+    if SKIPPING:
+        place = (batch * H + head) * tl.num_programs(1) + block
+        LISTS += place.to(tl.int64) * width
+        for k in tl.range(0, tl.load(COUNTS + place), num_stages=STAGES):
+            n = tl.load(LISTS + k).to(tl.int32) * BN
+            accumulator, total, highest = _attend_block(
+                accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
+    else:
+        for n in tl.range(inner, start, BN, num_stages=STAGES):
+            accumulator, total, highest = _attend_block(
+                accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
     for n in tl.range(start, tl.minimum(start + BM, T), BN, num_stages=STAGES):
         accumulator, total, highest = _attend_block(
             accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,

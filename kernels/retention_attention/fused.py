@@ -13,6 +13,7 @@ from retention_gates.kernels.retention_attention.backward import (
     output_times_gradient,
 )
 from retention_gates.kernels.retention_attention.forward import attention_forward
+from retention_gates.kernels.retention_attention.skipping import LEAST_TOKENS, MOST_TOKENS, UNIT, Bounds
 from retention_gates.kernels.retention_attention.spans import visible_spans
 from retention_gates.kernels.retention_attention.tiles import LARGEST, Tiles, tiles_for
 
@@ -71,6 +72,8 @@ def _forward(
     prepared = _prepared(log_beta, scale, last)
     sinks = None if sinks is None else (sinks.float() / scale).contiguous()
     tile = tiles.forward
+    bounds = _bounds(query, key, prepared, first, last, until, scale, softcap, block_dim)
+    lists, counts = (lse, lse) if bounds is None else bounds.key_blocks(tile.BM, tile.BN)
     attention_forward[batch * query_heads, cdiv(tokens, tile.BM)](
         _descriptor(query, tile.BM, block_dim),
         _descriptor(key, tile.BN, block_dim),
@@ -81,8 +84,11 @@ def _forward(
         lse if sinks is None else sinks,
         lse if first is None else first,
         lse if until is None else until,
+        lists,
+        counts,
         tokens,
         lse.shape[2],
+        lists.shape[2],
         scale * LOG2_E,
         1.0 if softcap is None else softcap / scale,
         HQ=query_heads,
@@ -94,6 +100,7 @@ def _forward(
         STAGES=tile.stages,
         SPANS=first is not None,
         EVICTED=until is not None,
+        SKIPPING=bounds is not None,
         SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
         PRECISION=precision,
@@ -147,13 +154,15 @@ def _backward(
         HQ=query_heads, BDV=block_value, BM=64,
     )  # fmt: skip
     prepared = _prepared(log_beta, scale, last)
-    numbers = (tokens, scale, scale * LOG2_E, 1.0 if softcap is None else softcap / scale)
+    numbers = (scale, scale * LOG2_E, 1.0 if softcap is None else softcap / scale)
+    bounds = _bounds(query, key, prepared, first, last, until, scale, softcap, block_dim)
     shared = {"HQ": query_heads, "G": query_heads // heads, "BD": block_dim, "BDV": block_value}
-    shared |= {"SOFTCAP": softcap is not None, "PRECISION": precision}
+    shared |= {"SOFTCAP": softcap is not None, "SKIPPING": bounds is not None, "PRECISION": precision}
 
     latest = _latest(last, until, heads)
     written_key, written_value = (d_key, d_value) if needs_key_value else (key, value)
     tile = tiles.backward_keys
+    lists, counts = (lse, lse) if bounds is None else bounds.query_blocks(tile.BM, tile.BN)
     attention_backward_keys[batch * heads, cdiv(tokens, tile.BN)](
         _descriptor(query, tile.BM, block_dim),
         _descriptor(key, tile.BN, block_dim),
@@ -166,6 +175,10 @@ def _backward(
         _vector_descriptor(lse, tokens, tile.BM),
         _vector_descriptor(delta, tokens, tile.BM),
         lse if latest is None else latest,
+        lists,
+        counts,
+        tokens,
+        lists.shape[2],
         *numbers,
         BM=tile.BM,
         BN=tile.BN,
@@ -177,6 +190,7 @@ def _backward(
     )
     if needs_query:
         tile = tiles.backward_queries
+        lists, counts = (lse, lse) if bounds is None else bounds.key_blocks(tile.BM, tile.BN)
         attention_backward_queries[batch * query_heads, cdiv(tokens, tile.BM)](
             _descriptor(query, tile.BM, block_dim),
             _descriptor(key, tile.BN, block_dim),
@@ -188,6 +202,10 @@ def _backward(
             _vector_descriptor(delta, tokens, tile.BM),
             lse if first is None else first,
             lse if until is None else until,
+            lists,
+            counts,
+            tokens,
+            lists.shape[2],
             *numbers,
             BM=tile.BM,
             BN=tile.BN,
@@ -316,6 +334,25 @@ def _prepared(log_beta: Tensor, scale: float, last: Tensor | None) -> Tensor:
     if last is not None:
         inside.masked_fill_((last < 0)[:, None], LOWEST_LOG_BETA)
     return prepared
+
+
+def _bounds(
+    query: Tensor,
+    key: Tensor,
+    prepared: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    until: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    block_dim: int,
+) -> Bounds | None:
+    """What lets the kernels skip blocks; None where it does not pay or cannot be."""
+    tokens = key.shape[2]
+    if until is not None or not LEAST_TOKENS <= tokens <= MOST_TOKENS:
+        return None
+    rows = (_descriptor(query, UNIT, block_dim), _descriptor(key, UNIT, block_dim))
+    return Bounds(*rows, _vector_descriptor(prepared, tokens, UNIT), first, last, scale, softcap)
 
 
 def _latest(last: Tensor | None, until: Tensor | None, heads: int) -> Tensor | None:
