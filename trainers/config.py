@@ -57,8 +57,9 @@ class RetentionTrainingArguments(TrainingArguments):
         default=None,  # type: ignore[assignment]  # filled in
         metadata={"help": "Weight of the next-token loss, 1.0 unless given; end_to_end only."},
     )
-    loss_chunk_size: int = field(
-        default=1024, metadata={"help": "Positions whose logits exist at a time; end_to_end only."}
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Positions whose logits exist at a time, those of 0.9 GiB unless given; end_to_end only."},
     )
     eval_memory_sizes: list[int] = field(
         default_factory=lambda: [64, 128],
@@ -102,8 +103,9 @@ class RetentionTrainingArguments(TrainingArguments):
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("capacity_normalisation", self.capacity_normalisation, get_args(CapacityNormalisation))
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
-        for name in ("memory_size", "loss_chunk_size"):
-            _check_count(name, getattr(self, name))
+        _check_count("memory_size", self.memory_size)
+        if self.loss_chunk_size is not None:
+            _check_count("loss_chunk_size", self.loss_chunk_size)
         if not self.eval_memory_sizes:
             raise ValueError("eval_memory_sizes=[] leaves nothing to evaluate: name at least one memory size.")
         for size in self.eval_memory_sizes:

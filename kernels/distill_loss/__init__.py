@@ -3,25 +3,29 @@
 import torch
 
 from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.distill_loss import naive
 from retention_gates.kernels.distill_loss.naive import NO_TARGET, DistillLoss
+from retention_gates.kernels.distill_loss.shards import Shards, check_head
 
 __all__ = ["NO_TARGET", "DistillLoss", "distill_loss"]
+
+WORTH_A_COPY = 7 / 8  # share of positions that are counted, up to which hidden states are copied to skip the others
 
 
 def distill_loss(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: Shards,
     targets: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    bias: Shards | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     kl_weight: float = 1.0,
     next_token_weight: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
 ) -> DistillLoss:
     """kl_weight * KL(teacher, student) + next_token_weight * cross entropy, each a mean over the positions it counts.
 
@@ -32,12 +36,13 @@ def distill_loss(
     Args:
         student: last hidden states [N, C], after the final norm.
         teacher: as `student`, with the gates off. None only with kl_weight = 0.
-        weight: [V, C], the frozen output head.
+        weight: [V, C], the frozen output head; or its shards [V_k, C] in order, each on a device of its own. The head
+            may lie on other devices than the hidden states, which are moved to it and the gradient back.
         targets: int64 [N], the next token; -100 where there is none.
         mask: bool [N], the positions that KL counts. None: all.
-        bias: [V].
+        bias: [V], or shards like weight's.
         softcap: final logits become softcap * tanh(logits / softcap).
-        chunk_size: positions at a time; about 4 * chunk_size * V * 4 bytes are held.
+        chunk_size: positions at a time. None: as many as keep the logits held below 0.9 GiB.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together, targets outside the vocabulary, and a term
@@ -48,8 +53,7 @@ def distill_loss(
             f"student must be floating [N, C], not {student.dtype} {list(student.shape)}: flatten the batch."
         )
     positions, hidden_size = student.shape
-    vocabulary = weight.shape[0]
-    check_shape("weight", weight, (vocabulary, hidden_size), "[V, C]")
+    weights, biases, vocabulary = check_head(weight, bias, hidden_size)
     check_shape("targets", targets, (positions,), "[N]")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be torch.int64, not {targets.dtype}: convert them with .long().")
@@ -59,26 +63,33 @@ def distill_loss(
         check_shape("mask", mask, (positions,), "[N]")
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be torch.bool, not {mask.dtype}: convert it with .bool().")
-    if bias is not None:
-        check_shape("bias", bias, (vocabulary,), "[V]")
-        if bias.dtype != weight.dtype:
-            raise ValueError(f"bias must be of weight's dtype {weight.dtype}, not {bias.dtype}.")
-    check_same_device("student", student, teacher=teacher, weight=weight, targets=targets, mask=mask, bias=bias)
+    check_same_device("student", student, teacher=teacher, targets=targets, mask=mask)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, not {chunk_size}.")
     for name, value in (("kl_weight", kl_weight), ("next_token_weight", next_token_weight)):
         if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, not {value}.")
-    _check_positions(teacher, targets, mask, vocabulary, kl_weight, next_token_weight)
-    return naive.distill_loss(
+    if kl_weight > 0 and teacher is None:
+        raise ValueError(f"teacher is None but kl_weight is {kl_weight}: pass its hidden states, or kl_weight=0.")
+    if not torch.compiler.is_compiling():  # what follows looks at values
+        counted = _check_positions(targets, mask, vocabulary, kl_weight, next_token_weight)
+        if mask is not None and 0 < counted <= WORTH_A_COPY * positions:
+            # positions that no term counts come last in this order: no logits are made for them
+            kept = ((targets == NO_TARGET) & ~mask).to(torch.uint8).argsort(stable=True)[:counted]
+            student, targets, mask = student.index_select(0, kept), targets[kept], mask[kept]
+            teacher = None if teacher is None else teacher.detach().index_select(0, kept)
+    form = naive.distill_loss
+    if all([use_fused("distill_loss", shard) for shard in weights]):
+        from retention_gates.kernels.distill_loss.fused import distill_loss as form
+    return form(
         student,
         teacher,
-        weight,
+        weights,
         targets,
         mask=mask,
-        bias=bias,
+        bias=biases,
         logit_scale=logit_scale,
         softcap=softcap,
         kl_weight=kl_weight,
@@ -88,26 +99,22 @@ def distill_loss(
 
 
 def _check_positions(
-    teacher: torch.Tensor | None,
-    targets: torch.Tensor,
-    mask: torch.Tensor | None,
-    vocabulary: int,
-    kl_weight: float,
-    next_token_weight: float,
-) -> None:
-    if kl_weight > 0 and teacher is None:
-        raise ValueError(f"teacher is None but kl_weight is {kl_weight}: pass its hidden states, or kl_weight=0.")
-    if torch.compiler.is_compiling():
-        return  # what follows looks at values
+    targets: torch.Tensor, mask: torch.Tensor | None, vocabulary: int, kl_weight: float, next_token_weight: float
+) -> int:
+    """Positions that some term counts. One read from the device, unless it has to say what is wrong."""
     has_target = targets != NO_TARGET
-    outside = targets[has_target & ((targets < 0) | (targets >= vocabulary))]
-    if outside.numel():
+    allowed = ~has_target | ((targets >= 0) & (targets < vocabulary))
+    in_kl = torch.ones_like(has_target) if mask is None else mask
+    numbers = torch.stack([x.sum() for x in (~allowed, has_target, in_kl, has_target | in_kl)]).tolist()
+    outside, with_target, with_kl, counted = numbers
+    if outside:
         raise ValueError(
-            f"targets holds {outside[0].item()}: allowed are 0..{vocabulary - 1}, and {NO_TARGET} for none."
+            f"targets holds {targets[~allowed][0].item()}: allowed are 0..{vocabulary - 1}, and {NO_TARGET} for none."
         )
-    if next_token_weight > 0 and not bool(has_target.any()):
+    if next_token_weight > 0 and not with_target:
         raise ValueError(
             f"targets are all {NO_TARGET}, a row with no target: leave such rows out, or set next_token_weight=0."
         )
-    if kl_weight > 0 and (targets.numel() == 0 if mask is None else not bool(mask.any())):
+    if kl_weight > 0 and not with_kl:
         raise ValueError("mask leaves forward_kl no position to count: leave such rows out, or set kl_weight=0.")
+    return counted

@@ -1,9 +1,12 @@
 """Distillation loss in plain torch: the reference, and what runs where there is no fused kernel."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from retention_gates.kernels.distill_loss.shards import Shards, as_shards, rows_at_a_time
 
 NO_TARGET = -100
 
@@ -19,22 +22,24 @@ class DistillLoss(NamedTuple):
 def distill_loss(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: Shards,
     targets: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    bias: Shards | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     kl_weight: float = 1.0,
     next_token_weight: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
 ) -> DistillLoss:
     """kl_weight * KL(teacher, student) + next_token_weight * cross entropy; arguments as the package's."""
-    head = _Head(weight, bias, logit_scale, softcap)
+    head = _Head(as_shards(weight), as_shards(bias), logit_scale, softcap)
+    targets = targets.to(head.device)
     has_target = targets != NO_TARGET
-    if mask is None:
-        mask = torch.ones_like(has_target)
+    mask = torch.ones_like(has_target) if mask is None else mask.to(head.device)
+    if chunk_size is None:  # about 4 fp32 tensors [chunk_size, V] are held
+        chunk_size = rows_at_a_time(16 * sum(len(shard) for shard in head.weights))
     differentiate = torch.is_grad_enabled() and student.requires_grad
     arguments = (teacher, head, targets, mask, has_target, kl_weight, next_token_weight, chunk_size, differentiate)
     return DistillLoss(*_DistillLoss.apply(student, *arguments))
@@ -43,13 +48,22 @@ def distill_loss(
 class _Head(NamedTuple):
     """The frozen output head: hidden states [n, C] -> fp32 logits [n, V], and a gradient's way back."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
     logit_scale: float
     softcap: float | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where logits are put together."""
+        return self.weights[0].device
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        shards = [
+            F.linear(hidden.to(weight.device, weight.dtype), weight, bias).to(self.device)
+            for weight, bias in itertools.zip_longest(self.weights, self.biases)
+        ]
+        logits = torch.cat(shards, dim=-1) if len(shards) > 1 else shards[0]
         # never below fp32, whatever the head's dtype
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self.logit_scale)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -58,7 +72,14 @@ class _Head(NamedTuple):
         """Gradient for the hidden states [n, C], from `grad` for the logits, which is overwritten."""
         if self.softcap is not None:
             grad.mul_(1 - (logits / self.softcap).square_())  # tanh' = 1 - tanh^2
-        return grad.mul_(self.logit_scale).to(self.weight.dtype) @ self.weight
+        grad.mul_(self.logit_scale)
+        if len(self.weights) == 1:
+            return grad.to(self.weights[0].dtype) @ self.weights[0]
+        shards = grad.split([len(weight) for weight in self.weights], dim=-1)
+        total = grad.new_zeros(len(grad), self.weights[0].shape[1])
+        for shard, weight in zip(shards, self.weights, strict=True):
+            total += (shard.to(weight.device, weight.dtype) @ weight).to(total)
+        return total
 
 
 class _DistillLoss(torch.autograd.Function):
@@ -68,9 +89,9 @@ class _DistillLoss(torch.autograd.Function):
     def forward(
         ctx, student, teacher, head, targets, mask, has_target, kl_weight, next_token_weight, chunk_size, differentiate
     ):
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        kl_sum, next_token_sum = student.new_zeros(2, dtype=dtype)
-        kl_count, target_count = mask.sum().clamp(min=1), has_target.sum().clamp(min=1)
+        dtype = torch.promote_types(torch.promote_types(student.dtype, head.weights[0].dtype), torch.float32)
+        kl_sum, next_token_sum = torch.zeros(2, dtype=dtype, device=head.device)
+        kl_count, target_count = (counted.sum().clamp(min=1).to(dtype) for counted in (mask, has_target))
         # The gradient of N * total: that of total, of the order 1 / N, would underflow in fp16.
         positions = student.shape[0]
         kl_factor = mask.to(dtype) * (positions * kl_weight / kl_count)  # [N]
@@ -95,13 +116,16 @@ class _DistillLoss(torch.autograd.Function):
                 grad = student_log.exp_().mul_(kl + next_token)
                 if teacher_probability is not None:
                     grad.sub_(teacher_probability.mul_(kl))
-                grad.scatter_add_(1, target, -next_token)
+                grad.scatter_add_(1, target, -next_token.to(grad.dtype))
                 gradient[chunk] = head.backward(grad, logits)
 
         forward_kl, next_token_loss = kl_sum / kl_count, next_token_sum / target_count
         total = kl_weight * forward_kl + next_token_weight * next_token_loss
         if gradient is not None:
             ctx.save_for_backward(gradient)
+        losses = total, forward_kl, next_token_loss
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        total, forward_kl, next_token_loss = (loss.to(student.device, dtype) for loss in losses)
         ctx.mark_non_differentiable(forward_kl, next_token_loss)
         return total, forward_kl, next_token_loss
 

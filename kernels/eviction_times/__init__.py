@@ -3,6 +3,7 @@
 import torch
 
 from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.eviction_times import naive
 
 LARGEST_SCORE = 1e30  # times an age of up to 2^24 it is still finite in fp32
@@ -41,12 +42,9 @@ def eviction_times(
     if score.ndim != 3 or score.shape[-1] == 0 or score.dtype != torch.float32:
         raise ValueError(f"score must be torch.float32 [B, H, T] with T >= 1, not {score.dtype} {list(score.shape)}.")
     batch, heads, tokens = score.shape
-    largest = LARGEST_SCORE if linear_in_age else torch.finfo(torch.float32).max
-    if not bool((score.abs() <= largest).all()):
-        raise ValueError(f"score must lie between -{largest:.0e} and {largest:.0e} and not be NaN: look at the gates.")
     check_shape("budgets", budgets, (heads,), "[H]")
-    if budgets.dtype != torch.int64 or int(budgets.min()) < 1:
-        raise ValueError(f"budgets must be torch.int64 of at least 1 entry each, not {budgets.tolist()}.")
+    if budgets.dtype != torch.int64:
+        raise ValueError(f"budgets must be torch.int64, not {budgets.dtype}: convert them with .long().")
     if buffer_size < 1:
         raise ValueError(f"buffer_size must be at least 1 entry, not {buffer_size}.")
     for name, flags in (("protected", protected), ("valid", valid)):
@@ -56,12 +54,18 @@ def eviction_times(
                 raise ValueError(f"{name} must be torch.bool, not {flags.dtype}: convert it with .bool().")
     if recent is not None:
         check_shape("recent", recent, (heads,), "[H]")
+        if recent.dtype != torch.int64:
+            raise ValueError(f"recent must be torch.int64, not {recent.dtype}: convert it with .long().")
     check_same_device("score", score, budgets=budgets, protected=protected, recent=recent, valid=valid)
-    _check_room(budgets, protected, recent, valid)
-    return naive.eviction_times(
+    largest_budget = _check_values(score, budgets, linear_in_age, protected, recent, valid)
+    form = naive.eviction_times
+    if use_fused("eviction_times", score):
+        from retention_gates.kernels.eviction_times.fused import eviction_times as form
+    return form(
         score,
         budgets,
         linear_in_age=linear_in_age,
+        largest_budget=largest_budget,
         buffer_size=buffer_size,
         protected=protected,
         recent=recent,
@@ -69,15 +73,29 @@ def eviction_times(
     )
 
 
-def _check_room(
-    budgets: torch.Tensor, protected: torch.Tensor | None, recent: torch.Tensor | None, valid: torch.Tensor | None
-) -> None:
-    count = 0
+def _check_values(
+    score: torch.Tensor,
+    budgets: torch.Tensor,
+    linear_in_age: bool,
+    protected: torch.Tensor | None,
+    recent: torch.Tensor | None,
+    valid: torch.Tensor | None,
+) -> int:
+    """The largest budget. One read from the device, unless it has to say what is wrong."""
+    largest = LARGEST_SCORE if linear_in_age else torch.finfo(torch.float32).max
+    protected_count = budgets.new_zeros(())
     if protected is not None:
-        count = int((protected if valid is None else protected & valid).sum(1).max())
-    kept = count + (torch.zeros_like(budgets) if recent is None else recent)
-    if bool((kept > budgets).any()):
+        protected_count = (protected if valid is None else protected & valid).sum(1).amax()
+    kept = protected_count + (torch.zeros_like(budgets) if recent is None else recent)
+    facts = (~(score.abs() <= largest)).any(), (kept > budgets).any(), budgets.amin(), budgets.amax(), protected_count
+    bad_score, no_room, smallest_budget, largest_budget, count = torch.stack([x.long() for x in facts]).tolist()
+    if bad_score:
+        raise ValueError(f"score must lie between -{largest:.0e} and {largest:.0e} and not be NaN: look at the gates.")
+    if smallest_budget < 1:
+        raise ValueError(f"budgets must be of at least 1 entry each, not {budgets.tolist()}.")
+    if no_room:
         raise ValueError(
             f"{count} protected tokens and recent={(kept - count).tolist()} exceed the budgets {budgets.tolist()}: "
             "protect fewer tokens or raise the budgets."
         )
+    return largest_budget

@@ -10,12 +10,13 @@ def eviction_times(
     budgets: torch.Tensor,
     *,
     linear_in_age: bool,
+    largest_budget: int,
     buffer_size: int = 1,
     protected: torch.Tensor | None = None,
     recent: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Arguments and result as in the package's `eviction_times`.
+    """Arguments and result as in the package's `eviction_times`; largest_budget is max(budgets), on the host.
 
     All heads of all rows, R = B * H, go through the steps together. What they hold lies in a window of columns ordered
     by position, so that argmin's rule (the first of equals) is the tie rule (the lowest position). The next BLOCK
@@ -39,7 +40,7 @@ def eviction_times(
 
     nobody = torch.full((rows, 1), tokens, device=device)
     times = torch.full((rows, tokens + 1), tokens, device=device)
-    width = int(budgets.max()) + buffer_size - 1  # held at most between two steps
+    width = largest_budget + buffer_size - 1  # held at most between two steps
     held = nobody
     for start in range(0, tokens, BLOCK):
         block = slice(start, min(start + BLOCK, tokens))

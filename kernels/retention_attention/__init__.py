@@ -3,6 +3,7 @@
 import torch
 
 from retention_gates.kernels.checks import check_document_ids, check_log_beta, check_same_device, check_shape
+from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.retention_attention import naive
 
 
@@ -14,6 +15,8 @@ def retention_attention(
     *,
     scale: float,
     document_ids: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    eviction_times: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -28,7 +31,11 @@ def retention_attention(
         value: [B, H, T, Dv].
         log_beta: fp32 [B, H, T], <= 0 per token.
         scale: what q k is multiplied with.
-        document_ids: int64 [B, T]. A token sees its own document only; rows of padding (-1) give 0. None: all one.
+        document_ids: int64 [B, T], the same for the tokens of a document, which follow each other. A token sees its
+            own document only; rows of padding (-1) give 0. None: all one.
+        sliding_window: keys that a query sees at most, itself among them. None: all.
+        eviction_times: int64 [B, H, T], the first query that does not see a key any more, as the op `eviction_times`
+            gives it. None: never.
         softcap: logits become softcap * tanh(q k * scale / softcap) before the bias.
         sinks: [HQ], one more logit per query head in the softmax's denominator.
 
@@ -55,7 +62,30 @@ def retention_attention(
         raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
     if sinks is not None:
         check_shape("sinks", sinks, (query_heads,), "[HQ]")
-    check_same_device("query", query, key=key, value=value, log_beta=log_beta, document_ids=document_ids, sinks=sinks)
-    return naive.retention_attention(
-        query, key, value, log_beta, scale=scale, document_ids=document_ids, softcap=softcap, sinks=sinks
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1 key, not {sliding_window}: pass None for no window.")
+    if eviction_times is not None:
+        check_shape("eviction_times", eviction_times, (batch, heads, tokens), "[B, H, T]")
+        if eviction_times.dtype != torch.int64:
+            raise ValueError(
+                f"eviction_times must be torch.int64, not {eviction_times.dtype}: convert it with .long()."
+            )
+    others = {"document_ids": document_ids, "eviction_times": eviction_times, "sinks": sinks}
+    check_same_device("query", query, key=key, value=value, log_beta=log_beta, **others)
+    attend = naive.retention_attention
+    if use_fused("retention_attention", query):
+        from retention_gates.kernels.retention_attention import fused  # needs Triton
+
+        attend = fused.retention_attention
+    return attend(
+        query,
+        key,
+        value,
+        log_beta,
+        scale=scale,
+        document_ids=document_ids,
+        sliding_window=sliding_window,
+        eviction_times=eviction_times,
+        softcap=softcap,
+        sinks=sinks,
     )

@@ -16,6 +16,8 @@ def retention_attention(
     *,
     scale: float,
     document_ids: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    eviction_times: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
@@ -37,6 +39,8 @@ def retention_attention(
             log_beta[:, :, seen],
             scale,
             None if document_ids is None else document_ids[:, seen],
+            sliding_window,
+            None if eviction_times is None else eviction_times[:, :, seen],
             softcap,
             sinks,
         )
@@ -56,6 +60,8 @@ def _attend(
     log_beta: torch.Tensor,
     scale: float,
     document_ids: torch.Tensor | None,
+    sliding_window: int | None,
+    eviction_times: torch.Tensor | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -66,9 +72,16 @@ def _attend(
     position = torch.arange(seen, device=query.device)
     age = position[-rows:, None] - position  # [R, S]
     hidden = age < 0
+    if sliding_window is not None:
+        hidden = hidden | (age >= sliding_window)
     if document_ids is not None:
         # padding is a document of its own here, so that no row is without a key and none becomes NaN
         hidden = hidden | (document_ids[:, None, None, -rows:, None] != document_ids[:, None, None, None, :])
+    blind = None
+    if eviction_times is not None:
+        hidden = hidden | (position[-rows:, None] >= eviction_times[:, :, None, None, :])  # [B, H, 1, R, S]
+        blind = hidden.all(-1, keepdim=True)
+        hidden = hidden & ~blind  # a row without a key would be NaN; its output becomes 0 below
 
     with torch.autocast(query.device.type, enabled=False):  # which would round the logits to 16 bits
         grouped = (query.to(dtype) * scale).reshape(batch, heads, -1, query.shape[-1])  # [B, H, G * R, D]
@@ -82,6 +95,8 @@ def _attend(
         else:
             sink = sinks.to(dtype).view(1, heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
             weights = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
+        if blind is not None:
+            weights = weights.masked_fill(blind, 0.0)
         output = weights.reshape(batch, heads, -1, seen) @ value.to(dtype)
     output = output.view(batch, query_heads, rows, -1).to(query.dtype)
     if document_ids is not None:

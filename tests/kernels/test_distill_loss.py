@@ -5,38 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from distill_cases import make_inputs, whole_logits_loss
 
-from retention_gates.kernels.distill_loss import distill_loss, naive
+from retention_gates.kernels.distill_loss import WORTH_A_COPY, distill_loss, naive
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def make_inputs(positions, hidden_size=6, vocabulary=11, dtype=torch.float64, device="cpu"):
-    generator = torch.Generator().manual_seed(positions)
-    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    student, teacher, weight = (
-        tensor.to(device, dtype)
-        for tensor in (random(positions, hidden_size), random(positions, hidden_size), random(vocabulary, hidden_size))
-    )
-    targets = torch.randint(0, vocabulary, (positions,), generator=generator)
-    targets[1::3] = -100
-    return student.requires_grad_(), teacher, weight, targets.to(device)
-
-
-def whole_logits_loss(student, teacher, weight, targets, *, mask=None, bias=None, logit_scale=1.0, softcap=None):
-    def log_softmax(hidden):
-        logits = hidden @ weight.T
-        if bias is not None:
-            logits = logits + bias
-        logits = logits * logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits.log_softmax(-1)
-
-    student_log, teacher_log = log_softmax(student), log_softmax(teacher)
-    divergence = F.kl_div(student_log, teacher_log, log_target=True, reduction="none").sum(-1)
-    forward_kl = divergence.mean() if mask is None else divergence[mask].mean()
-    return forward_kl, F.nll_loss(student_log, targets)
 
 
 def test_by_hand():
@@ -223,3 +196,87 @@ def test_a_term_without_weight_needs_no_position():
     nowhere = torch.zeros_like(targets, dtype=torch.bool)
     loss = distill_loss(student, teacher, weight, targets, mask=nowhere, kl_weight=0.0)
     assert loss.forward_kl.item() == 0 and torch.equal(loss.total, loss.next_token_loss)
+
+
+@pytest.mark.parametrize("counted", [1, 7, 12, 13])
+def test_positions_without_a_term_need_no_logits(counted, monkeypatch):
+    """Few enough counted, and the others are left out; loss and gradient stay the same."""
+    student, teacher, weight, targets = make_inputs(13)
+    mask = torch.arange(13) >= 13 - counted
+    targets = targets.where(mask, -100)
+    expected_kl, expected_next_token = whole_logits_loss(student, teacher, weight, targets, mask=mask)
+    (expected,) = torch.autograd.grad(expected_kl + expected_next_token, student)
+    seen = []
+    form = naive.distill_loss
+    monkeypatch.setattr(
+        naive, "distill_loss", lambda hidden, *a, **k: seen.append(len(hidden)) or form(hidden, *a, **k)
+    )
+    loss = distill_loss(student, teacher, weight, targets, mask=mask)
+    (gradient,) = torch.autograd.grad(loss.total, student)
+    assert seen == [counted if counted <= WORTH_A_COPY * 13 else 13]
+    torch.testing.assert_close(loss.total.detach(), (expected_kl + expected_next_token).detach())
+    torch.testing.assert_close(gradient, expected)
+
+
+def shard(tensor, cuts=(0, 1, 5, 11)):
+    return [tensor[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_shards_of_the_head_are_the_whole_head(softcap):
+    student, teacher, weight, targets = make_inputs(13)
+    bias = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    options = dict(logit_scale=0.7, softcap=softcap, chunk_size=4)
+    whole = distill_loss(student, teacher, weight, targets, bias=bias, **options)
+    sharded = distill_loss(student, teacher, shard(weight), targets, bias=shard(bias), **options)
+    for ours, expected in zip(sharded, whole, strict=True):
+        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.total, student)[0] for loss in (sharded, whole)))
+
+
+@pytest.mark.gpu
+def test_head_and_hidden_states_may_lie_apart():
+    student, teacher, weight, targets = make_inputs(13)
+    expected = distill_loss(student, teacher, weight, targets, chunk_size=5)
+    (expected_gradient,) = torch.autograd.grad(expected.total, student)
+    for hidden_device, head_device in (("cuda", "cpu"), ("cpu", "cuda")):
+        moved = student.detach().to(hidden_device).requires_grad_()
+        for head in (weight.to(head_device), [weight[:4].to(head_device), weight[4:].to("cpu")]):
+            loss = distill_loss(moved, teacher.to(hidden_device), head, targets.to(hidden_device), chunk_size=5)
+            (gradient,) = torch.autograd.grad(loss.total, moved)
+            assert loss.total.device.type == gradient.device.type == hidden_device
+            torch.testing.assert_close(loss.total.cpu(), expected.total)
+            torch.testing.assert_close(gradient.cpu(), expected_gradient)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        ([], None, "weight is an empty sequence"),
+        ([torch.zeros(3, 4), torch.zeros(4, 3)], None, "weight must have shape"),
+        ([torch.zeros(3, 4), torch.zeros(4, 4).half()], None, "weight has shards of torch.float16 and torch.float32"),
+        ([torch.zeros(7, 4), torch.zeros(0, 4)], None, "a shard of 0 words"),
+        ([torch.zeros(3, 4), torch.zeros(4, 4)], torch.zeros(7), "bias has 1 shards but weight has 2"),
+        ([torch.zeros(3, 4), torch.zeros(4, 4)], [torch.zeros(4), torch.zeros(3)], "bias must have shape"),
+    ],
+)
+def test_bad_shards_are_named(weight, bias, message):
+    hidden, targets = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        distill_loss(hidden, hidden, weight, targets, bias=bias)
+
+
+def test_part_of_a_dtensor_is_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    student, teacher, weight, targets = make_inputs(5)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        replicated = distill_loss(student, teacher, distribute_tensor(weight, mesh, [Replicate()]), targets)
+        assert torch.equal(replicated.total, distill_loss(student, teacher, weight, targets).total)
+        with pytest.raises(ValueError, match=r"weight is a DTensor .* pass weight.full_tensor\(\)"):
+            distill_loss(student, teacher, distribute_tensor(weight, mesh, [Shard(0)]), targets)
+    finally:
+        torch.distributed.destroy_process_group()

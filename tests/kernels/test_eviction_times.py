@@ -1,12 +1,18 @@
 """eviction_times against plain Python, and the cases worked by hand."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_eviction import PlainHead
 
+from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.kernels.eviction_times import eviction_times, naive
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
 
 def plain_times(score, budgets, linear_in_age, buffer_size, protected, recent, valid):
@@ -23,9 +29,9 @@ def plain_times(score, budgets, linear_in_age, buffer_size, protected, recent, v
 
 
 @st.composite
-def cases(draw):
-    tokens = draw(st.integers(1, 150))
-    heads = draw(st.integers(1, 3))
+def cases(draw, most_tokens=150, most_heads=3):
+    tokens = draw(st.integers(1, most_tokens))
+    heads = draw(st.integers(1, most_heads))
     buffer_size = draw(st.integers(1, 5))
     linear = draw(st.booleans())
     protected_count = draw(st.integers(0, 3))
@@ -45,6 +51,18 @@ def cases(draw):
 
 @given(cases())
 def test_equals_plain_python(case):
+    check_against_plain_python(case)
+
+
+@interpreted
+@settings(max_examples=25)
+@given(cases(most_tokens=40, most_heads=2))
+def test_fused_equals_plain_python(case):
+    with mock.patch.dict(os.environ, {VARIABLE: "fused"}):
+        check_against_plain_python(case)
+
+
+def check_against_plain_python(case):
     score, budgets, linear, buffer_size, protected, recent, valid = case
     times = eviction_times(
         score,
@@ -107,6 +125,7 @@ def test_budget_of_the_length_evicts_nothing():
         (dict(protected=torch.zeros(1, 4)), "bool"),
         (dict(valid=torch.ones(1, 4)), "bool"),
         (dict(recent=torch.tensor([1])), r"\[H\]"),
+        (dict(recent=torch.tensor([1.0, 1.0])), "recent must be torch.int64"),
         (dict(recent=torch.tensor([1, 4])), "protect fewer"),
         (dict(protected=torch.ones(1, 4, dtype=torch.bool)), "protect fewer"),
     ],
@@ -115,3 +134,60 @@ def test_bad_arguments(change, message):
     arguments = dict(score=torch.zeros(1, 2, 4), budgets=torch.tensor([3, 3]), linear_in_age=True) | change
     with pytest.raises(ValueError, match=message):
         eviction_times(**arguments)
+
+
+@interpreted
+def test_fused_worked_by_hand(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "fused")
+    test_worked_by_hand()
+    test_ties_go_to_the_lowest_position()
+    test_budget_of_the_length_evicts_nothing()
+
+
+@interpreted
+def test_zeros_of_both_signs_are_equal(monkeypatch):
+    score = torch.tensor([[[0.0, -0.0, 0.0, -0.0, -0.0, 0.0]]])
+    for form in ("naive", "fused"):
+        monkeypatch.setenv(VARIABLE, form)
+        for linear in (True, False):
+            times = eviction_times(score, torch.tensor([2]), linear_in_age=linear, recent=torch.tensor([0]))
+            assert times.tolist() == [[[3, 4, 5, 6, 6, 6]]]
+
+
+@interpreted
+def test_scores_of_every_sign_and_size(monkeypatch):
+    """The order of floats as integers: subnormal, huge, of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-149, 90, (2, 2, 40), generator=generator)
+    score = torch.randn(2, 2, 40, generator=generator) * 2.0**exponents
+    for linear in (True, False):
+        arguments = dict(linear_in_age=linear, buffer_size=2)
+        monkeypatch.setenv(VARIABLE, "naive")
+        expected = eviction_times(score, torch.tensor([3, 20]), **arguments)
+        monkeypatch.setenv(VARIABLE, "fused")
+        assert torch.equal(eviction_times(score, torch.tensor([3, 20]), **arguments), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("buffer_size", [1, 7])
+@pytest.mark.parametrize(("tokens", "budgets"), [(4096, [12, 33, 256, 1024]), (257, [40, 200, 256, 2048]), (1, [5])])
+def test_fused_equals_naive_on_a_gpu(monkeypatch, tokens, budgets, buffer_size, linear):
+    """Ragged budgets at real lengths, with few values for many ties and without, left padding and gaps."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    shape = (3, len(budgets), tokens)
+    spread = -torch.rand(shape, generator=generator, device="cuda").pow(4)
+    tied = -torch.randint(0, 6, shape, generator=generator, device="cuda") / 7.0
+    steps = torch.arange(tokens, device="cuda")
+    protected = (steps < min(4, tokens)).expand(3, tokens)
+    recent = torch.tensor([budget // 4 for budget in budgets], device="cuda")
+    valid = steps >= torch.tensor([[0], [1], [tokens // 2]], device="cuda")
+    valid = valid & (torch.rand(3, tokens, generator=generator, device="cuda") < 0.9)
+    for score in (spread, tied):
+        for options in ({}, dict(protected=protected), dict(protected=protected, recent=recent, valid=valid)):
+            options |= dict(linear_in_age=linear, buffer_size=buffer_size)
+            times = {}
+            for form in ("naive", "fused"):
+                monkeypatch.setenv(VARIABLE, form)
+                times[form] = eviction_times(score, torch.tensor(budgets, device="cuda"), **options)
+            assert torch.equal(times["naive"], times["fused"])
