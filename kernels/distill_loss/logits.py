@@ -7,7 +7,7 @@ from torch import Tensor
 
 from retention_gates.kernels.distill_loss.kernel import pass_over_logits
 
-# Words of student and teacher that one program holds in registers; by measurement (recipes/bench/distill_loss.py --sweep).
+# Words of student and teacher that a program holds in registers; chosen by recipes/bench/distill_loss.py --sweep.
 BLOCK = 4096
 WARPS = 4
 

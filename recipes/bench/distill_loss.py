@@ -17,7 +17,6 @@ from retention_gates.kernels.distill_loss import distill_loss, fused, logits, na
 from retention_gates.recipes.bench.harness import Measurement, matrix_tflops, peak_mib, report, time_ms
 
 BENCH = "distill_loss"
-MIB = 2**20
 
 
 def main() -> None:
