@@ -8,13 +8,31 @@ import torch
 from retention_gates.gates.documents import document_offsets
 from retention_gates.kernels.retention_sum import retention_sum
 
+BUDGETS = ("uniform", "calibrated", "pyramid", "adaptive")
 Budgets = list[list[int]]  # [gated layers][KV heads], in entries
+STEEPNESS = 20  # beta in PyramidKV
 LEAST_CALIBRATED = 12  # the floor under which calibrated budgets were measured, at a memory_size of 32 to 256
 
 
 def uniform_budgets(layers: int, heads: int, memory_size: int) -> Budgets:
     """The same budget for every head."""
     return [[memory_size] * heads for _ in range(layers)]
+
+
+def pyramid_budgets(layers: int, heads: int, memory_size: int, floor: int) -> Budgets:
+    """The lower a layer the more, falling evenly, memory_size entries per head in the mean, exactly.
+
+    The last layer gets a 20th of the mean, as far as the floor allows. The paper adds an observation window to every
+    layer's budget; here all that a head holds counts.
+
+    Source: "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
+    https://arxiv.org/abs/2406.02069
+    """
+    last = 1 / STEEPNESS
+    first = 2 - last
+    steps = max(layers - 1, 1)
+    shares = [[first - layer * (first - last) / steps] for layer in range(layers)]
+    return [row * heads for row in calibrated_budgets(shares, memory_size, floor)]
 
 
 def calibrated_budgets(shares: list[list[float]], memory_size: int, floor: int) -> Budgets:

@@ -7,11 +7,20 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from retention_gates.gates.budgets import LEAST_CALIBRATED, Budgets, calibrated_budgets, uniform_budgets
+from retention_gates.gates.budgets import (
+    BUDGETS,
+    LEAST_CALIBRATED,
+    Budgets,
+    calibrated_budgets,
+    pyramid_budgets,
+    uniform_budgets,
+)
 from retention_gates.gates.eviction_rule import EvictionRule, Span, count_offsets
 from retention_gates.gates.families import text_config
+from retention_gates.gates.feedback_layer import FeedbackSlotLayer
 from retention_gates.gates.model import find_gated_model
-from retention_gates.gates.policies import find_policy
+from retention_gates.gates.policies import FeedbackPolicy, Policy, as_feedback, find_policy
+from retention_gates.gates.rotation import rotary_frequencies
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
 
@@ -19,14 +28,17 @@ from retention_gates.gates.slot_layer import SlotLayer
 class EvictingCache(Cache):
     """A cache whose gated layers evict by a rule; every other layer has the cache that transformers gives it."""
 
-    layer_class: type[RuledLayer]
+    @staticmethod
+    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        """The cache layer that follows the rule for the gated attention module `owner`."""
+        raise NotImplementedError
 
     def __init__(
         self,
         model: nn.Module,
         memory_size: int,
         *,
-        policy: str = "retention",
+        policy: str | Policy = "retention",
         budgets: str | Budgets | None = None,
         protected_tokens: int | None = None,
         buffer_size: int = 1,
@@ -35,7 +47,9 @@ class EvictingCache(Cache):
         gated = find_gated_model(model)
         config = gated.active_config
         owners = {wrapper.layer_idx: wrapper for wrapper in gated.gated_layers}
-        protected_tokens = config.protected_tokens if protected_tokens is None else protected_tokens
+        chosen = find_policy(policy)
+        if protected_tokens is None:
+            protected_tokens = config.protected_tokens if chosen.keeps_sinks else 0
         _check_integer("memory_size", memory_size, least=1)
         _check_integer("protected_tokens", protected_tokens, least=0)
         _check_integer("buffer_size", buffer_size, least=1)
@@ -47,11 +61,16 @@ class EvictingCache(Cache):
         self._shares = config.budget_shares
         self._shape = (len(owners), config.num_key_value_heads)
         self.protected: tuple[Span, ...] = ((0, protected_tokens),)
-        chosen = find_policy(policy)
+        is_shared = self.budgets_from == "adaptive"
+        if is_shared:
+            chosen = as_feedback(chosen)
+        needs_rotation = isinstance(chosen, FeedbackPolicy) and chosen.needs_rotation
+        frequencies = rotary_frequencies(gated.model, chosen.name) if needs_rotation else ()
         layers: list[Any] = DynamicCache(config=text_config(gated.model)).layers
         for (layer, owner), row in zip(owners.items(), self._budgets(self.protected), strict=True):
-            rule = EvictionRule(chosen, tuple(row), buffer_size, self.protected, seed, layer)
-            layers[layer] = self.layer_class(rule, owner)
+            rule = EvictionRule(chosen, tuple(row), buffer_size, self.protected, seed, layer, frequencies, is_shared)
+            layers[layer] = self.make_layer(rule, owner)
+            _check_heads(rule)
         super().__init__(layers=layers)
 
     @property
@@ -78,8 +97,10 @@ class EvictingCache(Cache):
                 f"memory_size={self.memory_size} must be at least {least}, for {least - 1} protected tokens and one "
                 "more: raise it, or protect and pin fewer tokens."
             )
-        if self.budgets_from == "uniform":
+        if self.budgets_from in ("uniform", "adaptive"):
             return uniform_budgets(layers, heads, self.memory_size)
+        if self.budgets_from == "pyramid":
+            return pyramid_budgets(layers, heads, self.memory_size, least)
         if self.budgets_from == "calibrated":
             if not self._shares:
                 raise ValueError(
@@ -90,7 +111,8 @@ class EvictingCache(Cache):
             return calibrated_budgets(self._shares, self.memory_size, floor)
         if not isinstance(self.budgets_from, list) or not all(isinstance(row, list) for row in self.budgets_from):
             raise ValueError(
-                f'budgets={self.budgets_from!r} is unknown: choose "uniform", "calibrated" or lists [layers][heads].'
+                f"budgets={self.budgets_from!r} is unknown: choose {', '.join(map(repr, BUDGETS))} or lists "
+                "[layers][heads]."
             )
         return _checked(self.budgets_from, layers, heads, self.memory_size, least)
 
@@ -177,11 +199,14 @@ class BoundedCache(EvictingCache):
     Args:
         model: a model with retention gates; the cache works with this one only.
         memory_size: entries kept per KV head, in the mean over all gated layers and heads.
-        policy: "retention" (the trained gates), or a rival: "streaming_llm", "random", "key_norm".
-        budgets: "uniform", "calibrated" (by the adapter's budget shares), or the entries of every gated layer and KV
-            head, [layers][heads]. None: "calibrated" if the adapter has shares, else "uniform".
+        policy: "retention" (the trained gates), or a rival by its name in `POLICIES`, or a Policy of your own.
+        budgets: "uniform"; "calibrated" (by the adapter's budget shares); "pyramid" (PyramidKV, less and less from the
+            first layer to the last); "adaptive" (AdaKV: the KV heads of a layer hold memory_size entries each in the
+            mean, divided anew at every eviction by who has the lowest priorities, and room is allocated for every
+            division); or the entries of every gated layer and KV head, [layers][heads]. None: "calibrated" if the
+            adapter has shares, else "uniform".
         protected_tokens: leading tokens of each row that are never evicted, counted in every head's budget. None: as
-            many as the adapter was trained with.
+            many as the adapter was trained with, and none for the policy "sliding_window".
         buffer_size: entries above its budget that a head may collect before it evicts as many at once.
         seed: of the policy "random", below 2^32.
 
@@ -189,7 +214,9 @@ class BoundedCache(EvictingCache):
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
     """
 
-    layer_class = SlotLayer
+    @staticmethod
+    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
 
     @property
     def slots(self) -> int:
@@ -224,6 +251,18 @@ def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int
             f"not {memory_size}."
         )
     return [list(row) for row in budgets]
+
+
+def _check_heads(rule: EvictionRule) -> None:
+    """Raises ValueError if the policy makes all heads of a layer evict alike and their budgets do not allow it."""
+    if not isinstance(rule.policy, FeedbackPolicy) or not rule.policy.same_for_all_heads:
+        return
+    if rule.is_shared or len(set(rule.budgets)) > 1:
+        budgets = "budgets that they share" if rule.is_shared else f"budgets of {list(rule.budgets)} entries"
+        raise ValueError(
+            f"policy={rule.policy.name!r} evicts the same tokens in all heads of a layer, and those of layer "
+            f'{rule.layer} have {budgets}: choose budgets="uniform", or equal ones within each layer.'
+        )
 
 
 def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:

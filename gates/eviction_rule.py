@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from retention_gates.gates.policies import Policy
+from retention_gates.gates.policies import FeedbackPolicy, NewTokens, Policy, Setting
 
+SURE_SHARE = 0.2  # of its budget that a head keeps when the heads share them, alpha in AdaKV, arXiv 2407.11550
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
 
 
@@ -22,6 +23,8 @@ class EvictionRule:
     protected: tuple[Span, ...]  # never evicted, counted inside the budget
     seed: int
     layer: int
+    frequencies: tuple[float, ...] = ()  # of the model's rotary embedding, for policies that need it
+    is_shared: bool = False  # whether the heads of the layer move their budgets between them as they go
 
     def __post_init__(self) -> None:
         assert min(self.budgets) > self.protected_count, (
@@ -32,16 +35,57 @@ class EvictionRule:
     def protected_count(self) -> int:
         return count_offsets(self.protected)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries that each head needs room for while a step lasts."""
+        most = self.budgets
+        if self.is_shared:
+            others = (len(most) - 1) * int(SURE_SHARE * min(most))
+            most = (sum(most) - others,) * len(most)
+        return tuple(entries + self.buffer_size for entries in most)
+
+    @property
+    def most_victims(self) -> int:
+        """Entries that one head may lose at one step."""
+        return self.buffer_size * (len(self.budgets) if self.is_shared else 1)
+
+    @property
+    def floor(self) -> int | None:
+        """Entries that each head is sure of if the heads share their budgets."""
+        return max(int(SURE_SHARE * min(self.budgets)), self.protected_count + 1) if self.is_shared else None
+
     def recent(self, device: torch.device) -> torch.Tensor | None:
         """The youngest entries that each head is sure of, int64 [H]; None if the policy promises none.
 
-        A share of the budget, as far as protected entries leave room.
+        A share of the budget, as far as the policy's limit and the protected entries leave room.
         """
         if not self.policy.recent_fraction:
             return None
         wanted = [int(self.policy.recent_fraction * budget) for budget in self.budgets]
+        if self.policy.most_recent is not None:
+            wanted = [min(entries, self.policy.most_recent) for entries in wanted]
         room = [budget - self.protected_count for budget in self.budgets]
         return torch.tensor([min(pair) for pair in zip(wanted, room, strict=True)], device=device)
+
+    @property
+    def interval(self) -> int:
+        """Steps for which a feedback policy's priorities hold.
+
+        What entered since then has none and stays, so that every head must be sure of as many recent entries.
+        """
+        interval = self.policy.interval if isinstance(self.policy, FeedbackPolicy) else 1
+        recent = self.recent(torch.device("cpu"))
+        return interval if recent is not None and int(recent.min()) >= interval else 1
+
+    @property
+    def instruction(self) -> tuple[Span, ...]:
+        """What the caller pinned beside the first tokens."""
+        return self.protected[1:]
+
+    def setting(self, rows: int, scale: float, device: torch.device) -> Setting:
+        """For a policy that looks at `rows` rows under this rule."""
+        budgets = torch.tensor(self.budgets, device=device).expand(rows, -1)
+        return Setting(budgets, scale, torch.tensor(self.frequencies, device=device), self.instruction)
 
     def is_protected(self, offset: torch.Tensor) -> torch.Tensor:
         """Whether the tokens at these offsets are never evicted, bool of the same shape."""
@@ -50,9 +94,11 @@ class EvictionRule:
             result |= (offset >= start) & (offset < stop)
         return result
 
-    def score(self, log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """The policy's score [B, H, T], of log_beta [B, H, T], key [B, H, T, D] and offset [B, T]."""
-        return self.policy.score(log_beta, key, offset, self.seed, self.layer)
+    def new_tokens(
+        self, log_beta: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: torch.Tensor
+    ) -> NewTokens:
+        """What the policy gets to see of log_beta [B, H, T], key and value [B, H, T, D] and offset [B, T]."""
+        return NewTokens(log_beta, key, value, offset, self.seed, self.layer)
 
 
 def count_offsets(spans: tuple[Span, ...]) -> int:

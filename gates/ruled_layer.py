@@ -8,6 +8,7 @@ from torch import nn
 
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.policies import FeedbackPolicy
 
 
 class RuledLayer(GatedCacheLayer):
@@ -55,7 +56,7 @@ class RuledLayer(GatedCacheLayer):
         """log_beta [B, H, T] and the padding mask [B, S] or None of this forward pass; its last T columns are new.
 
         Raises:
-            ValueError: if no gate ran.
+            ValueError: if no gate ran, and if the policy needs an instruction that nobody pinned.
         """
         if self.staged is None:
             raise ValueError(
@@ -63,6 +64,12 @@ class RuledLayer(GatedCacheLayer):
                 "Switch the gates on, or pass past_key_values=transformers.DynamicCache()."
             )
         staged, self.staged = self.staged, None
+        policy = self.rule.policy
+        if isinstance(policy, FeedbackPolicy) and policy.needs_instruction and not self.rule.instruction:
+            raise ValueError(
+                f"policy={policy.name!r} keeps what an instruction attends to, and there is none: call "
+                "cache.pin(start, stop) for the instruction's tokens before they are read."
+            )
         self.is_attending = True
         self.passes += 1
         return staged

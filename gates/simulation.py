@@ -1,26 +1,41 @@
 """A whole sequence in one forward pass, seen as a bounded cache would have shown it token by token."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
 import torch
 from torch import nn
 
 from retention_gates.gates.cache import EvictingCache
 from retention_gates.gates.eviction_rule import EvictionRule
-from retention_gates.gates.masked_attention import masked_attention
+from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.gates.sparse_attention import attention_until
+from retention_gates.gates.stepwise import Stepper
 from retention_gates.kernels.eviction_times import eviction_times
 
 
 class SimulatedLayer(RuledLayer):
-    """Knows beforehand when each token will go, because scores are set when tokens are created.
+    """Finds out when each token goes, then attends to what each query would have seen.
 
-    After the forward pass `eviction_times` [B, H, T] says at which step each token was no longer seen.
+    Rows of several rules may stand side by side: the batch is divided equally among them, in their order. After the
+    forward pass `eviction_times` [B, H, T] says at which step each token was no longer seen.
     """
 
     eviction_times: torch.Tensor | None = None
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
+        self.others: list[EvictionRule] = []
         self.seen = 0
+        self.steppers: dict[Any, Stepper] = {}  # shared by the layers of a cache
+        self.sequence: tuple[NewTokens, torch.Tensor | None] | None = None
+
+    @property
+    def rules(self) -> list[EvictionRule]:
+        return [self.rule, *self.others]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
@@ -35,21 +50,18 @@ class SimulatedLayer(RuledLayer):
                 "A SimulatedCache reads a whole sequence in one forward pass, and this one has read its own: call "
                 "cache.reset() before the next. To generate, use BoundedCache."
             )
+        batch, _, tokens, _ = key_states.shape
+        if batch % len(self.rules):
+            raise ValueError(
+                f"This SimulatedCache has {len(self.rules)} caches side by side and got a batch of {batch}: repeat "
+                "the rows once for each."
+            )
         log_beta, valid = self.take_staged()  # the whole sequence is new
         self.lazy_initialization(key_states, value_states)
-        tokens = key_states.shape[2]
-        offset = torch.arange(tokens, device=self.device).expand(self.batch_size, tokens)
+        offset = torch.arange(tokens, device=self.device).expand(batch, tokens)
         if valid is not None:
             offset = offset - (valid.cumsum(1) == 0).sum(1, keepdim=True)
-        self.eviction_times = eviction_times(
-            self.rule.score(log_beta, key_states, offset).contiguous(),
-            torch.tensor(self.rule.budgets, device=self.device),
-            linear_in_age=self.rule.policy.linear_in_age,
-            buffer_size=self.rule.buffer_size,
-            protected=self.rule.is_protected(offset),
-            recent=self.rule.recent(self.device),
-            valid=valid,
-        )
+        self.sequence = self.rule.new_tokens(log_beta, key_states, value_states, offset), valid
         self.seen = tokens
         return key_states, value_states
 
@@ -63,20 +75,43 @@ class SimulatedLayer(RuledLayer):
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert self.eviction_times is not None
-        step = torch.arange(self.seen, device=self.device)
-        causal = step <= step[:, None]  # [T, T]
-        outputs = []
-        for row, times in enumerate(self.eviction_times):  # one at a time: a mask is H * T * T bytes
-            one = slice(row, row + 1)
-            visible = causal & (step[:, None] < times[:, None, :])  # [H, T, T]
-            outputs.append(
-                masked_attention(
-                    query[one], key[one], value[one], visible[None], scale=scale, softcap=softcap, sinks=sinks
-                )
-            )
+        assert self.sequence is not None
+        new, valid = self.sequence
+        arguments: dict[str, Any] = dict(scale=scale, softcap=softcap, sinks=sinks)
+        share = self.batch_size // len(self.rules)
+        times, merged, first = [], [], 0
+        for _, group in groupby(self.rules, key=_kind):
+            rules = list(group)
+            rows = slice(first, first + share * len(rules))
+            own = NewTokens(new.log_beta[rows], key[rows], value[rows], new.offset[rows], new.seed, new.layer)
+            own_valid = None if valid is None else valid[rows]
+            if isinstance(rules[0].policy, ScoredPolicy):
+                times.append(_times_known_ahead(rules, own, own_valid))
+            else:
+                shape = (query.shape, key.shape, value.shape, value.dtype, valid is None, sinks is None)
+                stepper = self._stepper(rules, scale, softcap, shape)
+                own_times, own_output = stepper.run(query[rows], own, own_valid, sinks)
+                times.append(own_times)
+                if own_output is not None:
+                    merged.append((rows, own_output))
+            first = rows.stop
+        self.eviction_times = torch.cat(times)
+        most_held = max(max(rule.sizes) for rule in self.rules) - 1
+        output = attention_until(self.eviction_times, query, key, value, most_held, **arguments)
+        for rows, own_output in merged:
+            output[rows] = own_output
+        self.sequence = None
         self.is_empty = self.is_attending = False
-        return torch.cat(outputs)
+        return output
+
+    def _stepper(
+        self, rules: list[EvictionRule], scale: float, softcap: float | None, shape: tuple[Any, ...]
+    ) -> Stepper:
+        """That of the layer before, if it had the same rules and shapes."""
+        key = tuple(replace(rule, layer=0) for rule in rules), scale, softcap, *shape
+        if key not in self.steppers:
+            self.steppers[key] = Stepper(rules, scale, softcap)
+        return self.steppers[key]
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -90,7 +125,35 @@ class SimulatedLayer(RuledLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.eviction_times = 0, None
+        self.seen, self.eviction_times, self.sequence = 0, None, None
+
+
+def _kind(rule: EvictionRule) -> tuple:
+    """Rules of one kind can be simulated side by side: they differ in their budgets only."""
+    return rule.policy, rule.buffer_size, rule.protected, rule.seed, rule.interval, rule.is_shared
+
+
+def _times_known_ahead(rules: Sequence[EvictionRule], new: NewTokens, valid: torch.Tensor | None) -> torch.Tensor:
+    """When each token goes, [B, H, T], for all rules of one policy: to the op, the heads of one are like others."""
+    rule = rules[0]
+    assert isinstance(rule.policy, ScoredPolicy)
+    batch, heads, tokens = new.log_beta.shape
+    rows = batch // len(rules)
+    recents = [one for one in (other.recent(new.key.device) for other in rules) if one is not None]
+
+    def beside(x: torch.Tensor) -> torch.Tensor:  # [B, H, T] -> [rows, rules * H, T]
+        return x.view(len(rules), rows, heads, tokens).transpose(0, 1).reshape(rows, -1, tokens)
+
+    times = eviction_times(
+        beside(rule.policy.score(new).contiguous()),
+        torch.tensor([budget for other in rules for budget in other.budgets], device=new.key.device),
+        linear_in_age=rule.policy.linear_in_age,
+        buffer_size=rule.buffer_size,
+        protected=rule.is_protected(new.offset[:rows]),
+        recent=torch.cat(recents) if recents else None,
+        valid=None if valid is None else valid[:rows],
+    )
+    return times.view(rows, len(rules), heads, tokens).transpose(0, 1).reshape(batch, heads, tokens)
 
 
 class SimulatedCache(EvictingCache):
@@ -101,4 +164,29 @@ class SimulatedCache(EvictingCache):
     whole rows.
     """
 
-    layer_class = SimulatedLayer
+    @staticmethod
+    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        return SimulatedLayer(rule, owner)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        steppers: dict[Any, Stepper] = {}
+        for layer in self.gated_layers:
+            layer.steppers = steppers
+
+    @classmethod
+    def side_by_side(cls, caches: Sequence["SimulatedCache"]) -> "SimulatedCache":
+        """Caches of one model as one: the batch is divided equally among them, in their order.
+
+        Those of one policy share its steps if they come one after the other. They must be new, and become part of the
+        result.
+        """
+        first = caches[0]
+        for layers in zip(*(cache.gated_layers for cache in caches), strict=True):
+            layers[0].others = [layer.rule for layer in layers[1:]]
+        return first
+
+    def pin(self, start: int, stop: int) -> None:
+        if any(layer.others for layer in self.gated_layers):
+            raise ValueError(f"pin({start}, {stop}): pin in each of the caches before they stand side by side.")
+        super().pin(start, stop)

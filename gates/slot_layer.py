@@ -10,6 +10,7 @@ from torch import nn
 
 from retention_gates.gates.eviction_rule import EvictionRule, Span
 from retention_gates.gates.masked_attention import masked_attention
+from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.kernels.gate_evict import chunk_evict, gate_evict
 from retention_gates.kernels.slot_attention import slot_attention
@@ -36,12 +37,16 @@ class SlotLayer(RuledLayer):
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
-        self.chunk: tuple[torch.Tensor, torch.Tensor, bool] | None = None
+        self.chunk: Any = None  # what `update` leaves to `attend` of several tokens
         self.head_offsets = self._offsets()
 
+    @property
+    def row_state(self) -> tuple[str, ...]:
+        """Names of the tensors that have one row per sequence of the batch."""
+        return STATE
+
     def _offsets(self) -> tuple[int, ...]:
-        sizes = (budget + self.rule.buffer_size for budget in self.rule.budgets)
-        return tuple(accumulate(sizes, initial=0))
+        return tuple(accumulate(self.rule.sizes, initial=0))
 
     @property
     def slots(self) -> int:
@@ -81,31 +86,43 @@ class SlotLayer(RuledLayer):
             self.start += leading.where(self.start == self.seen, 0)  # rows that have not begun yet
             positions = columns.where(valid, -1)
         offset = columns - self.start[:, None]
-        score = self.rule.score(log_beta, key_states, offset)
-        score = score.masked_fill(self.rule.is_protected(offset)[:, None], float("inf"))  # [B, H, T]
-        if tokens == 1:
-            gate_evict(
-                self.keys,
-                self.values,
-                self.score,
-                self.slot_positions,
-                self.pending,
-                key_states,
-                value_states,
-                score[:, :, 0],
-                positions[:, 0],
-                self.seen,
-                self.head_offsets,
-                linear_in_age=self.rule.policy.linear_in_age,
-                buffer_size=self.rule.buffer_size,
-                recent=self.recent,
-            )
-        else:
+        if tokens > 1:
             self.slot_positions.masked_fill_(self.pending, -1)
             self.pending.zero_()
-            self.chunk = (score, positions, valid is not None and not bool(valid.all()))
+        new = self.rule.new_tokens(log_beta, key_states, value_states, offset)
+        is_padded = valid is not None and (tokens == 1 or not bool(valid.all()))
+        self._take_in(new, positions, self.rule.is_protected(offset)[:, None], is_padded)
         self.seen += tokens
         return key_states, value_states
+
+    def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
+        """Enters one token and marks the next victims, or leaves several to `attend`.
+
+        Args:
+            positions: [B, T], -1 for padding; is_protected: bool, [B, 1, T].
+            is_padded: whether there may be padding among the tokens.
+        """
+        assert isinstance(self.rule.policy, ScoredPolicy)
+        score = self.rule.policy.score(new).masked_fill(is_protected, float("inf"))  # [B, H, T]
+        if positions.shape[1] > 1:
+            self.chunk = score, positions, is_padded
+            return
+        gate_evict(
+            self.keys,
+            self.values,
+            self.score,
+            self.slot_positions,
+            self.pending,
+            new.key,
+            new.value,
+            score[:, :, 0],
+            positions[:, 0],
+            self.seen,
+            self.head_offsets,
+            linear_in_age=self.rule.policy.linear_in_age,
+            buffer_size=self.rule.buffer_size,
+            recent=self.recent,
+        )
 
     def _drop_padding(self, past: torch.Tensor) -> None:
         """Empties slots of columns that the mask [B, past columns] has come to call padding.
@@ -127,42 +144,56 @@ class SlotLayer(RuledLayer):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.chunk is None:
-            output = slot_attention(
-                query,
-                self.keys,
-                self.values,
-                self.slot_positions,
-                self.head_offsets,
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-            )
+            output = self._attend_token(query, scale, softcap, sinks)
         else:
-            score, positions, padded = self.chunk
-            if self.is_empty and not padded and softcap is None and sinks is None:
-                # what transformers does without a cache, so that a prompt gives what it gives there
-                output = F.scaled_dot_product_attention(
-                    query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
-                )
-            else:
-                output = self._attend_chunk(query, key, value, positions, scale, softcap, sinks)
-            chunk_evict(
-                self.keys,
-                self.values,
-                self.score,
-                self.slot_positions,
-                key,
-                value,
-                score,
-                positions,
-                self.seen - 1,
-                self.head_offsets,
-                linear_in_age=self.rule.policy.linear_in_age,
-                buffer_size=self.rule.buffer_size,
-                recent=self.recent,
-            )
-            self.chunk = None
+            output = self._attend_and_cut(query, key, value, scale, softcap, sinks)
+        self.chunk = None
         self.is_empty = self.is_attending = False
+        return output
+
+    def _attend_token(
+        self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One token, which has entered, attends to what is held."""
+        return slot_attention(
+            query,
+            self.keys,
+            self.values,
+            self.slot_positions,
+            self.head_offsets,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+    def _attend_and_cut(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Several tokens attend to what is held and to each other; then all are cut to the budgets."""
+        assert isinstance(self.rule.policy, ScoredPolicy)
+        score, positions, is_padded = self.chunk
+        output = self._attend_chunk(query, key, value, positions, is_padded, scale, softcap, sinks)
+        chunk_evict(
+            self.keys,
+            self.values,
+            self.score,
+            self.slot_positions,
+            key,
+            value,
+            score,
+            positions,
+            self.seen - 1,
+            self.head_offsets,
+            linear_in_age=self.rule.policy.linear_in_age,
+            buffer_size=self.rule.buffer_size,
+            recent=self.recent,
+        )
         return output
 
     def _attend_chunk(
@@ -171,6 +202,7 @@ class SlotLayer(RuledLayer):
         key: torch.Tensor,
         value: torch.Tensor,
         positions: torch.Tensor,
+        is_padded: bool,
         scale: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
@@ -178,6 +210,9 @@ class SlotLayer(RuledLayer):
         """Each token attends to all held entries, and to the chunk up to itself."""
         heads, tokens = key.shape[1:3]
         group = query.shape[1] // heads
+        if self.is_empty and not is_padded and softcap is None and sinks is None:
+            # what transformers does without a cache, so that a prompt gives what it gives there
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril()
         visible_chunk = causal & (positions >= 0)[:, None, None]  # [B, 1, T, T]
         outputs = []
@@ -201,7 +236,7 @@ class SlotLayer(RuledLayer):
         """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""
         if not 0 <= head < len(self.rule.budgets):
             raise ValueError(f"head={head} must be one of the layer's {len(self.rule.budgets)} KV heads, from 0.")
-        room = self.rule.budgets[head] + self.rule.buffer_size - 1
+        room = self.rule.sizes[head] - 1
         if not self.is_initialized:
             return torch.full((0, room), -1)
         nobody = torch.iinfo(torch.int64).max
@@ -240,7 +275,7 @@ class SlotLayer(RuledLayer):
         """Bytes held by the layer's tensors."""
         if not self.is_initialized:
             return 0
-        tensors = [getattr(self, name) for name in (*STATE, "seen")]
+        tensors = [getattr(self, name) for name in (*self.row_state, "seen")]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def get_seq_length(self) -> Any:
@@ -260,7 +295,7 @@ class SlotLayer(RuledLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
-            for name in STATE:
+            for name in self.row_state:
                 state = getattr(self, name)
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
 
@@ -273,6 +308,6 @@ class SlotLayer(RuledLayer):
     def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:
             with torch.inference_mode(False):
-                for name in STATE:
+                for name in self.row_state:
                     setattr(self, name, change(getattr(self, name)))
             self.batch_size = len(self.start)

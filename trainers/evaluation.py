@@ -1,7 +1,8 @@
 """Scores memories of bounded size against the full cache, exactly as a bounded cache would evict, without decoding.
 
-Every score comes from one forward pass through a `SimulatedCache`: what each head holds at every step is what a
-token-by-token decode with `BoundedCache` would hold. The full cache is the base model itself, gates off.
+Every score comes from one forward pass through a `SimulatedCache`, several contenders side by side: what each head
+holds at every step is what a token-by-token decode with `BoundedCache` would hold. The full cache is the base model
+itself, gates off.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +13,21 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from retention_gates.gates.budgets import BUDGETS
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
-from retention_gates.gates.policies import find_policy
+from retention_gates.gates.policies import FeedbackPolicy, Policy, find_policy
 from retention_gates.gates.simulation import SimulatedCache
 
-BUDGETS = ("uniform", "calibrated")
 FULL_CACHE = "full"
 TEXT = "text"
 LOGITS_CHUNK = (
     256  # tokens whose logits exist at a time: 256 x 262,144 fp32 logits of the largest vocabulary are 256 MiB
 )
+# tokens that go through the model at a time, all contenders side by side, on a CPU and on a GPU: the more there are,
+# the less a simulated step costs each; an MLP's hidden states take some 10 KB a token
+TOKENS_AT_A_TIME = (2**15, 2**17)
 
 Progress = Callable[[int], Any]  # is told how many forward passes x rows were done
 
@@ -32,23 +36,34 @@ Progress = Callable[[int], Any]  # is told how many forward passes x rows were d
 class Contender:
     """One memory to be scored: who is evicted, how much is kept, and how it is divided."""
 
-    policy: str
+    policy: str | Policy  # its name, or itself
     memory_size: int  # mean entries per KV head
     budgets: str = "uniform"
 
     def __post_init__(self) -> None:
         policy = find_policy(self.policy)
         if self.budgets not in BUDGETS:
-            raise ValueError(f"budgets={self.budgets!r} is unknown: choose {' or '.join(map(repr, BUDGETS))}.")
+            raise ValueError(f"budgets={self.budgets!r} is unknown: choose among {', '.join(map(repr, BUDGETS))}.")
+        if isinstance(policy, FeedbackPolicy) and policy.needs_instruction:
+            raise ValueError(
+                f"Policy {policy.name!r} needs an instruction, and contenders get texts and prompts without one: "
+                "leave it out, or try it with BoundedCache and pin."
+            )
+        if self.budgets == "adaptive" and isinstance(policy, FeedbackPolicy) and policy.same_for_all_heads:
+            raise ValueError(
+                f"Policy {policy.name!r} evicts the same tokens in all heads of a layer, which cannot have adaptive "
+                "budgets: give it uniform ones."
+            )
         if self.budgets == "calibrated" and not policy.needs_gates:
             raise ValueError(
-                f"Calibrated budgets follow what the gates retain, which policy {self.policy!r} does not look at: "
+                f"Calibrated budgets follow what the gates retain, which policy {policy.name!r} does not look at: "
                 "give it uniform budgets."
             )
 
 
 def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Sequence[str]) -> list[Contender]:
-    """All combinations that have a meaning: calibrated budgets go to policies of trained gates only.
+    """All combinations that have a meaning: calibrated budgets go to policies of trained gates only, adaptive ones not
+    to a policy that evicts alike in all heads.
 
     Raises:
         ValueError: for an unknown or repeated name, and for a policy that is left without any budgets.
@@ -58,7 +73,7 @@ def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Se
             raise ValueError(f"The {name} {list(values)} name one twice: name each once.")
     chosen = []
     for policy in policies:
-        fitting = [b for b in budgets if b != "calibrated" or find_policy(policy).needs_gates]
+        fitting = [b for b in budgets if _fits(find_policy(policy), b)]
         if not fitting:
             raise ValueError(
                 f"Policy {policy!r} has no use for budgets {list(budgets)}: add 'uniform', or leave it out."
@@ -67,6 +82,12 @@ def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Se
     if not chosen:
         raise ValueError("Nothing to compare: name at least one policy, one memory size and one kind of budgets.")
     return chosen
+
+
+def _fits(policy: Policy, budgets: str) -> bool:
+    if budgets == "calibrated":
+        return policy.needs_gates
+    return budgets != "adaptive" or not (isinstance(policy, FeedbackPolicy) and policy.same_for_all_heads)
 
 
 @torch.no_grad()
@@ -173,7 +194,11 @@ def check_length(gated: RetentionGateModel, length: int) -> None:
 def _name(contender: Contender | None) -> dict[str, Any]:
     if contender is None:
         return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
-    return {"policy": contender.policy, "memory_size": contender.memory_size, "budgets": contender.budgets}
+    return {
+        "policy": find_policy(contender.policy).name,
+        "memory_size": contender.memory_size,
+        "budgets": contender.budgets,
+    }
 
 
 def _hidden_states(
@@ -187,12 +212,20 @@ def _hidden_states(
             full = gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         progress(len(ids))
         kept = []
-        for contender in chosen:
-            cache = SimulatedCache(
-                gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=seed
+        at_a_time = max(1, TOKENS_AT_A_TIME[ids.device.type == "cuda"] // ids.numel())
+        for first in range(0, len(chosen), at_a_time):
+            caches = [
+                SimulatedCache(gated, c.memory_size, policy=c.policy, budgets=c.budgets, seed=seed)
+                for c in chosen[first : first + at_a_time]
+            ]
+            hidden = gated(
+                input_ids=ids.repeat(len(caches), 1),
+                past_key_values=SimulatedCache.side_by_side(caches),
+                use_cache=True,
+                last_hidden_state_only=True,
             )
-            kept.append(gated(input_ids=ids, past_key_values=cache, use_cache=True, last_hidden_state_only=True))
-            progress(len(ids))
+            kept += hidden.split(len(ids))
+            progress(len(caches) * len(ids))
     finally:
         gated.train(was_training)
     return full, kept

@@ -2,25 +2,53 @@
 
 import difflib
 
+from retention_gates.gates.policies.citrus import CITRUS
+from retention_gates.gates.policies.expected_attention import EXPECTED_ATTENTION
+from retention_gates.gates.policies.h2o import H2O
+from retention_gates.gates.policies.held import Held, Setting
 from retention_gates.gates.policies.key_norm import KEY_NORM
-from retention_gates.gates.policies.policy import Policy
+from retention_gates.gates.policies.keydiff import KEYDIFF
+from retention_gates.gates.policies.lagkv import LAGKV
+from retention_gates.gates.policies.merging import MERGING
+from retention_gates.gates.policies.morphkv import MORPHKV
+from retention_gates.gates.policies.policy import FeedbackPolicy, NewTokens, Policy, ScoredPolicy, as_feedback
+from retention_gates.gates.policies.raas import RAAS
 from retention_gates.gates.policies.random import RANDOM
 from retention_gates.gates.policies.retention import RETENTION
+from retention_gates.gates.policies.rkv import RKV
+from retention_gates.gates.policies.sliding_window import SLIDING_WINDOW
+from retention_gates.gates.policies.snapkv import SNAPKV
 from retention_gates.gates.policies.streaming_llm import STREAMING_LLM
+from retention_gates.gates.policies.tova import TOVA
+from retention_gates.gates.policies.value_norm import VALUE_NORM
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (RETENTION, STREAMING_LLM, RANDOM, KEY_NORM)}
+KNOWN_AHEAD = (RETENTION, STREAMING_LLM, SLIDING_WINDOW, RANDOM, KEY_NORM, VALUE_NORM)
+FED_BACK = (H2O, TOVA, SNAPKV, MORPHKV, RAAS, RKV, KEYDIFF, LAGKV, EXPECTED_ATTENTION, CITRUS, MERGING)
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (*KNOWN_AHEAD, *FED_BACK)}
 
-__all__ = ["POLICIES", "Policy", "find_policy"]
+__all__ = [
+    "POLICIES",
+    "FeedbackPolicy",
+    "Held",
+    "NewTokens",
+    "Policy",
+    "ScoredPolicy",
+    "Setting",
+    "as_feedback",
+    "find_policy",
+]
 
 
-def find_policy(name: str) -> Policy:
-    """The policy of that name.
+def find_policy(policy: str | Policy) -> Policy:
+    """The policy of that name, or the one given.
 
     Raises:
         ValueError: if there is none, with the nearest name.
     """
-    if name in POLICIES:
-        return POLICIES[name]
-    near = difflib.get_close_matches(str(name), POLICIES, n=1)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, str) and policy in POLICIES:
+        return POLICIES[policy]
+    near = difflib.get_close_matches(str(policy), POLICIES, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"policy={name!r} is unknown: choose among {', '.join(map(repr, POLICIES))}.{hint}")
+    raise ValueError(f"policy={policy!r} is unknown: choose among {', '.join(map(repr, POLICIES))}.{hint}")

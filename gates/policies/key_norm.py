@@ -2,10 +2,10 @@
 
 import torch
 
-from retention_gates.gates.policies.policy import Policy
+from retention_gates.gates.policies.policy import NewTokens, ScoredPolicy
 
 
-def score(log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
+def score(new: NewTokens) -> torch.Tensor:
     """Minus the key's L2 norm: keys of small norm tend to be attended to most.
 
     Equal tokens have equal norms in the first layer, up to rounding: which of them goes depends on how the keys were
@@ -13,7 +13,7 @@ def score(log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor, seed:
 
     Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", https://arxiv.org/abs/2406.11430
     """
-    return -key.float().norm(dim=-1)
+    return -new.key.float().norm(dim=-1)
 
 
-KEY_NORM = Policy("key_norm", linear_in_age=False, needs_gates=False, recent_fraction=0.5, score=score)
+KEY_NORM = ScoredPolicy(name="key_norm", recent_fraction=0.5, score=score)

@@ -4,21 +4,21 @@ from typing import Any
 
 import torch
 
-from retention_gates.gates.policies.policy import Policy
+from retention_gates.gates.policies.policy import NewTokens, ScoredPolicy
 
 MASK = 0xFFFFFFFF  # arithmetic is on 32 bits inside int64; products wrap, their low 32 bits are right
 
 
-def score(log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
+def score(new: NewTokens) -> torch.Tensor:
     """A hash of (seed, layer, head, offset), uniform in [0, 1): the same however the tokens arrive.
 
     Random eviction is the usual lower bound, e.g. in H2O, https://arxiv.org/abs/2306.14048. The mixing function is
     murmur3's finaliser.
     """
-    heads = torch.arange(log_beta.shape[1], device=log_beta.device)[:, None]
-    of_layer = _mix(_mix(seed) + layer)
+    heads = torch.arange(new.key.shape[1], device=new.key.device)[:, None]
+    of_layer = _mix(_mix(new.seed) + new.layer)
     of_heads = _mix(heads + of_layer)  # [H, 1]
-    of_tokens = _mix(of_heads + offset[:, None])  # [B, H, T]
+    of_tokens = _mix(of_heads + new.offset[:, None])  # [B, H, T]
     return (of_tokens >> 8).float() / 2**24
 
 
@@ -29,4 +29,4 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-RANDOM = Policy("random", linear_in_age=False, needs_gates=False, recent_fraction=0.5, score=score)
+RANDOM = ScoredPolicy(name="random", recent_fraction=0.5, score=score)

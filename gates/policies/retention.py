@@ -2,15 +2,15 @@
 
 import torch
 
-from retention_gates.gates.policies.policy import Policy
+from retention_gates.gates.policies.policy import NewTokens, ScoredPolicy
 
 
-def score(log_beta: torch.Tensor, key: torch.Tensor, offset: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
+def score(new: NewTokens) -> torch.Tensor:
     """log_beta itself: the entry that has decayed furthest, age * log_beta, goes first.
 
     Source: TRIM-KV, "Cache What Lasts", https://arxiv.org/abs/2512.03324
     """
-    return log_beta
+    return new.log_beta
 
 
-RETENTION = Policy("retention", linear_in_age=True, needs_gates=True, recent_fraction=0.0, score=score)
+RETENTION = ScoredPolicy(name="retention", linear_in_age=True, needs_gates=True, score=score)

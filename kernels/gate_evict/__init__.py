@@ -4,6 +4,10 @@ import torch
 
 from retention_gates.kernels.checks import check_same_device, check_shape
 from retention_gates.kernels.gate_evict import naive
+from retention_gates.kernels.gate_evict.layout import slot_table
+from retention_gates.kernels.gate_evict.naive import enter_token, lowest, place_chunk
+
+__all__ = ["chunk_evict", "enter_token", "gate_evict", "lowest", "place_chunk", "slot_table"]
 
 
 @torch.no_grad()

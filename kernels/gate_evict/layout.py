@@ -14,11 +14,11 @@ class SlotTable(NamedTuple):
     cell: torch.Tensor  # [N] int64, where in the flattened [H * S] a slot lies
     sizes: torch.Tensor  # [H] int64, slots of a head
 
-    def by_head(self, row: torch.Tensor) -> torch.Tensor:  # [B, N] -> [B, H, S]
+    def by_head(self, row: torch.Tensor) -> torch.Tensor:  # [B, N, ...] -> [B, H, S, ...]
         return row[:, self.slot]
 
-    def ragged(self, by_head: torch.Tensor) -> torch.Tensor:  # [B, H, S] -> [B, N]
-        return by_head.flatten(1)[:, self.cell]
+    def ragged(self, by_head: torch.Tensor) -> torch.Tensor:  # [B, H, S, ...] -> [B, N, ...]
+        return by_head.flatten(1, 2)[:, self.cell]
 
 
 @lru_cache(maxsize=256)

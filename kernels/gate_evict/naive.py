@@ -1,5 +1,7 @@
 """Eviction in place, in plain torch: the reference, and what runs where there is no fused kernel."""
 
+from collections.abc import Sequence
+
 import torch
 
 from retention_gates.kernels.gate_evict.layout import slot_table
@@ -25,23 +27,34 @@ def gate_evict(
     """Arguments and effect as in the package's `gate_evict`."""
     table = slot_table(head_offsets, keys.device)
     positions.masked_fill_(pending, -1)
-    held = table.by_head(positions)  # [B, H, S]
-    empty = table.exists & (held < 0)
-    first = empty.to(torch.uint8).argmax(2, keepdim=True)  # [B, H, 1]
-    slot = table.slot.expand_as(held).gather(2, first).squeeze(2)  # [B, H]
-    entering = new_position[:, None].expand_as(slot)
-    keys.scatter_(1, slot[..., None].expand(-1, -1, keys.shape[2]), new_key.squeeze(2))
-    values.scatter_(1, slot[..., None].expand(-1, -1, values.shape[2]), new_value.squeeze(2))
-    score.scatter_(1, slot, new_score)
-    positions.scatter_(1, slot, entering)
-    held.scatter_(2, first, entering[..., None])
-    held.masked_fill_(~table.exists, -1)
-
+    entering = ((keys, new_key.squeeze(2)), (values, new_value.squeeze(2)), (score, new_score))
+    held = enter_token(entering, positions, new_position, head_offsets)
     full = (held >= 0).sum(2) == table.sizes  # [B, H]
-    victims = _lowest(
+    victims = lowest(
         _priority(table.by_head(score), held, step, linear_in_age, recent), held, full * buffer_size, buffer_size
     )
     pending.copy_(table.ragged(victims))
+
+
+def enter_token(
+    entering: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    positions: torch.Tensor,
+    new_position: torch.Tensor,
+    head_offsets: tuple[int, ...],
+) -> torch.Tensor:
+    """Writes one token per row into the first empty slot of every head; what is held then, positions [B, H, S].
+
+    Args:
+        entering: a state [B, N, ...] and what the new token has of it, [B, H, ...], changed in place.
+        positions: [B, N], changed in place; new_position: [B], -1 for padding.
+    """
+    table = slot_table(head_offsets, positions.device)
+    held = table.by_head(positions).masked_fill(~table.exists, -1)  # [B, H, S]
+    first = (table.exists & (held < 0)).to(torch.uint8).argmax(2, keepdim=True)  # [B, H, 1]
+    slot = table.slot.expand_as(held).gather(2, first).squeeze(2)  # [B, H]
+    for state, new in (*entering, (positions, new_position[:, None].expand_as(slot))):
+        state.scatter_(1, slot.view(*slot.shape, *[1] * (state.ndim - 2)).expand_as(new), new)
+    return held.scatter_(2, first, new_position[:, None, None].expand_as(first))
 
 
 def chunk_evict(
@@ -65,28 +78,46 @@ def chunk_evict(
     batch, heads, tokens, _ = new_key.shape
     slots = table.slot.shape[1]
     held = table.by_head(positions).masked_fill(~table.exists, -1)
-    entering = new_positions[:, None].expand(batch, heads, tokens)
-    everyone = torch.cat([held, entering], dim=2)  # [B, H, S + T]
+    everyone = torch.cat([held, new_positions[:, None].expand(batch, heads, tokens)], dim=2)  # [B, H, S + T]
     scores = torch.cat([table.by_head(score), new_score], dim=2)
     count = (everyone >= 0).sum(2)
     surplus = (count - (table.sizes - buffer_size)).where(count >= table.sizes, 0)
-    victims = _lowest(_priority(scores, everyone, step, linear_in_age, recent), everyone, surplus, slots + tokens)
-    stays, enters = ((everyone >= 0) & ~victims).split([slots, tokens], dim=2)
+    victims = lowest(_priority(scores, everyone, step, linear_in_age, recent), everyone, surplus, slots + tokens)
+    chunk = ((keys, new_key), (values, new_value), (score, new_score))
+    place_chunk(chunk, positions, new_positions, victims, head_offsets)
 
-    # what stays does not move; what enters fills the free slots in order
+
+def place_chunk(
+    entering: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    positions: torch.Tensor,
+    new_positions: torch.Tensor,
+    victims: torch.Tensor,
+    head_offsets: tuple[int, ...],
+) -> None:
+    """Frees the slots of victims and fills free slots with the chunk's other tokens in order; no other entry moves.
+
+    Args:
+        entering: a state [B, N, ...] and what the chunk has of it, [B, H, T, ...], changed in place.
+        positions: [B, N], changed in place; new_positions: [B, T], -1 for padding.
+        victims: bool [B, H, S + T], over a head's slots and the chunk. What stays must fit.
+    """
+    table = slot_table(head_offsets, positions.device)
+    batch, heads, tokens = len(positions), len(table.sizes), new_positions.shape[1]
+    held = table.by_head(positions).masked_fill(~table.exists, -1)
+    new = new_positions[:, None].expand(batch, heads, tokens)
+    stays, enters = ((torch.cat([held, new], dim=2) >= 0) & ~victims).split([held.shape[2], tokens], dim=2)
     free = table.exists & ~stays
     rank = free.cumsum(2) - 1  # [B, H, S]
     filled = free & (rank < enters.sum(2, keepdim=True))
     in_order = (~enters).to(torch.uint8).argsort(dim=2, stable=True)  # those that enter first
     source = in_order.gather(2, rank.clamp(0, tokens - 1))  # index into the chunk
-    flat_source = table.ragged(source + torch.arange(heads, device=keys.device)[:, None] * tokens)  # [B, N]
+    flat_source = table.ragged(source + torch.arange(heads, device=positions.device)[:, None] * tokens)  # [B, N]
     filled_row = table.ragged(filled)
-    for state, new in ((keys, new_key), (values, new_value)):
-        chosen = new.reshape(batch, heads * tokens, -1).gather(1, flat_source[..., None].expand_as(state))
-        state.copy_(chosen.where(filled_row[..., None], state))
-    score.copy_(new_score.reshape(batch, -1).gather(1, flat_source).where(filled_row, score))
-    kept = positions.where(table.ragged(stays), -1)
-    positions.copy_(entering.reshape(batch, -1).gather(1, flat_source).where(filled_row, kept))
+    positions.copy_(positions.where(table.ragged(stays), -1))
+    for state, of_chunk in (*entering, (positions, new)):
+        index = flat_source.view(*flat_source.shape, *[1] * (state.ndim - 2)).expand_as(state)
+        chosen = of_chunk.reshape(batch, heads * tokens, *state.shape[2:]).gather(1, index)
+        state.copy_(chosen.where(filled_row.view(*filled_row.shape, *[1] * (state.ndim - 2)), state))
 
 
 def _priority(
@@ -102,11 +133,11 @@ def _priority(
     return priority.masked_fill(positions < 0, inf)
 
 
-def _lowest(priority: torch.Tensor, positions: torch.Tensor, count: torch.Tensor, largest_count: int) -> torch.Tensor:
+def lowest(priority: torch.Tensor, positions: torch.Tensor, count: torch.Tensor, largest_count: int) -> torch.Tensor:
     """Marks the `count` [B, H] entries of lowest (priority, position) of each head, [B, H, S]."""
     if largest_count == 1:
         ties = priority == priority.amin(2, keepdim=True)
-        among_ties = positions.masked_fill(~ties, torch.iinfo(positions.dtype).max)
+        among_ties = positions.where(ties, torch.iinfo(positions.dtype).max)
         return (among_ties == among_ties.amin(2, keepdim=True)) & (count > 0)[..., None]
     by_position = positions.argsort(dim=2, stable=True)
     by_priority = priority.gather(2, by_position).argsort(dim=2, stable=True)

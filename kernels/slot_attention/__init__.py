@@ -16,6 +16,7 @@ def slot_attention(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    received: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain softmax attention of one query per row over the slots its KV head holds, [B, HQ, 1, Dv] in query's dtype.
 
@@ -27,6 +28,8 @@ def slot_attention(
         scale: what q k is multiplied with.
         softcap: logits become softcap * tanh(q k * scale / softcap).
         sinks: [HQ], one more logit per query head in the softmax's denominator.
+        received: fp32 [B, N] or None; is overwritten with what each slot received, the softmax weights summed over
+            the query heads of its KV head, 0 for empty slots.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together.
@@ -47,7 +50,60 @@ def slot_attention(
         raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
     if sinks is not None:
         check_shape("sinks", sinks, (query_heads,), "[HQ]")
-    check_same_device("query", query, keys=keys, values=values, positions=positions, sinks=sinks)
+    if received is not None:
+        check_shape("received", received, (batch, slots), "[B, N]")
+    check_same_device("query", query, keys=keys, values=values, positions=positions, sinks=sinks, received=received)
     return naive.slot_attention(
-        query, keys, values, positions, head_offsets, scale=scale, softcap=softcap, sinks=sinks
+        query,
+        keys,
+        values,
+        positions,
+        head_offsets,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        received=received,
     )
+
+
+def entry_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The attention that each entry receives from each of n queries, summed over its query group, fp32 [B, H, n, S].
+
+    For queries that come several at a time, some at a time: it takes 4 * B * HQ * n * S bytes. A query that sees
+    nothing gives 0.
+
+    Args:
+        query: [B, HQ, n, D]; query head h reads KV head h // G.
+        keys: [B, H, S, D], one line per head.
+        visible: bool [B, H, n, S] or what broadcasts to it, which entries a query sees.
+        scale, softcap, sinks: as for `slot_attention`.
+
+    Raises:
+        ValueError: for shapes or devices that don't go together.
+    """
+    if query.ndim != 4 or keys.ndim != 4 or visible.ndim != 4:
+        raise ValueError(
+            f"query, keys and visible must be [B, HQ, n, D], [B, H, S, D] and [B, H, n, S], not {list(query.shape)}, "
+            f"{list(keys.shape)} and {list(visible.shape)}."
+        )
+    batch, query_heads, tokens, head_dim = query.shape
+    heads, entries = keys.shape[1:3]
+    check_shape("keys", keys, (batch, heads, entries, head_dim), "[B, H, S, D]")
+    if query_heads == 0 or query_heads % heads:
+        raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} KV heads.")
+    if any(n not in (1, size) for n, size in zip(visible.shape, (batch, heads, tokens, entries), strict=True)):
+        raise ValueError(f"visible is {list(visible.shape)}, which is not [B, H, n, S].")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
+    if sinks is not None:
+        check_shape("sinks", sinks, (query_heads,), "[HQ]")
+    check_same_device("query", query, keys=keys, visible=visible, sinks=sinks)
+    return naive.entry_weights(query, keys, visible, scale=scale, softcap=softcap, sinks=sinks)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retention_gates import record
-from retention_gates.gates.budgets import RetainedMass, calibrated_budgets, uniform_budgets
+from retention_gates.gates.budgets import RetainedMass, calibrated_budgets, pyramid_budgets, uniform_budgets
 
 # 0 and anything from tiny to huge, some of them equal
 share = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(0, 5).map(float))
@@ -106,3 +106,13 @@ def test_too_short_documents():
     mass.add([-torch.rand(1, 1, 20)])
     with pytest.raises(ValueError, match="more than 20 tokens"):
         mass.shares()
+
+
+def test_pyramid_budgets_fall_evenly():
+    # 20 entries in the mean: the last layer gets 1, the first 39
+    assert pyramid_budgets(3, 2, 20, floor=1) == [[39, 39], [20, 20], [1, 1]]
+    assert pyramid_budgets(1, 2, 20, floor=3) == [[20, 20]]
+    budgets = pyramid_budgets(30, 3, 64, floor=5)
+    assert sum(map(sum, budgets)) == 30 * 3 * 64 and all(len(set(row)) == 1 for row in budgets)
+    per_layer = [row[0] for row in budgets]
+    assert per_layer == sorted(per_layer, reverse=True) and per_layer[-1] == 5 and per_layer[0] > 120

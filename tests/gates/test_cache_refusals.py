@@ -9,6 +9,7 @@ from gated_models import gated_model, step_by_step, token_ids
 
 from retention_gates import RetentionGateConfig, find_gated_model
 from retention_gates.gates.cache import BoundedCache
+from retention_gates.gates.simulation import SimulatedCache
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,12 @@ from retention_gates.gates.cache import BoundedCache
         (dict(memory_size=8, protected_tokens=-1), "protected_tokens=-1"),
         (dict(memory_size=8, policy="retntion"), "Did you mean 'retention'"),
         (dict(memory_size=8, policy=None), "policy=None"),
+        (dict(memory_size=8, policy=["h2o"]), "policy=.*is unknown"),
+        (
+            dict(memory_size=8, policy="tova", budgets=[[8, 8], [8, 8], [6, 10], [8, 8]]),
+            r"layer 2 have budgets of \[6, 10\]",
+        ),
+        (dict(memory_size=8, policy="tova", budgets="adaptive"), "layer 0 have budgets that they share"),
         (dict(memory_size=8, budgets="global"), "budgets='global'"),
         (dict(memory_size=8, budgets=7), "budgets=7"),
         (dict(memory_size=8, budgets="calibrated"), "no budget shares|does not have"),
@@ -42,6 +49,24 @@ from retention_gates.gates.cache import BoundedCache
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         BoundedCache(gated_model(), **arguments)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "glm4", "cohere2"])
+def test_policies_that_turn_queries_need_a_rotary_embedding_they_know(family):
+    # of another kind in some layers, of part of the channels, of channels side by side
+    with pytest.raises(ValueError, match="rotary embeddings .* choose another policy"):
+        BoundedCache(gated_model(family), memory_size=8, policy="expected_attention")
+
+
+@pytest.mark.parametrize("cache_class", [BoundedCache, SimulatedCache])
+def test_an_instruction_must_be_pinned(cache_class):
+    model = gated_model()
+    cache = cache_class(model, memory_size=8, policy="citrus")
+    with pytest.raises(ValueError, match=r"there is none: call cache.pin\(start, stop\)"):
+        model(input_ids=token_ids(1, 20), past_key_values=cache)
+    cache.pin(3, 5)
+    with torch.no_grad():
+        model(input_ids=token_ids(1, 20), past_key_values=cache)
 
 
 def test_model_without_gates():

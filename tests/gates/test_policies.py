@@ -1,56 +1,82 @@
 """Scores are what the papers say, and do not depend on how the tokens arrive."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from plain_feedback import simulate
+from torch import nn
 
-from retention_gates.gates.policies import POLICIES, find_policy
+from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.feedback_layer import FeedbackSlotLayer
+from retention_gates.gates.policies import POLICIES, FeedbackPolicy, NewTokens, ScoredPolicy, as_feedback, find_policy
+
+SCORED = [name for name, policy in POLICIES.items() if isinstance(policy, ScoredPolicy)]
+OWNER = nn.Identity()
+FED_BACK = [name for name, policy in POLICIES.items() if isinstance(policy, FeedbackPolicy)]
 
 
-def inputs(batch=2, heads=3, tokens=40, seed=0):
+def new_tokens(batch=2, heads=3, tokens=40, seed=0):
     torch.manual_seed(seed)
     log_beta = -torch.rand(batch, heads, tokens)
-    return log_beta, torch.randn(batch, heads, tokens, 8), torch.arange(tokens).expand(batch, -1)
+    key, value = torch.randn(2, batch, heads, tokens, 8)
+    return NewTokens(log_beta, key, value, torch.arange(tokens).expand(batch, -1), seed=3, layer=1)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+def part_of(new, rows, columns):
+    return replace(
+        new,
+        log_beta=new.log_beta[rows, :, columns],
+        key=new.key[rows, :, columns],
+        value=new.value[rows, :, columns],
+        offset=new.offset[rows, columns],
+    )
+
+
+@pytest.mark.parametrize("name", SCORED)
 def test_tokens_may_arrive_in_any_chunks_and_rows(name):
-    log_beta, key, offset = inputs()
-    policy = find_policy(name)
-    whole = policy.score(log_beta, key, offset, 3, 1)
+    new, policy = new_tokens(), find_policy(name)
+    whole = policy.score(new)
     assert whole.shape == (2, 3, 40) and whole.dtype == torch.float32 and whole.isfinite().all()
     for rows in (slice(0, 1), slice(1, 2)):
-        parts = [
-            policy.score(log_beta[rows, :, part], key[rows, :, part], offset[rows, part], 3, 1)
-            for part in (slice(0, 1), slice(1, 17), slice(17, 40))
-        ]
+        parts = [policy.score(part_of(new, rows, part)) for part in (slice(0, 1), slice(1, 17), slice(17, 40))]
         assert torch.equal(torch.cat(parts, dim=2), whole[rows])
 
 
 def test_retention_scores_by_log_beta():
-    log_beta, key, offset = inputs()
+    new = new_tokens()
     assert find_policy("retention").linear_in_age
-    assert torch.equal(find_policy("retention").score(log_beta, key, offset, 0, 0), log_beta)
+    assert torch.equal(find_policy("retention").score(new), new.log_beta)
 
 
-def test_streaming_llm_lets_the_oldest_go():
-    log_beta, key, offset = inputs()
-    score = find_policy("streaming_llm").score(log_beta, key, offset, 0, 0)
-    assert (score.diff(dim=2) > 0).all() and not find_policy("streaming_llm").linear_in_age
+@pytest.mark.parametrize(("name", "sinks"), [("streaming_llm", True), ("sliding_window", False)])
+def test_windows_let_the_oldest_go(name, sinks):
+    policy = find_policy(name)
+    assert (policy.score(new_tokens()).diff(dim=2) > 0).all() and not policy.linear_in_age
+    assert policy.keeps_sinks == sinks
 
 
 def test_key_norm_lets_the_largest_go():
-    log_beta, key, offset = inputs()
-    key[0, 1, 7] = 100.0
-    score = find_policy("key_norm").score(log_beta, key.bfloat16(), offset, 0, 0)
+    new = new_tokens()
+    new.key[0, 1, 7] = 100.0
+    score = find_policy("key_norm").score(replace(new, key=new.key.bfloat16()))
     assert score[0, 1].argmin() == 7
-    torch.testing.assert_close(score, -key.bfloat16().float().square().sum(-1).sqrt())
+    torch.testing.assert_close(score, -new.key.bfloat16().float().square().sum(-1).sqrt())
+
+
+def test_value_norm_lets_the_smallest_go():
+    new = new_tokens()
+    new.value[0, 1, 7] = 0.0
+    score = find_policy("value_norm").score(new)
+    assert score[0, 1].argmin() == 7
+    torch.testing.assert_close(score, new.value.square().sum(-1).sqrt())
 
 
 def test_random_is_uniform_and_differs_by_seed_layer_head_and_offset():
     tokens = 4000
     nothing, key, offset = torch.zeros(1, 2, tokens), torch.zeros(1, 2, tokens, 1), torch.arange(tokens)[None]
     draws = [
-        find_policy("random").score(nothing, key, offset, seed, layer)[0, head]
+        find_policy("random").score(NewTokens(nothing, key, key, offset, seed, layer))[0, head]
         for seed in (0, 1, 2**32 - 1)
         for layer in (0, 1)
         for head in (0, 1)
@@ -69,3 +95,52 @@ def test_unknown_policy_names_the_nearest():
         find_policy("streamingllm")
     with pytest.raises(ValueError, match="choose among 'retention'"):
         find_policy("h2o-with-everything")
+
+
+FREQUENCIES = (1.0, 0.1)
+
+
+def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4, shared=False):
+    """What a layer holds after each chunk, by the cache and by plain Python."""
+    protected = [(0, 2), (4, 7)] if name == "citrus" else [(0, 2)]
+    tokens = sum(chunks)
+    generator = torch.Generator().manual_seed(seed)
+    key, value = torch.randn(2, 1, heads, tokens, head_dim, generator=generator)
+    query = 2 * torch.randn(1, heads * group, tokens, head_dim, generator=generator)
+    policy = as_feedback(POLICIES[name]) if shared else POLICIES[name]
+    rule = EvictionRule(policy, (budget,) * heads, 1, tuple(protected), 0, 0, FREQUENCIES, shared)
+    layer, ours, first = FeedbackSlotLayer(rule, OWNER), [], 0
+    for length in chunks:
+        now = slice(first, first + length)
+        layer.stage(OWNER, torch.zeros(1, heads, length), None)
+        layer.attend(query[:, :, now], *layer.update(key[:, :, now], value[:, :, now]), scale=0.5)
+        ours.append([{p for p in layer.positions(head)[0].tolist() if p >= 0} for head in range(heads)])
+        first += length
+    arguments = (query[0].tolist(), key[0].tolist(), value[0].tolist(), budget, protected, 0.5, list(FREQUENCIES))
+    plain = simulate(name, *arguments, chunks, shared)
+    return ours, plain
+
+
+@pytest.mark.parametrize("name", FED_BACK)
+@pytest.mark.parametrize(
+    "chunks", [[1] * 90, [50, 1, 1, 1, 40, 1, 1], [140] + [1] * 5], ids=["steps", "mixed", "prompt"]
+)
+def test_keeps_what_plain_python_keeps(name, chunks):
+    # 140 tokens are more than one block of queries, 90 more than the windows of 32
+    ours, plain = layer_run(name, budget=20, chunks=chunks, seed=1)
+    assert ours == plain
+    assert any(held != ours[-1][0] for held in ours[-1][1:]) or POLICIES[name].same_for_all_heads
+    assert ours[-1][0] != set(range(sum(chunks) - 20, sum(chunks)))
+
+
+@pytest.mark.parametrize("name", ["value_norm", "h2o", "snapkv", "merging"])
+@pytest.mark.parametrize("chunks", [[1] * 60, [70, 1, 1, 1, 30, 1]], ids=["steps", "mixed"])
+def test_heads_that_share_their_budgets(name, chunks):
+    ours, plain = layer_run(name, budget=20, chunks=chunks, seed=2, heads=3, shared=True)
+    assert ours == plain
+    for step in ours[-10:]:
+        assert sum(map(len, step)) == min(60, 3 * sum(chunks))
+    sizes = {size for step in ours[-3:] for size in map(len, step)}
+    assert min(sizes) >= 4
+    if name == "value_norm" or len(chunks) < 10:  # one at a time, it may be each head's own entry that goes
+        assert len(sizes) > 1

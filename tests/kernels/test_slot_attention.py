@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retention_gates.kernels.slot_attention import slot_attention
+from retention_gates.kernels.slot_attention import entry_weights, slot_attention
 
 
 def inputs(sizes, group, head_dim, value_dim, batch=2, dtype=torch.float64, seed=0):
@@ -80,6 +80,7 @@ def test_softcap_and_sinks():
         (dict(keys=torch.zeros(2, 7, 8, dtype=torch.bfloat16)), "dtype"),
         (dict(softcap=0.0), "softcap"),
         (dict(sinks=torch.zeros(2)), "sinks"),
+        (dict(received=torch.zeros(2, 6)), "received"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -94,3 +95,53 @@ def test_bad_arguments(change, message):
     slot_attention(**good)
     with pytest.raises(ValueError, match=message):
         slot_attention(**(good | change))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_weights_are_what_each_slot_received(softcap, with_sinks):
+    sizes, group = [3, 65, 2, 1], 3
+    query, keys, _, positions, offsets = inputs(sizes, group, head_dim=12, value_dim=5)
+    sinks = torch.linspace(-1, 2, 12, dtype=torch.float64) if with_sinks else None
+    arguments = dict(scale=0.4, softcap=softcap, sinks=sinks)
+    # one-hot values make the output the weights themselves
+    values = torch.eye(offsets[-1], dtype=torch.float64).expand(2, -1, -1)
+    received = torch.full((2, offsets[-1]), float("nan"))
+    output = slot_attention(query, keys, values, positions, offsets, **arguments, received=received)
+    assert torch.equal(output, slot_attention(query, keys, values, positions, offsets, **arguments))
+    torch.testing.assert_close(received.double(), output[:, :, 0].sum(1), rtol=1e-5, atol=1e-6)
+
+    # the same from the op for many queries, each of which is one call of the other
+    queries = torch.cat([query, query.flip(3), -query], dim=2)  # [B, HQ, 3, D]
+    by_head = torch.zeros(2, 4, 65, 12, dtype=torch.float64)
+    visible = torch.zeros(2, 4, 3, 65, dtype=torch.bool)
+    for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        by_head[:, head, : stop - start] = keys[:, start:stop]
+        visible[:, head, :, : stop - start] = (positions[:, start:stop] >= 0)[:, None]
+    visible[:, :, 2] = False
+    many = entry_weights(queries, by_head, visible, **arguments)
+    assert many.shape == (2, 4, 3, 65) and (many[:, :, 2] == 0).all()
+    for n in (0, 1):
+        slot_attention(queries[:, :, n : n + 1], keys, values, positions, offsets, **arguments, received=received)
+        for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            torch.testing.assert_close(many[:, head, n, : stop - start], received[:, start:stop], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(keys=torch.zeros(2, 6, 8)), "must be"),
+        (dict(query=torch.zeros(2, 3, 5, 8)), "multiple"),
+        (dict(keys=torch.zeros(2, 2, 7, 9)), "keys"),
+        (dict(visible=torch.ones(2, 2, 5, 6).bool()), "visible"),
+        (dict(softcap=-1.0), "softcap"),
+        (dict(sinks=torch.zeros(2)), "sinks"),
+    ],
+)
+def test_bad_arguments_of_entry_weights(change, message):
+    good = dict(
+        query=torch.zeros(2, 4, 5, 8), keys=torch.zeros(2, 2, 7, 8), visible=torch.ones(1, 1, 5, 7).bool(), scale=1.0
+    )
+    entry_weights(**good)
+    with pytest.raises(ValueError, match=message):
+        entry_weights(**(good | change))

@@ -13,7 +13,10 @@ from retention_gates.trainers import evaluation
 from retention_gates.trainers.evaluation import Contender, compare_answers, compare_rows, contenders
 
 POLICIES = ("retention", "streaming_llm", "random", "key_norm")
-ALL = contenders(POLICIES, [6, 16], ["uniform", "calibrated"])  # calibrated budgets have a floor of 12
+ALL = [
+    *contenders(POLICIES, [6, 16], ["uniform", "calibrated"]),  # calibrated budgets have a floor of 12
+    *contenders(["h2o", "tova"], [6, 16], ["uniform"]),
+]
 
 
 @dataclass
@@ -78,7 +81,9 @@ def contender_of(record: dict) -> Contender | None:
 
 
 def test_a_memory_as_long_as_the_text_loses_nothing():
-    records = compare_rows(gated_model(), token_ids(2, 30), contenders(POLICIES, [30], ["uniform"]), batch_size=2)
+    records = compare_rows(
+        gated_model(), token_ids(2, 30), contenders((*POLICIES, "h2o"), [30], ["uniform"]), batch_size=2
+    )
     assert all(abs(record["kl"]) < 1e-6 and record["agreement"] == 1 for record in records)
 
 

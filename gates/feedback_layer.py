@@ -1,0 +1,192 @@
+"""The cache of fixed size for policies that look at what is held and at the attention that it received."""
+
+import torch
+from torch import nn
+
+from retention_gates.gates import feedback
+from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
+from retention_gates.gates.slot_layer import STATE, SlotLayer
+from retention_gates.kernels.gate_evict import enter_token, place_chunk, slot_table
+from retention_gates.kernels.slot_attention import entry_weights, slot_attention
+
+QUERIES = 128  # of a chunk whose weights exist at a time, HQ x QUERIES x (slots + chunk) fp32 numbers per row
+
+
+class FeedbackSlotLayer(SlotLayer):
+    """Slots that carry a policy's state beside them. The victims are chosen after attention, and go at once.
+
+    Beside the state of `SlotLayer`, of which `score` is only inf or 0, protected or not, and `pending` stays empty:
+    state [B, N, K] fp32 and head_state [B, H, P] fp32, the policy's own; and, of a policy that gives priorities once
+    in several steps, the last priority [B, N] fp32, inf for who entered since.
+    """
+
+    state: torch.Tensor
+    head_state: torch.Tensor
+    priority: torch.Tensor
+
+    def __init__(self, rule: EvictionRule, owner: nn.Module):
+        super().__init__(rule, owner)
+        self.columns = 0  # read so far, known without asking the device
+
+    @property
+    def policy(self) -> FeedbackPolicy:
+        assert isinstance(self.rule.policy, FeedbackPolicy)
+        return self.rule.policy
+
+    @property
+    def row_state(self) -> tuple[str, ...]:
+        return (*STATE, "state", "head_state") + (("priority",) if self.rule.interval > 1 else ())
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.has_head_state = False  # its size is known when there are queries
+        shape = (self.batch_size, self.slots)
+        with torch.inference_mode(False):
+            self.state = torch.zeros(*shape, self.policy.state_width(key_states.shape[-1]), device=self.device)
+            self.head_state = torch.zeros(self.batch_size, len(self.rule.budgets), 0, device=self.device)
+            self.priority = torch.full(shape if self.rule.interval > 1 else (0, 0), float("inf"), device=self.device)
+
+    def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
+        barred = torch.zeros_like(new.log_beta).masked_fill(is_protected, float("inf"))
+        state = self.policy.initial_state(new)
+        self.columns += positions.shape[1]
+        if positions.shape[1] > 1:
+            self.chunk = barred, state, positions, is_padded
+            return
+        entering = [
+            (self.keys, new.key.squeeze(2)),
+            (self.values, new.value.squeeze(2)),
+            (self.score, barred.squeeze(2)),
+            (self.state, state.squeeze(2)),
+        ]
+        if self.rule.interval > 1:
+            entering.append((self.priority, torch.full_like(barred[:, :, 0], float("inf"))))
+        enter_token(entering, self.slot_positions, positions[:, 0], self.head_offsets)
+        self.token = positions >= 0, is_padded
+
+    def _ensure_head_state(self, query: torch.Tensor) -> None:
+        if not self.has_head_state:
+            heads = len(self.rule.budgets)
+            size = self.policy.head_state_size(query.shape[3], query.shape[1] // heads)
+            with torch.inference_mode(False):
+                self.head_state = torch.zeros(self.batch_size, heads, size, device=self.device)
+            self.has_head_state = True
+
+    def _attend_token(
+        self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._ensure_head_state(query)
+        policy, table = self.policy, slot_table(self.head_offsets, self.device)
+        received = torch.empty_like(self.score) if policy.needs_attention else None
+        output = slot_attention(
+            query,
+            self.keys,
+            self.values,
+            self.slot_positions,
+            self.head_offsets,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            received=received,
+        )
+        is_real, is_padded = self.token
+        held = Held(
+            table.by_head(self.slot_positions).masked_fill(~table.exists, -1),
+            table.by_head(self.state),
+            self.head_state,
+            query,
+            is_real,
+            self.seen - 1,
+            self.start,
+            lambda name: table.by_head(getattr(self, name)),
+            self.rule.setting(self.batch_size, scale, self.device),
+        )
+        if policy.observe is not None:
+            weights = None if received is None else table.by_head(received)[:, :, None]
+            feedback.observe(policy, held, weights, is_padded)
+        interval = self.rule.interval
+        if self.columns % interval == 0:
+            priority = feedback.priorities(policy, held)
+            if interval > 1:
+                self.priority.copy_(table.ragged(priority))
+        else:
+            priority = table.by_head(self.priority)
+        most = self.rule.most_victims
+        victims = self._victims(priority, held, table.by_head(self.score), most)
+        if policy.merge is not None:
+            keys, values = policy.merge(held, victims, most)
+            self.keys.copy_(table.ragged(keys))
+            self.values.copy_(table.ragged(values))
+        self.state.copy_(table.ragged(held.state))
+        self.slot_positions.masked_fill_(table.ragged(victims), -1)
+        return output
+
+    def _attend_and_cut(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self._ensure_head_state(query)
+        barred, state, positions, is_padded = self.chunk
+        output = self._attend_chunk(query, key, value, positions, is_padded, scale, softcap, sinks)
+        policy, table = self.policy, slot_table(self.head_offsets, self.device)
+        tokens = key.shape[2]
+
+        def with_chunk(slots: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:  # [B, H, S + T, ...]
+            return torch.cat([table.by_head(slots), chunk], dim=2)
+
+        everyone = with_chunk(self.slot_positions, positions[:, None].expand(-1, len(table.sizes), -1))
+        everyone[:, :, :-tokens].masked_fill_(~table.exists, -1)
+        held = Held(
+            everyone,
+            with_chunk(self.state, state),
+            self.head_state,
+            query,
+            positions >= 0,
+            self.seen - 1,
+            self.start,
+            lambda name: with_chunk(getattr(self, name), {"keys": key, "values": value}[name]),
+            self.rule.setting(self.batch_size, scale, self.device),
+        )
+        for first in range(0, tokens, QUERIES) if policy.observe is not None else ():
+            block = slice(first, min(first + QUERIES, tokens))
+            held.query, held.is_real = query[:, :, block], positions[:, block] >= 0
+            held.step = self.seen - tokens + block.stop - 1
+            weights = None
+            if policy.needs_attention:
+                visible = held.exists[:, :, None] & (everyone[:, :, None] <= held.query_steps[:, None])
+                weights = entry_weights(held.query, held.keys, visible, scale=scale, softcap=softcap, sinks=sinks)
+            feedback.observe(policy, held, weights, is_padded)
+        priority = feedback.priorities(policy, held)
+        most = everyone.shape[2]
+        victims = self._victims(priority, held, with_chunk(self.score, barred), most)
+        if policy.merge is not None:
+            keys, values = (x.to(key.dtype) for x in policy.merge(held, victims, most))
+            self.keys.copy_(table.ragged(keys[:, :, :-tokens]))
+            self.values.copy_(table.ragged(values[:, :, :-tokens]))
+            key, value = keys[:, :, -tokens:], values[:, :, -tokens:]
+        self.state.copy_(table.ragged(held.state[:, :, :-tokens]))
+        entering = [(self.keys, key), (self.values, value), (self.score, barred)]
+        entering.append((self.state, held.state[:, :, -tokens:]))
+        if self.rule.interval > 1:
+            self.priority.copy_(table.ragged(priority[:, :, :-tokens]))
+            entering.append((self.priority, priority[:, :, -tokens:]))
+        place_chunk(entering, self.slot_positions, positions, victims, self.head_offsets)
+        return output
+
+    def _victims(self, priority: torch.Tensor, held: Held, barred: torch.Tensor, most: int) -> torch.Tensor:
+        rule = self.rule
+        surplus = feedback.surplus(held.exists.sum(2), held.budgets, rule.buffer_size, rule.is_shared)
+        floor = None if rule.floor is None else torch.tensor(rule.floor, device=self.device)
+        return feedback.victims(priority, held, feedback.stays(held, barred, self.recent), surplus, most, floor)
+
+    def reset(self) -> None:
+        super().reset()
+        self.columns = 0
+        if self.is_initialized:
+            self.head_state.zero_()
