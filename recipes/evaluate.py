@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retention_gates.recipes import plots, report
+from retention_gates.recipes import plots, report, written_answers
 from retention_gates.recipes.loading import (
     add_model_arguments,
     add_text_arguments,
@@ -57,14 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME",
-        help="recall tasks: passage_repeat, sentence_recall, passkey, code_lookup (default: none)",
+        help="recall tasks, such as passage_repeat, passkey:needles=3 or pitfalls (default: none)",
     )  # fmt: skip
+    parser.add_argument(
+        "--pin", action="store_true", help="of tasks with a system prompt: score each policy once more with it pinned"
+    )
     parser.add_argument("--examples", type=int, default=16, metavar="N", help="of each task (default: 16)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows per forward pass (default: 1)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and pictures")
+    written_answers.add_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> None:
+    if written_answers.wanted(options):
+        return written_answers.main(options)
     began, clock = datetime.now(UTC), time.monotonic()
     check_output(options.output)
     plots.require_matplotlib()
@@ -143,17 +149,20 @@ def _score(
 ) -> list[dict[str, Any]]:
     from tqdm.auto import tqdm
 
-    from retention_gates.trainers.evaluation import compare_answers, compare_rows
+    from retention_gates.data.tasks.pitfalls import leaks
+    from retention_gates.trainers.evaluation import compare_answers, compare_rows, with_pinned
 
-    passes = (len(rows) + sum(map(len, examples.values()))) * (1 + len(chosen))
+    asked = {task: with_pinned(chosen, batch) if options.pin else chosen for task, batch in examples.items()}
+    passes = len(rows) * (1 + len(chosen)) + sum(len(b) * (1 + len(asked[task])) for task, b in examples.items())
     batch_size, seed = options.batch_size, options.seed
     with tqdm(total=passes, desc="evaluating", unit="row") as bar:
         records = compare_rows(model, rows, chosen, start=start, batch_size=batch_size, seed=seed, progress=bar.update)
         for task, batch in examples.items():
             bar.set_postfix_str(task)
-            records += compare_answers(
-                model, task, batch, chosen, batch_size=batch_size, seed=seed, progress=bar.update
+            of_task = compare_answers(
+                model, task, batch, asked[task], batch_size=batch_size, seed=seed, progress=bar.update
             )
+            records += of_task + leaks(of_task)
     return records
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 from retention_gates.trainers.evaluation import FULL_CACHE
 
-LOWER_IS_BETTER = {"kl": True, "nll": True, "agreement": False, "token_accuracy": False, "exact": False}
+LOWER_IS_BETTER = {
+    "kl": True,
+    "nll": True,
+    "agreement": False,
+    "token_accuracy": False,
+    "exact": False,
+    "score": False,
+}
 
 
 @dataclass(frozen=True)

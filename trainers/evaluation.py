@@ -7,7 +7,7 @@ itself, gates off.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,11 +34,16 @@ Progress = Callable[[int], Any]  # is told how many forward passes x rows were d
 
 @dataclass(frozen=True)
 class Contender:
-    """One memory to be scored: who is evicted, how much is kept, and how it is divided."""
+    """One memory to be scored: who is evicted, how much is kept, and how it is divided.
+
+    Args:
+        pin: pin the spans that an example asks for, such as its system prompt; records call the policy "NAME+pin".
+    """
 
     policy: str | Policy  # its name, or itself
     memory_size: int  # mean entries per KV head
     budgets: str = "uniform"
+    pin: bool = False
 
     def __post_init__(self) -> None:
         policy = find_policy(self.policy)
@@ -90,6 +95,13 @@ def _fits(policy: Policy, budgets: str) -> bool:
     return budgets != "adaptive" or not (isinstance(policy, FeedbackPolicy) and policy.same_for_all_heads)
 
 
+def with_pinned(chosen: Sequence[Contender], examples: Sequence["Example"]) -> list[Contender]:
+    """The contenders and, if the examples have spans to pin, each once more with these pinned."""
+    if not any(_pinned(example) for example in examples):
+        return list(chosen)
+    return [*chosen, *(replace(contender, pin=True) for contender in chosen)]
+
+
 @torch.no_grad()
 def compare_rows(
     model: nn.Module,
@@ -131,17 +143,23 @@ def compare_rows(
         for row in range(len(ids)):
             full_nll = scores["full_nll"][row].item()
             records.append(
-                {"task": TEXT, "row": first + row, **_name(None), "kl": 0.0, "nll": full_nll, "full_nll": full_nll}
+                {"task": TEXT, "row": first + row, **name_of(None), "kl": 0.0, "nll": full_nll, "full_nll": full_nll}
                 | {"agreement": 1.0}
             )
             for index, contender in enumerate(chosen):
                 values = {name: scores[name][index, row].item() for name in ("kl", "nll", "agreement")}
-                records.append({"task": TEXT, "row": first + row, **_name(contender), **values, "full_nll": full_nll})
+                records.append(
+                    {"task": TEXT, "row": first + row, **name_of(contender), **values, "full_nll": full_nll}
+                )
     return records
 
 
 class Example(Protocol):
-    """What a recall task gives: token ids of the prompt, and of the answer that belongs behind it."""
+    """What a recall task gives: token ids of the prompt, and of the answer that belongs behind it.
+
+    It may also have `parts`, named spans of the answer, outside of which nothing is scored; and `pinned`, spans of the
+    prompt for contenders that pin.
+    """
 
     @property
     def prompt_ids(self) -> list[int]: ...
@@ -164,7 +182,12 @@ def compare_answers(
     """Whether each contender, and the full cache, would say the answer: one record per example and contender.
 
     Teacher-forced: the answer is part of the input, and each of its tokens must be the most likely one after what came
-    before. A record has `token_accuracy`, the share of such tokens, and `exact`, 1.0 if all are.
+    before. A record has `token_accuracy`, the share of such tokens, and `exact`, 1.0 if all are. Each part of an
+    example is scored once more, in a record of the task "TASK/PART".
+
+    Raises:
+        ValueError: for examples without prompt or answer, or longer than the model has positions for, and for
+            contenders that pin where an example has nothing to pin.
     """
     gated = find_gated_model(model)
     head = OutputHead.from_model(model)
@@ -173,36 +196,52 @@ def compare_answers(
         batch = [examples[i] for i in indices]
         ids = torch.tensor([example.prompt_ids + example.answer_ids for example in batch], device=head.weight.device)
         check_length(gated, ids.shape[1])
-        full, kept = _hidden_states(gated, ids, chosen, seed, progress)
+        full, kept = _hidden_states(gated, ids, chosen, seed, progress, _pinned(batch[0]))
         for contender, hidden in zip([None, *chosen], [full, *kept], strict=True):
             for row, index in enumerate(indices):
                 answer = slice(len(batch[row].prompt_ids), None)
-                forecast = head.logits(hidden[row, answer.start - 1 : -1]).argmax(-1)
-                share = (forecast == ids[row, answer]).double().mean().item()
-                name = {"task": task, "row": index, **_name(contender)}
-                records.append(name | {"token_accuracy": share, "exact": float(share == 1.0)})
+                right = head.logits(hidden[row, answer.start - 1 : -1]).argmax(-1) == ids[row, answer]
+                parts = {f"{task}/{part}": right[slice(*span)] for part, span in _parts(batch[row]).items()}
+                for name, tokens in {task: torch.cat([*parts.values()]) if parts else right, **parts}.items():
+                    share = tokens.double().mean().item()
+                    scores = {"token_accuracy": share, "exact": float(share == 1.0)}
+                    records.append({"task": name, "row": index, **name_of(contender)} | scores)
     return records
+
+
+def _parts(example: Example) -> dict[str, tuple[int, int]]:
+    return getattr(example, "parts", {})
+
+
+def _pinned(example: Example) -> tuple[tuple[int, int], ...]:
+    return getattr(example, "pinned", ())
 
 
 def check_length(gated: RetentionGateModel, length: int) -> None:
     """Raises ValueError if the model has no positions for rows of so many tokens."""
     most = getattr(text_config(gated.model), "max_position_embeddings", None)
     if most is not None and length > most:
-        raise ValueError(f"Rows of {length} tokens are longer than the model's {most} positions: make them shorter.")
+        raise ValueError(
+            f"Rows of {length} tokens are longer than the model's {most} positions: ask for a length of {most} or "
+            "less, or take a model with a longer context."
+        )
 
 
-def _name(contender: Contender | None) -> dict[str, Any]:
+def name_of(contender: Contender | None) -> dict[str, Any]:
+    """What names a contender in a record; None is the full cache."""
     if contender is None:
         return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
-    return {
-        "policy": find_policy(contender.policy).name,
-        "memory_size": contender.memory_size,
-        "budgets": contender.budgets,
-    }
+    name = find_policy(contender.policy).name + ("+pin" if contender.pin else "")
+    return {"policy": name, "memory_size": contender.memory_size, "budgets": contender.budgets}
 
 
 def _hidden_states(
-    gated: RetentionGateModel, ids: torch.Tensor, chosen: Sequence[Contender], seed: int, progress: Progress
+    gated: RetentionGateModel,
+    ids: torch.Tensor,
+    chosen: Sequence[Contender],
+    seed: int,
+    progress: Progress,
+    pinned: Sequence[tuple[int, int]] = (),
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What lm_head would get from the full cache and from each contender, [B, T, C] each."""
     was_training = gated.training
@@ -214,10 +253,7 @@ def _hidden_states(
         kept = []
         at_a_time = max(1, TOKENS_AT_A_TIME[ids.device.type == "cuda"] // ids.numel())
         for first in range(0, len(chosen), at_a_time):
-            caches = [
-                SimulatedCache(gated, c.memory_size, policy=c.policy, budgets=c.budgets, seed=seed)
-                for c in chosen[first : first + at_a_time]
-            ]
+            caches = [_cache_of(gated, contender, pinned, seed) for contender in chosen[first : first + at_a_time]]
             hidden = gated(
                 input_ids=ids.repeat(len(caches), 1),
                 past_key_values=SimulatedCache.side_by_side(caches),
@@ -229,6 +265,17 @@ def _hidden_states(
     finally:
         gated.train(was_training)
     return full, kept
+
+
+def _cache_of(
+    gated: RetentionGateModel, contender: Contender, pinned: Sequence[tuple[int, int]], seed: int
+) -> SimulatedCache:
+    if contender.pin and not pinned:
+        raise ValueError(f"{contender} pins, but what is scored has no spans to pin: leave pin=False.")
+    cache = SimulatedCache(gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=seed)
+    for span in pinned if contender.pin else ():
+        cache.pin(*span)
+    return cache
 
 
 @contextmanager
@@ -269,12 +316,13 @@ def _score_text(
 
 
 def _batches_of_equal_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Indices of examples that need no padding beside each other."""
-    by_length: dict[int, list[int]] = {}
+    """Indices of examples that need no padding beside each other and would pin the same positions."""
+    by_length: dict[tuple, list[int]] = {}
     for index, example in enumerate(examples):
         if not example.prompt_ids or not example.answer_ids:
             raise ValueError(f"Example {index} has no prompt or no answer: there is nothing to score.")
-        by_length.setdefault(len(example.prompt_ids) + len(example.answer_ids), []).append(index)
+        length = len(example.prompt_ids) + len(example.answer_ids)
+        by_length.setdefault((length, _pinned(example)), []).append(index)
     for indices in by_length.values():
         for first in range(0, len(indices), batch_size):
             yield indices[first : first + batch_size]

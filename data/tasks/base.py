@@ -3,7 +3,7 @@
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,13 +16,24 @@ from retention_gates.data.tokens import TokenDocument, document_prefix
 Split = Literal["train", "test"]
 
 
+Span = tuple[int, int]  # tokens start..stop-1
+
+
 @dataclass(frozen=True)
 class TaskExample:
-    """A prompt and the answer that the model should give token by token; `meta` says what was hidden, and where."""
+    """A prompt and the answer that the model should give token by token; `meta` says what was hidden, and where.
+
+    Args:
+        parts: spans of the answer that are scored, each also by itself under its name; what lies between them, such as
+            a further question, is only read. Empty: the whole answer is scored.
+        pinned: spans of the prompt that a user would pin, such as a system prompt; see `BoundedCache.pin`.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
     meta: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Span] = field(default_factory=dict)
+    pinned: tuple[Span, ...] = ()
 
 
 class Filler:
@@ -70,10 +81,20 @@ class Filler:
         return size if size and ids[:size].tolist() == self.prefix else 0
 
 
+@dataclass(frozen=True)
 class Task(ABC):
-    """A recall task. Example i of a seed, length and split is the same whatever else is asked for."""
+    """A recall task. Example i of a seed, length and split is the same whatever else is asked for.
 
-    name: ClassVar[str]
+    A task's fields set how hard it is; its length in tokens is chosen when examples are made.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """What `build_task` takes: the kind, and each setting that is not the usual one."""
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.kind + (":" if changed else "") + ",".join(f"{name}={value}" for name, value in changed)
 
     @abstractmethod
     def build(self, filler: Filler, rng: np.random.Generator, length: int, split: Split) -> TaskExample:
@@ -136,6 +157,28 @@ class Task(ABC):
         return length - used
 
 
+def check_setting(task: str, name: str, value: float, least: float, most: float) -> None:
+    """Raises ValueError for a task's setting outside its range."""
+    if not least <= value <= most:
+        raise ValueError(f"{task}: {name}={value} must lie between {least} and {most}")
+
+
+def check_depth(task: str, depth: float | None) -> None:
+    """Raises ValueError for a depth outside 0 (the text's beginning) to 1 (its end)."""
+    if depth is not None:
+        check_setting(task, "depth", depth, 0, 1)
+
+
+def scatter(text: list[int], pieces: Sequence[list[int]], places: Sequence[int]) -> list[int]:
+    """The text with each piece put in before its token number `place`; of two at one place, the first comes first."""
+    row: list[int] = []
+    start = 0
+    for place, piece in sorted(zip(places, pieces, strict=True), key=lambda pair: pair[0]):
+        row += text[start:place] + piece
+        start = place
+    return row + text[start:]
+
+
 def draw_code(rng: np.random.Generator, split: Split) -> str:
     """Five digits; a code whose digits add up to a multiple of five is for tests, any other for training."""
     while True:
@@ -155,3 +198,12 @@ def encode_after_space(filler: Filler, before: str, answer: str) -> tuple[list[i
     while spaces < len(ids) - 1 and not filler.decode(ids[: spaces + 1]).strip():
         spaces += 1
     return filler.encode(before) + ids[:spaces], ids[spaces:]
+
+
+def encode_list(filler: Filler, before: str, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Ids of `before`, and of the answers with commas between them; spaces as in `encode_after_space`."""
+    question, ids = encode_after_space(filler, before, answers[0])
+    for answer in answers[1:]:
+        comma, more = encode_after_space(filler, ",", answer)
+        ids = ids + comma + more
+    return question, ids

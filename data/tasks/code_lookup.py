@@ -1,10 +1,21 @@
 """Look up the number that belongs to a name, among several scattered over a text."""
 
-from itertools import pairwise
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from retention_gates.data.tasks.base import Filler, Split, Task, TaskExample, draw_code, encode_after_space
+from retention_gates.data.tasks.base import (
+    Filler,
+    Split,
+    Task,
+    TaskExample,
+    check_depth,
+    check_setting,
+    draw_code,
+    encode_after_space,
+    scatter,
+)
 
 NAMES: dict[Split, tuple[str, ...]] = {
     "train": tuple(
@@ -17,17 +28,28 @@ NAMES: dict[Split, tuple[str, ...]] = {
         "Leon Linda Lucy Mark Nina Oscar Patrick Philip Ruth Stephen Susan Ted Vera".split()
     ),
 }
-STATEMENTS = 4
 STATEMENT = "\n\nThe telephone number of {} is"
 
 
+@dataclass(frozen=True)
 class CodeLookup(Task):
-    """Four statements "The telephone number of NAME is 12345." stand scattered over a text; one is asked at the end.
+    """Statements "The telephone number of NAME is 12345." stand scattered over a text; one is asked at the end.
 
-    In training rows all of them are asked, in another order: four times the signal for the same row.
+    In training rows all of them are asked, in another order: as many times the signal for the same row.
+
+    Args:
+        statements: how many there are, 1 to 16.
+        depth: where the one that is asked for stands, 0 (the text's beginning) to 1 (just before the question). None:
+            anywhere in the first three quarters, as the others do.
     """
 
-    name = "code_lookup"
+    kind: ClassVar[str] = "code_lookup"
+    statements: int = 4
+    depth: float | None = None
+
+    def __post_init__(self) -> None:
+        check_setting(self.kind, "statements", self.statements, 1, 16)
+        check_depth(self.kind, self.depth)
 
     def build(self, filler: Filler, rng: np.random.Generator, length: int, split: Split) -> TaskExample:
         prompt, asked = self._scatter(filler, rng, length, split, ask=1)
@@ -35,7 +57,7 @@ class CodeLookup(Task):
         return TaskExample(prompt + question, answer, {"name": name, "code": code})
 
     def build_for_training(self, filler: Filler, rng: np.random.Generator, length: int) -> list[int]:
-        row, asked = self._scatter(filler, rng, length, "train", ask=STATEMENTS)
+        row, asked = self._scatter(filler, rng, length, "train", ask=self.statements)
         end = filler.encode(".")
         for _, _, question, answer in asked:
             row = row + question + answer + end
@@ -46,23 +68,23 @@ class CodeLookup(Task):
     ) -> tuple[list[int], list[tuple[str, str, list[int], list[int]]]]:
         """The text with all statements in it, and name, code, question and answer of those to be asked.
 
-        The text leaves room for the questions and answers (each with a full stop if all are asked).
+        The text leaves room for the questions and answers (each with a full stop in a training row).
         """
-        names = [str(name) for name in rng.choice(NAMES[split], STATEMENTS, replace=False)]
+        names = [str(name) for name in rng.choice(NAMES[split], self.statements, replace=False)]
         entries = []
         for name in names:
             code = draw_code(rng, split)
             entries.append((name, code, *encode_after_space(filler, STATEMENT.format(name), code)))
         end, close = filler.encode("."), filler.encode(".\n\n")
         statements = [question + answer + close for _, _, question, answer in entries]
-        asked = [entries[i] for i in rng.permutation(STATEMENTS)[:ask]]
+        order = rng.permutation(self.statements)[:ask].tolist()
+        asked = [entries[i] for i in order]
         stops = len(end) * (ask if ask > 1 else 0)
         used = sum(map(len, statements)) + sum(len(q) + len(a) for _, _, q, a in asked) + stops
-        room = self.filler_room(length, len(filler.prefix) + used, least=16 * STATEMENTS)
+        room = self.filler_room(length, len(filler.prefix) + used, least=16 * self.statements)
         text = filler.window(rng, room)
         # None stands in the last quarter: what a window of recent tokens holds anyway says nothing about a memory.
-        cuts = [0, *sorted(rng.integers(0, room * 3 // 4 + 1, size=STATEMENTS).tolist()), room]
-        row = list(filler.prefix)
-        for (start, stop), statement in zip(pairwise(cuts), [*statements, []], strict=True):
-            row += text[start:stop] + statement
-        return row, asked
+        places = sorted(rng.integers(0, room * 3 // 4 + 1, size=self.statements).tolist())
+        if self.depth is not None:
+            places[order[0]] = round(self.depth * room)
+        return filler.prefix + scatter(text, statements, places), asked

@@ -1,10 +1,12 @@
 """Finish a sentence that was read before, given its first words."""
 
 import re
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from retention_gates.data.tasks.base import Filler, Split, Task, TaskExample
+from retention_gates.data.tasks.base import Filler, Split, Task, TaskExample, check_depth
 
 CUE_WORDS = 18
 ANSWER_WORDS = range(5, 21)
@@ -13,17 +15,27 @@ ATTEMPTS = 64
 SENTENCE = re.compile(r"[^\W\d_](?:[^.!?*_#\n]|\n(?!\s*\n))*[.!?]")
 
 
+@dataclass(frozen=True)
 class SentenceRecall(Task):
-    """A long sentence stands somewhere in a text; its first 18 words come again at the end, the rest is the answer."""
+    """A long sentence stands somewhere in a text; its first 18 words come again at the end, the rest is the answer.
 
-    name = "sentence_recall"
+    Args:
+        depth: where it stands instead, 0 (the text's beginning) to 1 (just before its words come again).
+    """
+
+    kind: ClassVar[str] = "sentence_recall"
+    depth: float | None = None
+
+    def __post_init__(self) -> None:
+        check_depth(self.kind, self.depth)
 
     def build(self, filler: Filler, rng: np.random.Generator, length: int, split: Split) -> TaskExample:
         gap = filler.encode("\n\n")
         self.filler_room(length, len(filler.prefix) + len(gap), least=8 * CUE_WORDS)
         for _ in range(ATTEMPTS):
             text = filler.decode(filler.window(rng, length))
-            sentences = [match.span() for match in SENTENCE.finditer(text, 0, len(text) // 2) if _fits(match, text)]
+            end = len(text) // 2 if self.depth is None else len(text)
+            sentences = [match.span() for match in SENTENCE.finditer(text, 0, end) if _fits(match, text)]
             if not sentences:
                 continue
             start, stop = sentences[int(rng.integers(len(sentences)))]
@@ -36,7 +48,12 @@ class SentenceRecall(Task):
             most = min(room, len(after))
             if room < 16 or least > most:
                 continue
-            behind = int(rng.integers(least, most + 1))
+            if self.depth is None:
+                behind = int(rng.integers(least, most + 1))
+            else:
+                behind = round((1 - self.depth) * room)
+                if not room - len(before) <= behind <= len(after):
+                    continue  # another window, with a sentence that has as much text on either side
             ahead = before[len(before) - (room - behind) :]
             prompt = filler.prefix + ahead + cue + answer + after[:behind] + gap + cue
             meta = {"sentence": text[start:stop], "position": len(filler.prefix) + len(ahead)}

@@ -16,8 +16,11 @@ def make(name, tokenizer, documents, count=12, length=LENGTH, seed=0, split="tes
     return build_task(name).examples(tokenizer, documents, count, length, seed, split)
 
 
-def test_the_tasks_are_those_the_readme_names():
-    assert NAMES_OF_TASKS == ["code_lookup", "passage_repeat", "passkey", "sentence_recall"]
+def test_the_tasks_are_those_that_are_documented():
+    assert NAMES_OF_TASKS == [
+        "code_lookup", "common_words", "long_generation", "multi_key", "multi_turn", "multi_value", "passage_repeat",
+        "passkey", "pitfalls", "sentence_recall", "variable_tracking",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES_OF_TASKS)
@@ -37,14 +40,16 @@ def test_examples_have_one_length_and_follow_from_the_seed(name, tokenizer, toke
 
 @pytest.mark.parametrize("name", NAMES_OF_TASKS)
 def test_the_answer_stands_in_the_prompt_token_for_token_well_before_its_end(name, tokenizer, token_documents):
+    if name in ("multi_value", "variable_tracking", "common_words"):
+        pytest.skip("collects an answer from several places, see test_graded_tasks.py")
     for example in make(name, tokenizer, token_documents, count=30):
-        size = len(example.answer_ids)
-        found = [
-            start
-            for start in range(len(example.prompt_ids) - size + 1)
-            if example.prompt_ids[start : start + size] == example.answer_ids
-        ]
-        assert found and found[-1] + size < len(example.prompt_ids) - 64
+        for start, stop in example.parts.values() or [(0, len(example.answer_ids))]:
+            found = places_of(example.answer_ids[start:stop], example.prompt_ids)
+            assert found and found[-1] + stop - start < len(example.prompt_ids) - 64
+
+
+def places_of(ids, row):
+    return [start for start in range(len(row) - len(ids) + 1) if row[start : start + len(ids)] == ids]
 
 
 def test_a_repeated_passage_continues_its_cue(tokenizer, token_documents):
@@ -97,7 +102,7 @@ def test_train_and_test_share_no_names_and_codes():
 
 def test_the_pass_key_is_asked_after_noise(tokenizer, token_documents):
     for example in make("passkey", tokenizer, token_documents):
-        text, code = tokenizer.decode(example.prompt_ids), example.meta["code"]
+        text, (code,) = tokenizer.decode(example.prompt_ids), example.meta["codes"]
         assert f" The pass key is {code}. Remember it. {code} is the pass key." in text
         assert text.endswith("What is the pass key? The pass key is ")
         assert tokenizer.decode(example.answer_ids) == code
@@ -112,7 +117,7 @@ def test_short_documents_are_laid_end_to_end(tokenizer):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("needle", {}, "unknown task 'needle'; allowed are code_lookup, passage_repeat, passkey, sentence_recall"),
+        ("needle", {}, "unknown task 'needle'; allowed are code_lookup, common_words, .*, variable_tracking"),
         ("passkey", {"split": "validation"}, "split='validation'; a task's split is 'train' or 'test'"),
         ("passkey", {"count": 0}, "count=0 examples"),
         ("passkey", {"documents": []}, "needs filler text and got none"),

@@ -1,0 +1,22 @@
+"""AIME 2024: the 30 problems of both exams; answers are integers from 0 to 999.
+
+Asked without examples, and for a boxed answer; the wording is ours.
+"""
+
+from retention_gates.data.suites.base import Record, Suite, SuiteExample
+from retention_gates.data.suites.gsm8k import INSTRUCTION
+from retention_gates.data.suites.math_answers import integer_answer
+
+MAX_NEW_TOKENS = 32768
+
+
+def read(record: Record, subset: str) -> list[SuiteExample]:
+    """A problem with its answer, an integer."""
+    answer = str(record.get("Answer", (int, str))).strip()
+    if not answer.isdigit() or int(answer) > 999:
+        raise ValueError(f"aime24: field 'Answer' of {record.name} is {answer!r} and should be an integer of 0 to 999")
+    messages = ({"role": "user", "content": f"{record.text('Problem').strip()}\n\n{INSTRUCTION}"},)
+    return [SuiteExample("aime24", messages, (answer,), MAX_NEW_TOKENS, integer_answer)]
+
+
+AIME24 = Suite("aime24", "Maxwell-Jia/AIME_2024", ("default",), "train", read)
