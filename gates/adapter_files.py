@@ -36,7 +36,7 @@ def find_file(source: str | os.PathLike, name: str, **hub: Any) -> Path:
         return _download(str(source), name, **hub)
     if not (folder / name).is_file():
         found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        raise ValueError(f"The adapter {folder} has no {name} ({_listing(found)}): save or download it again.")
+        raise ValueError(f"{folder} has no {name} ({_listing(found)}): save or download it again.")
     return folder / name
 
 
@@ -67,15 +67,15 @@ def _download(repository: str, name: str, **hub: Any) -> Path:
         ) from error
     except EntryNotFoundError as error:
         found = HfApi(token=hub.get("token")).list_repo_files(repository, revision=hub.get("revision"))
-        raise ValueError(
-            f"{repository}{at} has no {name} ({_listing(found)}): it holds no adapter of retention gates. Name one "
-            "that does, or convert it if it is the authors' (retention-gates convert)."
-        ) from error
+        hint = ""
+        if name in (CONFIG_NAME, WEIGHTS_NAME):
+            hint = ": it holds no adapter of retention gates. If it is the authors', run retention-gates convert"
+        raise ValueError(f"{repository}{at} has no {name} ({_listing(found)}){hint}.") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(
                 f"The disk is full: {name} of {repository} could not be downloaded to {constants.HF_HUB_CACHE}. Make "
-                "room there, or set HF_HOME to a folder on another disk; what has arrived is kept."
+                "room there, or set HF_HOME to a folder on another disk."
             ) from error
         if isinstance(error, HfHubHTTPError):
             raise ValueError(f"The Hub refused to give {name} of {repository}{at}: {error}") from error

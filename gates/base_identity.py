@@ -34,7 +34,10 @@ def warn_if_another_base(config: Any, model: Any) -> None:
 
 
 def identity(model: Any) -> tuple[str, str | None]:
-    """Name (or folder; empty if unknown) and commit of a loaded base model, as transformers notes them."""
+    """Name (or folder; empty if unknown) and commit of a loaded base model, as far as it says.
+
+    The commit is known of a model that our commands or older transformers have loaded, and of a snapshot's folder.
+    """
     name, revision = _split_snapshot(getattr(model, "name_or_path", "") or "")
     return name, getattr(model.config, "_commit_hash", None) or revision
 

@@ -115,6 +115,11 @@ def half_life_to_bias(half_life: float) -> float:
     return math.log(half_life / math.log(2.0))
 
 
+def bias_to_half_life(bias: float) -> float:
+    """Tokens after which a gate with the bias b halves retention, the way back of `half_life_to_bias`."""
+    return math.log(2.0) * math.exp(bias)
+
+
 def half_life(log_beta: torch.Tensor) -> torch.Tensor:
     """Tokens until half of a token's retention is left; infinite where log_beta is 0."""
     return -math.log(2.0) / log_beta

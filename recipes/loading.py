@@ -107,6 +107,7 @@ def load_base(
     if gguf_file is not None:  # weights left in their blocks could not be trained through
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
+    model.config._commit_hash = _commit_in_cache(name, revision)  # as older transformers note it: adapters record it
     return model.to(place).eval()  # type: ignore[arg-type]
 
 
@@ -229,6 +230,16 @@ def load_rows(
 
     prefix = document_prefix(tokenizer)
     return sample_windows(documents, options.length, options.rows, seed=options.seed, prefix_ids=prefix)
+
+
+def _commit_in_cache(name: str, revision: str | None) -> str | None:
+    """The commit that was just loaded of a model of the Hub; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return None
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _device(device: "str | torch.device | None") -> "torch.device":

@@ -1,15 +1,17 @@
 """A small Hub on the loopback interface: what huggingface_hub asks for when it downloads and uploads models.
 
 It keeps repositories in memory, asks for tokens, redirects large files as the Hub does, answers range requests, and
-breaks transfers on demand. Use: `with HubServer() as hub: hub.add("user/adapter", files)`, and `hub.environment(...)` for
-a process that should talk to it, because huggingface_hub reads HF_ENDPOINT when it is imported.
+breaks transfers on demand. Use: `with HubServer() as hub: hub.add("user/adapter", files)`, and `hub.environment(...)`
+for a process that should talk to it, because huggingface_hub reads HF_ENDPOINT when it is imported.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +43,7 @@ class Request:
     path: str
     range: str | None
     sent: int  # bytes of the body
+    has_token: bool
 
 
 class HubServer:
@@ -48,29 +51,47 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # sha256 -> content
         self.requests: list[Request] = []
-        self.break_after: int | None = None  # bytes of the next large file; later ones fail until it is None again
+        self.break_after: int | None = None  # bytes of the next large file, after which the connection is gone
+        self.out_of_order = False  # large files cannot be had at all
+        self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
+        self.port = 0
 
     def __enter__(self) -> "HubServer":
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.http.daemon_threads = True
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        self.thread.start()
+        self.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"hub": self}))
+        self.port = self.http.server_address[1]  # the same one when it is started again
+        self.http.daemon_threads = True
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
         self.http.shutdown()
         self.http.server_close()
+        for connection in list(self.connections):  # those that clients keep alive
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self.thread.join()
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}"
+        return f"http://127.0.0.1:{self.port}"
 
     def environment(self, home: Path, **changes: str) -> dict[str, str]:
         """The environment of a process that knows no other Hub. Args: home: where its cache and token are."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        here = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        here = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
         return own | here | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | changes
 
     def add(self, name: str, files: Path | dict[str, bytes], branch: str = "main", **options: bool) -> str:
@@ -88,6 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.hub.connections.discard(self.connection)
+        super().finish()
+
     def log_message(self, *arguments: object) -> None:
         pass
 
@@ -100,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.hub.lock:
-            self.record = Request(self.command, path, self.headers.get("Range"), 0)
+            self.record = Request(self.command, path, self.headers.get("Range"), 0, "Authorization" in self.headers)
             self.hub.requests.append(self.record)
         for pattern, method in ROUTES:
             match = re.fullmatch(pattern, path)
@@ -111,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, status: int, content: bytes | dict | list = b"", **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+        for name, value in ({"Content_Length": str(len(body))} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -173,7 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         sha = hashlib.sha256(content).hexdigest()
         self.hub.objects[sha] = content
         large = {"X_Linked_Etag": f'"{sha}"', "X_Linked_Size": str(len(content)), "X_Repo_Commit": commit}
-        self.send(302, Location=f"{self.hub.endpoint}/cdn/{sha}", **large)
+        # another host, as the Hub's is: the client must not send its token there
+        self.send(302, Location=f"http://localhost:{self.hub.port}/cdn/{sha}", **large)
 
     def large_file(self, sha: str) -> None:
         content, status, headers = self.hub.objects[sha], 200, {"ETag": f'"{sha}"', "Accept_Ranges": "bytes"}
@@ -181,14 +211,14 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(re.fullmatch(r"bytes=(\d+)-", self.record.range)[1])
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             content, status = content[start:], 206
-        if self.command == "HEAD" or self.hub.break_after is None:
+        if self.hub.out_of_order:
+            self.send(500, b"out of order")
+        elif self.command == "HEAD" or self.hub.break_after is None:
             self.send(status, content, **headers)
-        elif self.hub.break_after > 0:  # half a body, then the connection is gone
-            part, self.hub.break_after = content[: self.hub.break_after], 0
+        else:
+            part, self.hub.break_after = content[: self.hub.break_after], None
             self.send(status, part, **headers, Content_Length=str(len(content)))
             self.close_connection = True
-        else:
-            self.send(500, b"out of order")
 
     # ---- writing ----
 
