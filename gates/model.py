@@ -36,6 +36,19 @@ class RetentionGateModel(BaseTuner):
     tuner_layer_cls = RetentionGatedAttention
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # a LoRA in the base's linear layers keeps its configs: PEFT would mix them with ours, by name
+        beside = model.__dict__.get("peft_config", {})
+        if beside and not any(isinstance(config, RetentionGateConfig) for config in beside.values()):
+            del model.peft_config
+        else:
+            beside = {}
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        finally:
+            if beside:
+                model.peft_config = beside
+
     @property
     def gated_layers(self) -> list[RetentionGatedAttention]:
         """The wrapped attention modules that have a gate in the active adapter, by layer index."""
@@ -206,8 +219,23 @@ class RetentionGateModel(BaseTuner):
         return layer
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        super()._enable_adapter_layers(enabled)
+        for layer in self._wrappers:  # PEFT's own version would switch a LoRA in the base as well
+            layer.enable_adapters(enabled)
         self._follow_state()
+
+    def unload(self) -> nn.Module:
+        """The base model without gates; a LoRA in it stays."""
+        for name, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, RetentionGatedAttention)]:
+            parent, _, child = name.rpartition(".")
+            self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
+        if self.model.__dict__.get("peft_config") is self.peft_config:
+            del self.model.peft_config
+        return self.model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: tensor for key, tensor in found.items() if f".{cls.prefix}." in key}  # not a LoRA's
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
