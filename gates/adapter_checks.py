@@ -8,9 +8,11 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 MOST_CONFIG_BYTES = 512 * 1024  # a config with budget shares of 128 layers of 64 heads has 250 KiB
@@ -72,13 +74,33 @@ def refuse(problems: list[str]) -> None:
         )
 
 
-def digest(path: str | Path, config: dict[str, Any]) -> str:
-    """SHA-256 of the weights file and of those values of the config that give the weights their meaning."""
-    meaning = json.dumps({name: config[name] for name in DIGESTED}, sort_keys=True)
-    with open(path, "rb") as file:
-        hashed = hashlib.file_digest(file, "sha256")
-    hashed.update(meaning.encode())
+def file_digest(path: str | Path, config: dict[str, Any]) -> str:
+    """As `digest`, of the tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return digest(((key, file.get_tensor(key)) for key in sorted(file.keys())), config)
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]], config: dict[str, Any]) -> str:
+    """SHA-256 of gates and of those values of the config that give them their meaning.
+
+    Args:
+        tensors: keys and tensors, by sorted key. What comes before `.retention_gate.` is not hashed, because names of
+            modules may differ between versions of transformers; the order of the layers is.
+    """
+    hashed = hashlib.sha256(json.dumps({name: config[name] for name in DIGESTED}, sort_keys=True).encode())
+    for key, tensor in tensors:
+        hashed.update(f"{key.rpartition(KEY)[2]} {tensor.dtype} {list(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return hashed.hexdigest()
+
+
+def check_digest(found: str, config: dict[str, Any]) -> None:
+    """Raises ValueError if the config states a digest, and it is not the one found."""
+    if config["weights_sha256"] not in (None, found):
+        raise ValueError(
+            "The adapter's weights are not those that were saved with its adapter_config.json, or the config was "
+            f"changed (SHA-256 differs). {WAY_OUT}"
+        )
 
 
 def is_budget_share(value: object) -> bool:

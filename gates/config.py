@@ -12,7 +12,14 @@ from pathlib import Path
 from peft import PeftConfig, TaskType
 from transformers.activations import ACT2FN
 
-from retention_gates.gates.adapter_checks import check_config_size, check_weights, digest, is_budget_share, shown
+from retention_gates.gates.adapter_checks import (
+    check_config_size,
+    check_digest,
+    check_weights,
+    file_digest,
+    is_budget_share,
+    shown,
+)
 from retention_gates.gates.adapter_files import CONFIG_NAME, WEIGHTS_NAME, find_file
 
 PEFT_TYPE = "RETENTION_GATE"
@@ -74,7 +81,7 @@ class RetentionGateConfig(PeftConfig):
         default=None, metadata={"help": "Not used: the base model stays as it is."}
     )
 
-    awaits_weights = False  # True between reading the config and loading the weights that belong to it
+    awaits_weights = False  # True from reading the config until the weights that belong to it are loaded
     has_loaded_weights = False
 
     def __post_init__(self) -> None:
@@ -83,6 +90,7 @@ class RetentionGateConfig(PeftConfig):
             if value is not None and not (isinstance(value, str) and value.isprintable()):
                 raise ValueError(f"{name}={shown(repr(value))} must be a text, or left out.")
         super().__post_init__()
+        self.awaits_weights = self.weights_sha256 is not None  # it was read from a file
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         if self.task_type != TaskType.CAUSAL_LM:
@@ -185,7 +193,7 @@ class RetentionGateConfig(PeftConfig):
         """Writes `adapter_config.json`, with the digest of the weights that lie in the folder already."""
         written = copy.copy(self)
         weights = os.path.join(save_directory, WEIGHTS_NAME)
-        written.weights_sha256 = digest(weights, asdict(self)) if os.path.isfile(weights) else None
+        written.weights_sha256 = file_digest(weights, asdict(self)) if os.path.isfile(weights) else None
         super(RetentionGateConfig, written).save_pretrained(save_directory, **kwargs)
 
     def _check_weights(self, path: Path) -> None:
@@ -203,11 +211,7 @@ class RetentionGateConfig(PeftConfig):
             _check_integer(name, facts[name], least=1)
         shapes = GATES[self.gate_type].shapes(facts["hidden_size"], facts["num_key_value_heads"], self.gate_width)
         check_weights(path, shapes, len(self.gated_layers))
-        if self.weights_sha256 is not None and self.weights_sha256 != digest(path, asdict(self)):
-            raise ValueError(
-                f"{path} is not the file that was saved with its adapter_config.json (SHA-256 differs), or the config "
-                "was changed: save or download the adapter again."
-            )
+        check_digest(file_digest(path, asdict(self)), asdict(self))
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

@@ -1,5 +1,6 @@
 """Retention gates as a PEFT tuner."""
 
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from retention_gates.gates.adapter_checks import refuse
+from retention_gates.gates.adapter_checks import check_digest, digest, refuse
 from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
 from retention_gates.gates.base_identity import identity, warn_if_another_base
 from retention_gates.gates.cache_layer import GatedCacheLayer
@@ -295,6 +296,8 @@ class RetentionGateModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
             cls._check_state_dict(model, adapter_name, remapped, GATES[config.gate_type].shared)
+            if config.awaits_weights:
+                check_digest(digest(sorted(state_dict.items()), asdict(config)), asdict(config))
         except ValueError:
             if config.awaits_weights:  # gates made for these weights would stay behind, untrained
                 find_gated_model(model).withdraw(adapter_name)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
@@ -93,6 +93,29 @@ def test_the_digest_covers_weights_and_their_meaning(tmp_path):
     write_config(folder, read_config(folder) | {"budget_shares": [[1.0, 2.0]] * 4})  # as calibrate does
     PeftModel.from_pretrained(base, folder).save_pretrained(tmp_path / "again")
     assert read_config(tmp_path / "again")["weights_sha256"] == saved
+
+
+def test_auto_classes_check_as_well(tmp_path):
+    """They read the config in a way of their own, so that the weights are checked when they are loaded."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    folder = save_adapter(tmp_path / "gates")
+    write_config(folder, read_config(folder) | {"base_model_name_or_path": str(tmp_path / "base")})
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model.base_model, RetentionGateModel)
+    tensors = load_file(folder / WEIGHTS)
+    first, second = [key for key in tensors if key.endswith("hidden.weight")][:2]
+    swapped = {**tensors, first: tensors[second], second: tensors[first]}
+    for wrong, message in ((swapped, "SHA-256 differs"), ({**tensors, "extra": torch.zeros(1)}, "unexpected extra")):
+        save_file(wrong, folder / WEIGHTS)
+        with pytest.raises(ValueError, match=message):
+            AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_digest_is_of_the_tensors_not_of_the_file(tmp_path):
+    folder = save_adapter(tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    save_file(dict(reversed(tensors.items())), folder / WEIGHTS, metadata={"format": "pt", "by": "another tool"})
+    PeftModel.from_pretrained(tiny_model(), folder)
 
 
 @torch.no_grad()
