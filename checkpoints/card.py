@@ -51,7 +51,7 @@ def model_card(folder: Path, facts: CardFacts) -> str:
         _use(config, facts),
         _method(config),
         _gates(config, facts, (folder / WEIGHTS_NAME).stat().st_size),
-        _training(folder.parent),
+        _training(folder.parent, config),
         *(_evaluation(each, folder, facts) for each in facts.evaluations),
         _versions(config),
         f"## Licence\n\n{facts.licence}" if facts.licence else None,
@@ -158,26 +158,39 @@ def _budgets(shares: list[list[float]] | None) -> str:
     )
 
 
-def _training(run: Path) -> str | None:
-    """From the run's own files, which lie beside the adapter's folder."""
+def _training(run: Path, config: dict[str, Any]) -> str | None:
+    """From the run's own files, if they lie beside the adapter's folder."""
     if not (run / RUN_FILE).is_file():
         return None
     try:
         recipe = yaml.safe_load((run / RUN_FILE).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{run / RUN_FILE} is no YAML ({error}): the card takes the recipe from there.") from error
-    recipe.get("training", {}).pop("output_dir", None)
-    sources = ", ".join(
-        f"`{_portable(s if isinstance(s, str) else s.get('source'))}`"
-        for s in recipe.get("data", {}).get("sources", [])
-    )
-    text = "## Training\n\n" + (f"Data: {sources}. " if sources else "")
+    if not _made(recipe, config):
+        return None
+    recipe["training"].pop("output_dir", None)
+    sources = [each if isinstance(each, str) else each.get("source") for each in recipe["data"].get("sources", [])]
+    text = "## Training\n\n"
+    if sources:
+        text += "Data: " + ", ".join(f"`{_portable(source)}`" for source in sources) + ". "
     text += f"The recipe:\n\n```yaml\n{yaml.safe_dump(_portable(recipe), sort_keys=False)}```"
     last = _last_log(run / LOG)
     if last:
         values = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")
         text += f"\n\nThe last log of training, at step {last['step']}: {values}."
     return text
+
+
+def _made(recipe: Any, config: dict[str, Any]) -> bool:
+    """Whether a recipe can be that of an adapter: the same base model and gates."""
+    if not isinstance(recipe, dict) or not all(
+        isinstance(recipe.get(name), dict) for name in ("model", "data", "training")
+    ):
+        return False
+    gate = recipe.get("gate") or {}
+    return recipe["model"].get("name") == config.get("base_model_name_or_path") and all(
+        config.get(name) == value for name, value in gate.items()
+    )
 
 
 def _portable(value: Any) -> Any:
@@ -193,7 +206,12 @@ def _last_log(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     wanted = ("step", "loss", "forward_kl", "next_token_loss", "layer_error", "capacity_loss", "learning_rate")
-    logs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    logs = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            logs.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line that was being written when the process died
     trained = [log for log in logs if "loss" in log]
     return {name: trained[-1][name] for name in wanted if name in trained[-1]} if trained else {}
 

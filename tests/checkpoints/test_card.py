@@ -24,7 +24,7 @@ def run(made, tmp_path):
     """A run's folder, as train leaves it: adapter, run.yaml and log.jsonl."""
     shutil.copytree(made.adapter, tmp_path / "run" / "adapter")
     recipe = {
-        "model": {"name": "/home/somebody/models/tiny"},
+        "model": {"name": str(made.model)},
         "gate": {"gate_width": 16},
         "data": {"sources": ["org/texts", {"source": "/home/somebody/plays", "limit": 3}], "row_length": 48},
         "training": {"output_dir": "/home/somebody/out", "objective": "layerwise", "memory_size": 8, "max_steps": 8},
@@ -36,7 +36,7 @@ def run(made, tmp_path):
         {"step": 8, "eval_kl": 0.3},
         {"step": 8, "train_runtime": 3.0},
     ]
-    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs) + '{"step": 9, "lo')
     return tmp_path / "run"
 
 
@@ -51,10 +51,17 @@ def test_recipe_and_last_log(run, capsys):
     assert "Data: `org/texts`, `plays`." in training
     recipe = yaml.safe_load(training.partition("```yaml\n")[2].partition("```")[0])
     assert recipe["training"] == {"objective": "layerwise", "memory_size": 8, "max_steps": 8}
-    assert recipe["model"]["name"] == "tiny" and "/home" not in card and str(run) not in card
+    assert recipe["model"]["name"] == "model" and "/home" not in card and str(run) not in card
     assert "at step 8: loss 0.25, layer_error 0.125, learning_rate 0.001" in training
     assert f"card by retention-gates {__version__}" in card and "## Licence" not in card
     assert "retained_mass" not in card and "uniform: the adapter has not been calibrated" in card
+
+
+@pytest.mark.parametrize("change", [{"gate": {"gate_width": 32}}, {"model": {"name": "org/other"}}, {"data": []}])
+def test_the_recipe_of_another_run_is_left_out(run, change, capsys):
+    recipe = yaml.safe_load((run / "run.yaml").read_text())
+    (run / "run.yaml").write_text(yaml.safe_dump(recipe | change))
+    assert "## Training" not in dry_run(capsys, str(run / "adapter"), "user/adapter", *BASE)
 
 
 def test_an_evaluation_is_that_of_the_adapter(made, run, capsys):
