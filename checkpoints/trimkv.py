@@ -57,7 +57,7 @@ def import_gates(config_file: Path, weights_file: Path, target: Path, base_model
     Raises:
         ValueError: for a gate, a family, keys or shapes that are not known.
     """
-    theirs = _read_config(config_file)
+    theirs = read_config(config_file)
     form = _form_of(theirs)
     sizes = {
         "hidden_size": _size(theirs, "hidden_size"),
@@ -133,7 +133,7 @@ def export_gates(
                 f"Their gates take {name} from the base model's config, {base.get(name)!r}, and the adapter has "
                 f"{value!r}: it cannot be expressed there."
             )
-    layers = range(base_config["num_hidden_layers"])
+    layers = range(_size(base_config, "num_hidden_layers"))
     if config.gated_layers != list(layers):
         raise ValueError(
             f"Their form has a gate in each of the {len(layers)} layers, and the adapter in {config.gated_layers}: it "
@@ -190,7 +190,8 @@ def _portable(source: str) -> str:
     return Path(source).name if Path(source).is_dir() else source
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, if it is an object of keys of a sensible size."""
     check_config_size(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -7,13 +7,11 @@ SOURCE is a folder or a name on the Hub, user/name or user/name@revision. OUT is
 """
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 OURS, THEIRS = "adapter", "trimkv"
 
@@ -85,27 +83,24 @@ def _to_adapter(options: argparse.Namespace, folder: Path) -> None:
 
 def _to_theirs(options: argparse.Namespace, folder: Path) -> None:
     from retention_gates.checkpoints.hub import download_adapter
-    from retention_gates.checkpoints.trimkv import export_gates
+    from retention_gates.checkpoints.trimkv import THEIR_CONFIG, export_gates, read_config
+    from retention_gates.gates.adapter_files import find_file
     from retention_gates.recipes.loading import adapter_config, base_name
 
     adapter = download_adapter(options.source)
+    config = adapter_config(str(adapter))
     base_model = base_name(options.base_model, options.source)
+    # as it was published: transformers would write it in its own version's words
+    revision = config.revision if base_model == config.base_model_name_or_path else None
+    base_config = read_config(find_file(base_model, THEIR_CONFIG, revision=revision))
     export_gates(
         adapter,
-        _config_of(base_model),
+        base_config,
         folder,
         base_model=base_model,
         memory_size=options.memory_size,
         global_capacity=options.global_capacity,
         drop_protected_tokens=options.drop_protected_tokens,
     )
-    if adapter_config(options.source).budget_shares is not None:
+    if config.budget_shares is not None:
         print("The calibrated shares of the budget have no place in the authors' form and were left out.")
-
-
-def _config_of(base_model: str) -> dict[str, Any]:
-    """The base model's config.json as it was published: transformers would write it in its own version's words."""
-    from retention_gates.checkpoints.trimkv import THEIR_CONFIG
-    from retention_gates.gates.adapter_files import find_file
-
-    return json.loads(find_file(base_model, THEIR_CONFIG).read_text(encoding="utf-8"))

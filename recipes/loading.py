@@ -101,7 +101,8 @@ def load_base(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    options: dict[str, Any] = dict(_model_options(name, gguf_file))
+    # False: a base that needs code of its own is refused at once, rather than asked about; adapters name bases
+    options: dict[str, Any] = {**_model_options(name, gguf_file), "trust_remote_code": False}
     if revision is not None and not Path(name).is_dir():
         options["revision"] = revision
     if gguf_file is not None:  # weights left in their blocks could not be trained through
@@ -114,7 +115,7 @@ def load_base(
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, **_model_options(name, gguf_file))
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_model_options(name, gguf_file))
 
 
 def load_model(

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_client import HubClient
 from hub_server import TOKEN, HubServer
+from safetensors.torch import load_file
 from tiny_run import make_model
 
 PROMPT = "king"  # after which the tiny model does not stop at once
@@ -172,6 +174,57 @@ def test_an_adapter_of_the_hub_that_names_a_folder_as_its_base(hub, client, file
     hub.add("user/sly", {CONFIG: json.dumps(config).encode(), WEIGHTS: (files / "one" / WEIGHTS).read_bytes()})
     code, answer = client.command("generate", "--adapter", "user/sly", PROMPT)
     assert code == 2 and "names a folder" in answer.err and "--model" in answer.err
+
+
+def test_a_base_that_brings_code_is_refused(hub, client, files, tmp_path):
+    code = f"open({str(tmp_path / 'canary')!r}, 'w')\n"
+    maps = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model", "AutoTokenizer": ["custom.T", None]}
+    custom = json.dumps({"model_type": "custom", "auto_map": maps}).encode()
+    tokenizer = json.dumps({"tokenizer_class": "T", "auto_map": maps}).encode()
+    hub.add("org/code", {"config.json": custom, "tokenizer_config.json": tokenizer, "custom.py": code.encode()})
+    config = json.loads((files / "one" / CONFIG).read_text()) | {
+        "base_model_name_or_path": "org/code",
+        "revision": None,
+    }
+    hub.add("user/code", {CONFIG: json.dumps(config).encode(), WEIGHTS: (files / "one" / WEIGHTS).read_bytes()})
+    for arguments in (["--adapter", "user/code"], ["--model", "org/code", "--policy", "random"]):
+        code, answer = client.command("generate", *arguments, PROMPT)
+        assert code == 2 and "trust_remote_code" in answer.err
+    answer = client.run('load_base("org/code")')
+    assert answer.error.startswith("ValueError") and "trust_remote_code" in answer.error
+    assert not (tmp_path / "canary").exists()
+
+
+def test_evaluate_by_name_and_revision(client, files, tmp_path):
+    (tmp_path / "text.txt").write_text("the old ship sings over the new sea " * 40)
+    arguments = ["--text", str(tmp_path / "text.txt"), "--documents", "2", "--length", "60", "--memory-size", "8"]
+    results = []
+    for adapter in ("user/adapter@v2", str(files / "two"), "user/adapter"):
+        output = tmp_path / f"out{len(results)}"
+        code, answer = client.command("evaluate", "--adapter", adapter, *arguments, "--output", str(output))
+        assert code == 0, answer.err
+        header, *records = (output / "results.jsonl").read_text().splitlines()
+        assert json.loads(header)["adapter"] == adapter
+        results.append(records)
+    assert results[0] == results[1] != results[2]
+
+
+def test_convert_reads_from_the_hub(hub, client, files):
+    """One of ours in the authors' form, uploaded as they do, and back: an adapter that loads by its folder."""
+    theirs, back = str(files / "theirs"), str(files / "back")
+    arguments = ["--memory-size", "64", "--drop-protected-tokens"]
+    code, answer = client.command("convert", "--to", "trimkv", "user/adapter@v2", theirs, *arguments)
+    assert code == 0, answer.err
+    hub.add("authors/gates", Path(theirs), branch="first")
+    code, answer = client.command("convert", "authors/gates@first", back)
+    assert code == 0, answer.err
+    one, other = (Path(folder, WEIGHTS) for folder in (files / "two", back))
+    client.value(f"model = PeftModel.from_pretrained(load_base('org/tiny'), {back!r})")
+    assert client.value(f"print(same(model, {back!r}))") == "True"
+    assert load_file(one).keys() == load_file(other).keys()
+    assert all(torch.equal(load_file(one)[key], load_file(other)[key]) for key in load_file(one))
+    code, answer = client.command("convert", "user/adapter", str(files / "none"))
+    assert code == 2 and "user/adapter has no config.json (found: README.md, adapter_config.json" in answer.err
 
 
 def test_a_broken_transfer_goes_on_where_it_broke(hub, client, files):
