@@ -66,7 +66,7 @@ def _download(repository: str, name: str, **hub: Any) -> Path:
             f"({_reason(error)}). Try again with a connection."
         ) from error
     except EntryNotFoundError as error:
-        found = HfApi(token=hub.get("token")).list_repo_files(repository, revision=hub.get("revision"))
+        found = sorted(HfApi(token=hub.get("token")).list_repo_files(repository, revision=hub.get("revision")))
         hint = ""
         if name in (CONFIG_NAME, WEIGHTS_NAME):
             hint = ": it holds no adapter of retention gates. If it is the authors', run retention-gates convert"

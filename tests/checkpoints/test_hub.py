@@ -151,7 +151,7 @@ def test_what_the_hub_does_not_give(hub, client, files):
         "user/private": "shows no repository of that name. If it is private, log in",
         "user/gated": "user/gated is gated: accept its terms",
         "user/adapter@v9": "user/adapter has no revision 'v9'",
-        "user/model": "user/model has no adapter_config.json (found: config.json, model.safetensors, README.md)",
+        "user/model": "user/model has no adapter_config.json (found: README.md, config.json, model.safetensors)",
         "user/half": f"has no {WEIGHTS} (found: {CONFIG}, adapter_model.bin)",
         "user/lora": "peft_type='LORA', where retention gates have",
         "a/b/c": "'a/b/c' is no folder, and no name on the Hub",
