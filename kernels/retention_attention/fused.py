@@ -1,6 +1,7 @@
 """Retention-gated attention as Triton kernels, registered as operators that torch.compile can call."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def _backward(
     prepared = _prepared(log_beta, scale, last)
     numbers = (scale, scale * LOG2_E, 1.0 if softcap is None else softcap / scale)
     bounds = _bounds(query, key, prepared, first, last, until, scale, softcap, block_dim)
-    shared = {"HQ": query_heads, "G": query_heads // heads, "BD": block_dim, "BDV": block_value}
+    shared: dict[str, Any] = {"HQ": query_heads, "G": query_heads // heads, "BD": block_dim, "BDV": block_value}
     shared |= {"SOFTCAP": softcap is not None, "SKIPPING": bounds is not None, "PRECISION": precision}
 
     latest = _latest(last, until, heads)
