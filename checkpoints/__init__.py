@@ -1,1 +1,1 @@
-"""The place of adapters that ship with the package and of imports from other projects; empty so far."""
+"""Adapters in and out: the Hub, model cards, and the form of the authors' released gates."""

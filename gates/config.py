@@ -1,18 +1,33 @@
 """What an adapter of retention gates is, apart from its weights."""
 
+import copy
 import difflib
 import json
 import math
 import os
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from peft import PeftConfig, TaskType
-from safetensors import SafetensorError, safe_open
 from transformers.activations import ACT2FN
 
+from retention_gates.gates.adapter_checks import (
+    check_config_size,
+    check_digest,
+    check_weights,
+    file_digest,
+    is_budget_share,
+    shown,
+)
+from retention_gates.gates.adapter_files import CONFIG_NAME, WEIGHTS_NAME, find_file
+
 PEFT_TYPE = "RETENTION_GATE"
-GATE_TYPES = ("mlp", "linear")
-WEIGHTS_NAME = "adapter_model.safetensors"
+GATE_TYPES = ("mlp", "linear", "tied_mlp")
+TEXTS = ("base_model_name_or_path", "revision", "peft_version", "target_modules", "weights_sha256")
+# what module_pattern makes; no repetition, so that no pattern out of a file takes long to match
+PLAIN_PATTERN = r"[\w.|()\\]*"
+MOST_LAYERS = 10_000
 
 
 @dataclass
@@ -29,9 +44,9 @@ class RetentionGateConfig(PeftConfig):
     """
 
     gate_type: str = field(default="mlp", metadata={"help": f"The gate's architecture: {' or '.join(GATE_TYPES)}."})
-    gate_width: int = field(default=512, metadata={"help": "Hidden units of the mlp gate; the linear gate has none."})
+    gate_width: int = field(default=512, metadata={"help": "Hidden units of a gate's layers; linear has none."})
     activation: str = field(
-        default="silu", metadata={"help": "Activation of the mlp gate, a name transformers knows."}
+        default="silu", metadata={"help": "Activation between a gate's layers, a name transformers knows."}
     )
     initial_half_life: float = field(
         default=2000.0, metadata={"help": "Tokens after which an untrained gate has halved a token's retention."}
@@ -56,6 +71,9 @@ class RetentionGateConfig(PeftConfig):
         default=None,
         metadata={"help": "Mean retained mass in tokens, [gated layers][KV heads]: what calibrated budgets follow."},
     )
+    weights_sha256: str | None = field(
+        default=None, metadata={"help": "Filled in: of the saved weights, and of what gives them their meaning."}
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Not used: layers_to_transform chooses the layers."}
     )
@@ -63,10 +81,25 @@ class RetentionGateConfig(PeftConfig):
         default=None, metadata={"help": "Not used: the base model stays as it is."}
     )
 
+    awaits_weights = False  # True from reading the config until the weights that belong to it are loaded
+    has_loaded_weights = False
+
     def __post_init__(self) -> None:
+        for name in TEXTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.isprintable()):
+                raise ValueError(f"{name}={shown(repr(value))} must be a text, or left out.")
         super().__post_init__()
+        self.awaits_weights = self.weights_sha256 is not None  # it was read from a file
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or TaskType.CAUSAL_LM
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ValueError(f"task_type={self.task_type!r}: gates are for models that write text, CAUSAL_LM.")
+        if self.target_modules is not None and not re.fullmatch(PLAIN_PATTERN, self.target_modules):
+            raise ValueError(
+                f"target_modules={shown(self.target_modules)!r} is not of the kind that gates fill in: leave it out, "
+                "and choose layers with layers_to_transform."
+            )
         if self.gate_type not in GATE_TYPES:
             raise ValueError(
                 f"gate_type={self.gate_type!r} is not a gate: choose {' or '.join(map(repr, GATE_TYPES))}."
@@ -94,6 +127,8 @@ class RetentionGateConfig(PeftConfig):
             if layers is not None and not isinstance(layers, (list, tuple, range)):
                 raise ValueError(f"{name}={layers!r} must be a list of layer indices, such as [0, 2].")
             if layers is not None:
+                if len(layers) > MOST_LAYERS:
+                    raise ValueError(f"{name} lists {len(layers)} layers; no model has more than {MOST_LAYERS}.")
                 for layer in layers:
                     _check_integer(name, layer, least=0)
                 setattr(self, name, list(layers))
@@ -102,6 +137,11 @@ class RetentionGateConfig(PeftConfig):
             raise ValueError(
                 f"budget_shares={shares!r} must be a list of lists, [gated layers][KV heads]: take it out of "
                 "adapter_config.json and run retention-gates calibrate."
+            )
+        if shares is not None and not all(is_budget_share(share) for row in shares for share in row):
+            raise ValueError(
+                "budget_shares must be finite numbers of at least 0: take them out of adapter_config.json and run "
+                "retention-gates calibrate."
             )
 
     @classmethod
@@ -127,27 +167,51 @@ class RetentionGateConfig(PeftConfig):
     def from_json_file(cls, path_json_file: str, **kwargs):
         """Reads a config; refuses a file that holds no JSON object."""
         way_out = "save or download the adapter again."
+        check_config_size(path_json_file)
         try:
             content = super().from_json_file(path_json_file, **kwargs)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path_json_file} is not JSON ({error}): {way_out}") from error
+        except (RecursionError, TypeError) as error:  # TypeError: PEFT looks for keys in what may be a number
+            raise ValueError(f"{path_json_file} holds no object of keys ({error}): {way_out}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path_json_file} holds a {type(content).__name__}, not an object of keys: {way_out}")
         return content
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Reads `adapter_config.json`; refuses a weights file beside it that is cut short or no safetensors."""
-        weights = os.path.join(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
-        if os.path.isfile(weights):
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{weights} is not a whole safetensors file ({error}): save or download the adapter again."
-                ) from error
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        """Reads the config of a folder or of the Hub, and checks the weights beside it before a model is touched."""
+        source = os.fspath(pretrained_model_name_or_path)
+        hub, _, _ = cls._split_kwargs(kwargs | ({} if subfolder is None else {"subfolder": subfolder}))
+        find_file(source, CONFIG_NAME, **hub)
+        config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        config._check_weights(find_file(source, WEIGHTS_NAME, **hub))
+        config.awaits_weights = True
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Writes `adapter_config.json`, with the digest of the weights that lie in the folder already."""
+        written = copy.copy(self)
+        weights = os.path.join(save_directory, WEIGHTS_NAME)
+        written.weights_sha256 = file_digest(weights, asdict(self)) if os.path.isfile(weights) else None
+        super(RetentionGateConfig, written).save_pretrained(save_directory, **kwargs)
+
+    def _check_weights(self, path: Path) -> None:
+        from retention_gates.gates.gate import GATES  # which builds its gates from this config
+
+        facts = {name: getattr(self, name) for name in ("hidden_size", "num_key_value_heads", "gated_layers")}
+        missing = [name for name, fact in facts.items() if fact is None]
+        if missing:
+            raise ValueError(
+                f"adapter_config.json lacks {', '.join(missing)}, which every saved adapter has: save or download the "
+                "adapter again."
+            )
+        assert self.gated_layers is not None
+        for name in ("hidden_size", "num_key_value_heads"):
+            _check_integer(name, facts[name], least=1)
+        shapes = GATES[self.gate_type].shapes(facts["hidden_size"], facts["num_key_value_heads"], self.gate_width)
+        check_weights(path, shapes, len(self.gated_layers))
+        check_digest(file_digest(path, asdict(self)), asdict(self))
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

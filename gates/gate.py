@@ -19,6 +19,13 @@ class RetentionGate(nn.Module):
     Source: TRIM-KV, arXiv 2512.03324, section 3.
     """
 
+    shared: tuple[str, ...] = ()  # modules that the gates of all layers have in common
+
+    @staticmethod
+    def shapes(hidden_size: int, heads: int, width: int) -> dict[str, list[int]]:
+        """Parameter name -> shape, as a gate of these sizes has them, without building one."""
+        raise NotImplementedError
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> [B, T, H]
         raise NotImplementedError
 
@@ -46,8 +53,42 @@ class MLPGate(RetentionGate):
         _initialise(self.hidden, 0.0)
         _initialise(self.output, half_life_to_bias(config.initial_half_life))
 
+    @staticmethod
+    def shapes(hidden_size: int, heads: int, width: int) -> dict[str, list[int]]:
+        return _linear("hidden", width, hidden_size) | _linear("output", heads, width)
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.output(self.activation(self.hidden(x)))
+
+
+class TiedMLPGate(RetentionGate):
+    """Two hidden layers; all layers of the model share one output layer, so that their logits are on one scale.
+
+    Source: DBTrimKV, arXiv 2605.09649, whose released gates have this form.
+    """
+
+    shared = ("output",)
+
+    def __init__(self, hidden_size: int, heads: int, config: RetentionGateConfig):
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, config.gate_width, dtype=torch.float32)
+        self.middle = nn.Linear(config.gate_width, config.gate_width, dtype=torch.float32)
+        self.output = nn.Linear(config.gate_width, heads, dtype=torch.float32)
+        self.activation = ACT2FN[config.activation]
+        _initialise(self.hidden, 0.0)
+        _initialise(self.middle, 0.0)
+        _initialise(self.output, half_life_to_bias(config.initial_half_life))
+
+    @staticmethod
+    def shapes(hidden_size: int, heads: int, width: int) -> dict[str, list[int]]:
+        return (
+            _linear("hidden", width, hidden_size) | _linear("middle", width, width) | _linear("output", heads, width)
+        )
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.activation(self.middle(self.activation(self.hidden(x))))
+        output = self.output  # on the device of one layer, where the layers are on several
+        return F.linear(x, output.weight.to(x.device), output.bias.to(x.device))
 
 
 class LinearGate(RetentionGate):
@@ -58,16 +99,25 @@ class LinearGate(RetentionGate):
         self.output = nn.Linear(hidden_size, heads, dtype=torch.float32)
         _initialise(self.output, half_life_to_bias(config.initial_half_life))
 
+    @staticmethod
+    def shapes(hidden_size: int, heads: int, width: int) -> dict[str, list[int]]:
+        return _linear("output", heads, hidden_size)
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.output(x)
 
 
-GATES: dict[str, type[RetentionGate]] = {"mlp": MLPGate, "linear": LinearGate}
+GATES: dict[str, type[RetentionGate]] = {"mlp": MLPGate, "linear": LinearGate, "tied_mlp": TiedMLPGate}
 
 
 def half_life_to_bias(half_life: float) -> float:
     """The bias b whose retention halves after `half_life` tokens: half_life = ln 2 * exp(b)."""
     return math.log(half_life / math.log(2.0))
+
+
+def bias_to_half_life(bias: float) -> float:
+    """Tokens after which a gate with the bias b halves retention, the way back of `half_life_to_bias`."""
+    return math.log(2.0) * math.exp(bias)
 
 
 def half_life(log_beta: torch.Tensor) -> torch.Tensor:
@@ -78,3 +128,7 @@ def half_life(log_beta: torch.Tensor) -> torch.Tensor:
 def _initialise(layer: nn.Linear, bias: float) -> None:
     nn.init.normal_(layer.weight, std=0.02)
     nn.init.constant_(layer.bias, bias)
+
+
+def _linear(name: str, outputs: int, inputs: int) -> dict[str, list[int]]:
+    return {f"{name}.weight": [outputs, inputs], f"{name}.bias": [outputs]}

@@ -1,5 +1,6 @@
 """Retention gates as a PEFT tuner."""
 
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -8,10 +9,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from retention_gates.gates.adapter_checks import check_digest, digest, refuse
 from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
+from retention_gates.gates.base_identity import identity, warn_if_another_base
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
+from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
 
 ROLLS_BACK = {
@@ -32,6 +36,19 @@ class RetentionGateModel(BaseTuner):
     prefix = "retention_gate"
     tuner_layer_cls = RetentionGatedAttention
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # a LoRA in the base's linear layers keeps its configs: PEFT would mix them with ours, by name
+        beside = model.__dict__.get("peft_config", {})
+        if beside and not any(isinstance(config, RetentionGateConfig) for config in beside.values()):
+            del model.peft_config
+        else:
+            beside = {}
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        finally:
+            if beside:
+                model.peft_config = beside
 
     @property
     def gated_layers(self) -> list[RetentionGatedAttention]:
@@ -142,6 +159,10 @@ class RetentionGateModel(BaseTuner):
                 f"{[len(row) for row in shares]} heads in {len(shares)} layers: take them out of adapter_config.json "
                 "and run retention-gates calibrate."
             )
+        if peft_config.awaits_weights:
+            warn_if_another_base(peft_config, model)
+        elif peft_config.revision is None:
+            peft_config.revision = identity(model)[1]
 
     def _create_and_replace(
         self,
@@ -158,12 +179,25 @@ class RetentionGateModel(BaseTuner):
         sizes = (peft_config.hidden_size, peft_config.num_key_value_heads)
         if isinstance(target, RetentionGatedAttention):
             target.update_layer(adapter_name, peft_config, *sizes)
+            self._share_modules(adapter_name, target)
             return
         layer = self._wrapper(target)
         layer.update_layer(adapter_name, peft_config, *sizes)
+        self._share_modules(adapter_name, layer)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _share_modules(self, adapter_name: str, layer: RetentionGatedAttention) -> None:
+        """Gives a new gate the modules that it has in common with the first gate of its adapter."""
+        gate = cast(RetentionGate, layer.retention_gate[adapter_name])
+        if gate.shared:
+            gates = (
+                other.retention_gate[adapter_name] for other in self._wrappers if adapter_name in other.retention_gate
+            )
+            first = next(gates, gate)
+            for name in gate.shared:
+                setattr(gate, name, getattr(first, name))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own version wants a weight on the wrapped module
@@ -186,8 +220,23 @@ class RetentionGateModel(BaseTuner):
         return layer
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        super()._enable_adapter_layers(enabled)
+        for layer in self._wrappers:  # PEFT's own version would switch a LoRA in the base as well
+            layer.enable_adapters(enabled)
         self._follow_state()
+
+    def unload(self) -> nn.Module:
+        """The base model without gates; a LoRA in it stays."""
+        for name, layer in [(n, m) for n, m in self.model.named_modules() if isinstance(m, RetentionGatedAttention)]:
+            parent, _, child = name.rpartition(".")
+            self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
+        if self.model.__dict__.get("peft_config") is self.peft_config:
+            del self.model.peft_config
+        return self.model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: tensor for key, tensor in found.items() if f".{cls.prefix}." in key}  # not a LoRA's
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -238,7 +287,29 @@ class RetentionGateModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        assert isinstance(config, RetentionGateConfig)
+        if config.has_loaded_weights and config.inference_mode:
+            raise ValueError(
+                f"An adapter called {adapter_name!r} is loaded already, and would be overwritten: give the other one "
+                f"another adapter_name, or call model.delete_adapter({adapter_name!r}) first."
+            )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            cls._check_state_dict(model, adapter_name, remapped, GATES[config.gate_type].shared)
+            if config.awaits_weights:
+                check_digest(digest(sorted(state_dict.items()), asdict(config)), asdict(config))
+        except ValueError:
+            if config.awaits_weights:  # gates made for these weights would stay behind, untrained
+                find_gated_model(model).withdraw(adapter_name)
+            raise
+        config.awaits_weights, config.has_loaded_weights = False, True
+        return {key: tensor.float() for key, tensor in remapped.items()}  # stored in 16 bits, they are 32 here
+
+    @classmethod
+    def _check_state_dict(
+        cls, model: nn.Module, adapter_name: str, remapped: dict[str, torch.Tensor], shared: tuple[str, ...]
+    ) -> None:
+        """Raises ValueError unless every gate of the adapter gets all of its weights, and nothing is left over."""
         own = model.state_dict()
         expected = {k: v for k, v in own.items() if f".{cls.prefix}.{adapter_name}." in k}
         problems = [f"missing {key}" for key in expected.keys() - remapped.keys()]
@@ -250,13 +321,19 @@ class RetentionGateModel(BaseTuner):
                 problems.append(f"{key} is {remapped[key].dtype}, not floating point")
             elif not remapped[key].isfinite().all():
                 problems.append(f"{key} has NaN or infinite values")
-        if problems:
-            shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise ValueError(
-                f"The adapter's weights do not fit its config and this base model: {shown}. Save or download the "
-                "adapter again, and load it on the base model it was trained for."
-            )
-        return remapped
+        first: dict[str, str] = {}
+        for key in sorted(expected.keys() & remapped.keys()) if not problems else ():
+            parameter = key.partition(f".{cls.prefix}.{adapter_name}.")[2]
+            original = first.setdefault(parameter, key) if parameter.split(".")[0] in shared else key
+            if not torch.equal(remapped[key], remapped[original]):
+                problems.append(f"{key} differs from {original}, though all layers share it")
+        refuse(problems)
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Takes out an adapter whose weights could not be loaded; without another one, the base is as it was."""
+        self.delete_adapter(adapter_name)
+        if not self.peft_config:
+            self.unload()
 
 
 def find_gated_model(model: nn.Module) -> RetentionGateModel:

@@ -1,6 +1,6 @@
 """Generates text with a memory of fixed size; the text goes to stdout, one line of figures to stderr.
 
-retention-gates generate --adapter out/adapter --memory-size 64 --prompt "Once upon a time"
+retention-gates generate --adapter user/adapter --memory-size 64 "Once upon a time"
 """
 
 import argparse
@@ -36,7 +36,9 @@ GREEDY = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, adapter_required=False)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("text", nargs="?", metavar="PROMPT", help="what to go on from")
+    prompt.add_argument("--prompt", metavar="TEXT", help="the same, for scripts")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message, in the model's chat form")
     parser.add_argument(
         "--memory-size", type=int, default=64, metavar="M", help="entries kept per KV head, in the mean (default: 64)"
@@ -64,6 +66,7 @@ def main(options: argparse.Namespace) -> None:
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"--temperature {options.temperature} must be 0 or more, and finite.")
     check_gates_trained([options.policy], options.adapter)
+    prompt = options.text if options.prompt is None else options.prompt
 
     import torch
 
@@ -71,7 +74,7 @@ def main(options: argparse.Namespace) -> None:
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
-    ids = prompt_ids(tokenizer, options.prompt, chat=options.chat)
+    ids = prompt_ids(tokenizer, prompt, chat=options.chat)
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     cache = BoundedCache(model, options.memory_size, policy=options.policy, budgets=options.budgets, seed=options.seed)
     inputs = torch.tensor([ids], device=model.device)
@@ -99,7 +102,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, chat: bool)
     from retention_gates.data.tokens import document_prefix
 
     if not prompt.strip():
-        raise ValueError("--prompt is empty: give a text to go on from.")
+        raise ValueError("The prompt is empty: give a text to go on from.")
     if not chat:
         return document_prefix(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
     if not tokenizer.chat_template:

@@ -24,10 +24,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter_required: bo
     parser.add_argument(
         "--adapter",
         required=adapter_required,
-        metavar="DIR",
-        help="trained gates: folder or Hub name"
+        metavar="NAME",
+        help="trained gates: folder or Hub name, user/adapter or user/adapter@revision"
         + ("" if adapter_required else " (default: none, for policies that need no gates)"),
     )
+    parser.add_argument(
+        "--strict-base", action="store_true",
+        help="make it an error, not a warning, if the adapter was trained on a base model of another name or revision",
+    )  # fmt: skip
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the model's own (default: auto)"
@@ -72,13 +76,19 @@ def add_text_arguments(
 
 
 def load_base(
-    name: str, *, gguf_file: str | None = None, device: "str | torch.device | None" = None, dtype: str = "auto"
+    name: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: str = "auto",
 ) -> "PreTrainedModel":
     """A base model in eval mode on its device.
 
     Args:
         name: Hub name or folder.
         gguf_file: the file in that folder with the weights, if they are GGUF.
+        revision: branch, tag or commit of a model of the Hub.
         device: cuda where there is one, if not given.
         dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own.
     """
@@ -91,17 +101,21 @@ def load_base(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    options: dict[str, Any] = dict(_model_options(name, gguf_file))
+    # False: a base that needs code of its own is refused at once, rather than asked about; adapters name bases
+    options: dict[str, Any] = {**_model_options(name, gguf_file), "trust_remote_code": False}
+    if revision is not None and not Path(name).is_dir():
+        options["revision"] = revision
     if gguf_file is not None:  # weights left in their blocks could not be trained through
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
+    model.config._commit_hash = _commit_in_cache(name, revision)  # as older transformers note it: adapters record it
     return model.to(place).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, **_model_options(name, gguf_file))
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_model_options(name, gguf_file))
 
 
 def load_model(
@@ -115,25 +129,35 @@ def load_model(
     """A base model with the adapter's gates; without an adapter, untrained gates, for policies that ignore them."""
     from peft import PeftModel, get_peft_model
 
+    from retention_gates.checkpoints.hub import download_adapter
     from retention_gates.gates.config import RetentionGateConfig
 
-    if adapter is not None:
-        adapter_config(adapter)  # a wrong adapter should not wait for the base model
-    base = load_base(base_name(name, adapter), gguf_file=gguf_file, device=device, dtype=dtype)
+    where = base_name(name, adapter)  # a wrong adapter should not wait for the base model
     if adapter is None:
-        return get_peft_model(base, RetentionGateConfig()).eval()
-    return PeftModel.from_pretrained(base, adapter).eval()
+        return get_peft_model(
+            load_base(where, gguf_file=gguf_file, device=device, dtype=dtype), RetentionGateConfig()
+        ).eval()
+    folder = download_adapter(adapter)
+    config = adapter_config(str(folder))
+    revision = config.revision if where == config.base_model_name_or_path else None
+    base = load_base(where, gguf_file=gguf_file, revision=revision, device=device, dtype=dtype)
+    return PeftModel.from_pretrained(base, folder).eval()
 
 
 def base_name(name: str | None, adapter: str | None) -> str:
     """The base model: what was asked for, else the one that the adapter's config names."""
+    recorded = None if adapter is None else adapter_config(adapter).base_model_name_or_path
     if name is not None:
         return name
     if adapter is None:
         raise ValueError("No model was given: name one with --model, or a trained adapter with --adapter.")
-    recorded = adapter_config(adapter).base_model_name_or_path
     if not recorded:
         raise ValueError(f"The adapter {adapter} does not say which base model it belongs to: name it with --model.")
+    if not Path(adapter).is_dir() and (recorded.startswith((".", "/", "~")) or ".." in recorded):
+        raise ValueError(
+            f"The adapter {adapter} of the Hub names a folder, {recorded!r}, as its base model: name the model with "
+            "--model."
+        )
     return recorded
 
 
@@ -143,13 +167,10 @@ def adapter_config(adapter: str) -> "RetentionGateConfig":
     Raises:
         ValueError: for a folder that is missing, unreadable, incomplete, or holds another method's adapter.
     """
-    from retention_gates.gates.config import WEIGHTS_NAME, RetentionGateConfig
+    from retention_gates.checkpoints.hub import download_adapter
+    from retention_gates.gates.config import RetentionGateConfig
 
-    config = RetentionGateConfig.from_pretrained(adapter)
-    folder = Path(adapter)
-    if folder.is_dir() and not any((folder / name).is_file() for name in (WEIGHTS_NAME, "adapter_model.bin")):
-        raise ValueError(f"The adapter {adapter} has no {WEIGHTS_NAME}: save or download it again.")
-    return config
+    return RetentionGateConfig.from_pretrained(str(download_adapter(adapter)))
 
 
 def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
@@ -210,6 +231,16 @@ def load_rows(
 
     prefix = document_prefix(tokenizer)
     return sample_windows(documents, options.length, options.rows, seed=options.seed, prefix_ids=prefix)
+
+
+def _commit_in_cache(name: str, revision: str | None) -> str | None:
+    """The commit that was just loaded of a model of the Hub; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return None
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _device(device: "str | torch.device | None") -> "torch.device":

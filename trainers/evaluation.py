@@ -233,8 +233,8 @@ def name_of(contender: Contender | None) -> dict[str, Any]:
     """What names a contender in a record; None is the full cache."""
     if contender is None:
         return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
-    policy = find_policy(contender.policy).name + ("+pin" if contender.pin else "")
-    return {"policy": policy, "memory_size": contender.memory_size, "budgets": contender.budgets}
+    name = find_policy(contender.policy).name + ("+pin" if contender.pin else "")
+    return {"policy": name, "memory_size": contender.memory_size, "budgets": contender.budgets}
 
 
 def _hidden_states(
@@ -255,7 +255,7 @@ def _hidden_states(
         kept = []
         at_a_time = max(1, TOKENS_AT_A_TIME[ids.device.type == "cuda"] // ids.numel())
         for first in range(0, len(chosen), at_a_time):
-            caches = [_simulated(gated, c, seed, pinned) for c in chosen[first : first + at_a_time]]
+            caches = [_cache_of(gated, contender, pinned, seed) for contender in chosen[first : first + at_a_time]]
             hidden = gated(
                 input_ids=ids.repeat(len(caches), 1),
                 past_key_values=SimulatedCache.side_by_side(caches),
@@ -269,8 +269,8 @@ def _hidden_states(
     return full, kept
 
 
-def _simulated(
-    gated: RetentionGateModel, contender: Contender, seed: int, pinned: Sequence[tuple[int, int]]
+def _cache_of(
+    gated: RetentionGateModel, contender: Contender, pinned: Sequence[tuple[int, int]], seed: int
 ) -> SimulatedCache:
     if contender.pin and not pinned:
         raise ValueError(f"{contender} pins, but what is scored has no spans to pin: leave pin=False.")

@@ -1,4 +1,7 @@
-"""AIME 2024: the 30 problems of both exams; answers are integers from 0 to 999."""
+"""AIME 2024: the 30 problems of both exams; answers are integers from 0 to 999.
+
+Asked without examples, and for a boxed answer; the wording is ours.
+"""
 
 from retention_gates.data.suites.base import Record, Suite, SuiteExample
 from retention_gates.data.suites.gsm8k import INSTRUCTION

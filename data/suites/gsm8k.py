@@ -1,4 +1,7 @@
-"""GSM8K: word problems of grade-school arithmetic (arXiv 2110.14168)."""
+"""GSM8K: word problems of grade-school arithmetic (arXiv 2110.14168).
+
+Asked without examples, and for a boxed answer; the wording is ours. lm-eval's task `gsm8k` gives five examples.
+"""
 
 from retention_gates.data.suites.base import Record, Suite, SuiteExample
 from retention_gates.data.suites.math_answers import math_answer

@@ -1,4 +1,8 @@
-"""LongBench: 21 tasks of long-context understanding in English and Chinese (arXiv 2308.14508)."""
+"""LongBench: 21 tasks of long-context understanding in English and Chinese (arXiv 2308.14508).
+
+The prompts are part of the data. Summaries are scored by ROUGE-L as it is defined, over words; packages differ in how
+they cut sentences and words, so that published scores can differ a little.
+"""
 
 from retention_gates.data.suites.base import Record, Scorer, Suite, SuiteExample
 from retention_gates.data.suites.prompted import read_prompted
@@ -12,7 +16,7 @@ from retention_gates.data.suites.scoring import (
     word_f1,
 )
 
-# The Chinese tasks are scored by characters; the published scores come from words that a segmenter finds.
+# The Chinese tasks are scored by characters, the published ones by words that a segmenter finds.
 SCORERS: dict[str, Scorer | None] = {
     "narrativeqa": word_f1,
     "qasper": word_f1,

@@ -1,4 +1,7 @@
-"""MATH-500: 500 competition problems (MATH, arXiv 2103.03874; the choice of 500: arXiv 2305.20050)."""
+"""MATH-500: 500 competition problems (MATH, arXiv 2103.03874; the choice of 500: arXiv 2305.20050).
+
+Asked without examples, and for a boxed answer; the wording is ours.
+"""
 
 from retention_gates.data.suites.base import Record, Suite, SuiteExample
 from retention_gates.data.suites.gsm8k import INSTRUCTION

@@ -117,7 +117,7 @@ def _run_chunk(
         shard.multiply(student, teacher)
     rows = range(len(student))
     if len(shards) == 1 and gradient is not None:
-        shards[0].pipeline(start, len(rows))
+        shards[0].statistics_then_gradient(start, len(rows))
         _hidden_gradient(shards, gradient)
     else:
         for shard in shards:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from retention_gates.kernels.distill_loss.kernel import pass_over_logits
 
-BLOCK = 4096  # words of student and teacher that one program holds in registers
-WARPS = 8
-# Logits between their two readings: few enough that the second finds them in L2 (50 MB on an H100).
-BETWEEN_BYTES = 24 * 2**20
+# Words of student and teacher that a program holds in registers; chosen by recipes/bench/distill_loss.py --sweep.
+BLOCK = 4096
+WARPS = 4
 
 
 def block_of(weights: list[Tensor]) -> int:
@@ -103,15 +102,10 @@ class ShardLogits:
                 **self.options,
             )
 
-    def pipeline(self, first_row: int, rows: int) -> None:
-        """Statistics, then the gradient, of rows 0 .. rows - 1: one group's gradient beside the next's statistics."""
-        step = max(1, BETWEEN_BYTES // (2 * self.width * self.student.element_size()))
-        previous = range(0)
-        for start in range(0, rows, step):
-            group = range(start, min(start + step, rows))
-            self.launch(first_row, gradient=previous, statistics=group)
-            previous = group
-        self.launch(first_row, gradient=previous)
+    def statistics_then_gradient(self, first_row: int, rows: int) -> None:
+        """Statistics, then the gradient, of rows 0 .. rows - 1."""
+        self.launch(first_row, statistics=range(rows))
+        self.launch(first_row, gradient=range(rows))
 
     def multiply_back(self, rows: int, out: Tensor | None = None) -> Tensor:
         """The gradient for the hidden states [rows, C], once student's logits are their gradient."""

@@ -1,5 +1,7 @@
 """Attention whose keys fade with age. See README.md in this folder."""
 
+from typing import Any
+
 import torch
 
 from retention_gates.kernels.checks import check_document_ids, check_log_beta, check_same_device, check_shape
@@ -72,7 +74,7 @@ def retention_attention(
             )
     others = {"document_ids": document_ids, "eviction_times": eviction_times, "sinks": sinks}
     check_same_device("query", query, key=key, value=value, log_beta=log_beta, **others)
-    attend = naive.retention_attention
+    attend: Any = naive.retention_attention
     if use_fused("retention_attention", query):
         from retention_gates.kernels.retention_attention import fused  # needs Triton
 

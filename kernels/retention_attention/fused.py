@@ -1,6 +1,7 @@
 """Retention-gated attention as Triton kernels, registered as operators that torch.compile can call."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def _empty_output(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, query_heads, tokens, _ = query.shape
     # tokens before heads in memory, as the output projection wants it
     output = query.new_empty(batch, tokens, query_heads, value.shape[3]).transpose(1, 2)
-    return output, query.new_zeros(batch, query_heads, _padded(tokens), dtype=torch.float32)
+    return output, query.new_empty(batch, query_heads, _padded(tokens), dtype=torch.float32)
 
 
 @torch.library.custom_op("retention_gates::retention_attention_backward", mutates_args=())
@@ -148,7 +149,7 @@ def _backward(
         query, key, value, log_beta, sinks, needs_query, needs_key_value
     )
     block_dim, block_value, tiles, precision = _blocks(query, value)
-    delta = torch.zeros_like(lse)
+    delta = torch.empty_like(lse)
     output_times_gradient[batch * query_heads, cdiv(tokens, 64)](
         output, gradient, delta, *output.stride()[:3], *gradient.stride()[:3], tokens, lse.shape[2], value.shape[3],
         HQ=query_heads, BDV=block_value, BM=64,
@@ -156,7 +157,7 @@ def _backward(
     prepared = _prepared(log_beta, scale, last)
     numbers = (scale, scale * LOG2_E, 1.0 if softcap is None else softcap / scale)
     bounds = _bounds(query, key, prepared, first, last, until, scale, softcap, block_dim)
-    shared = {"HQ": query_heads, "G": query_heads // heads, "BD": block_dim, "BDV": block_value}
+    shared: dict[str, Any] = {"HQ": query_heads, "G": query_heads // heads, "BD": block_dim, "BDV": block_value}
     shared |= {"SOFTCAP": softcap is not None, "SKIPPING": bounds is not None, "PRECISION": precision}
 
     latest = _latest(last, until, heads)
@@ -328,7 +329,7 @@ def _blocks(query: Tensor, value: Tensor) -> tuple[int, int, Tiles, str]:
 def _prepared(log_beta: Tensor, scale: float, last: Tensor | None) -> Tensor:
     """log_beta over scale [B, H, T, padded]; padding fades at once, so that no mask is needed where it lies inside."""
     batch, heads, tokens = log_beta.shape
-    prepared = log_beta.new_zeros(batch, heads, _padded(tokens))
+    prepared = log_beta.new_empty(batch, heads, _padded(tokens))
     inside = prepared[..., :tokens]
     torch.clamp(log_beta / scale, min=LOWEST_LOG_BETA, out=inside)
     if last is not None:

@@ -8,7 +8,6 @@ of the three products with the head at the measured rate of matrix products.
 """
 
 import argparse
-import itertools
 from functools import partial
 
 import torch
@@ -18,7 +17,6 @@ from retention_gates.kernels.distill_loss import distill_loss, fused, logits, na
 from retention_gates.recipes.bench.harness import Measurement, matrix_tflops, peak_mib, report, time_ms
 
 BENCH = "distill_loss"
-MIB = 2**20
 
 
 def main() -> None:
@@ -119,21 +117,17 @@ def sweep(options: argparse.Namespace) -> None:
     """First the passes over one chunk alone, then with the best setting the whole loss over chunk sizes."""
     positions, vocabulary, hidden_size = options.positions, options.vocabulary, options.hidden_size
     inputs = make_inputs(positions, vocabulary, hidden_size)
-    settings = itertools.product(
-        [(2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 16), (8192, 32)], [8, 16, 24, 32, 48, 4096]
-    )
     rows, best = [], None
-    for (block, warps), between in settings:
-        logits.BLOCK, logits.WARPS, logits.BETWEEN_BYTES = block, warps, between * MIB
+    for block, warps in ((2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 16), (8192, 32)):
+        logits.BLOCK, logits.WARPS = block, warps
         step = passes(inputs, 1536)
         milliseconds, spread = time_ms(step, warmup=2, repeats=7)
-        contender = f"{block} words, {warps} warps, {between} MiB"
+        contender = f"{block} words, {warps} warps"
         rows.append(Measurement(f"passes over 1536 rows, V={vocabulary}", contender, milliseconds, "ms", spread))
         if best is None or milliseconds < best[0]:
-            best = milliseconds, block, warps, between
+            best = milliseconds, block, warps
     assert best is not None
-    _, logits.BLOCK, logits.WARPS, between = best
-    logits.BETWEEN_BYTES = between * MIB
+    _, logits.BLOCK, logits.WARPS = best
     for chunk_size in options.chunk_sizes:
         step = with_gradient(distill_loss, *inputs, chunk_size=chunk_size)
         peak = peak_mib(step)
@@ -142,7 +136,7 @@ def sweep(options: argparse.Namespace) -> None:
         milliseconds, spread = time_ms(partial(products, inputs, chunk_size), warmup=1, repeats=3)
         rows.append(Measurement("products alone", f"chunks of {chunk_size}", milliseconds, "ms", spread))
     report(f"{BENCH}_sweep", rows)
-    print(f"best setting of the passes: {best[1]} words, {best[2]} warps, {best[3]} MiB between")
+    print(f"best setting of the passes: {best[1]} words, {best[2]} warps")
 
 
 def passes(inputs: tuple[torch.Tensor, ...], rows: int):
@@ -167,11 +161,11 @@ def passes(inputs: tuple[torch.Tensor, ...], rows: int):
         has_kl=True,
     )
     shard.multiply(student[:rows], teacher[:rows])
-    shard.pipeline(0, rows)
+    shard.statistics_then_gradient(0, rows)
     # as a graph: beside the products Python has time enough to launch, here it would be what is timed
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        shard.pipeline(0, rows)
+        shard.statistics_then_gradient(0, rows)
     return graph.replay
 
 

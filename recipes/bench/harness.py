@@ -13,6 +13,7 @@ import torch
 
 from retention_gates.recipes.provenance import commit
 
+SLEEP_CYCLES = 5_000_000  # about 3 ms
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -33,14 +34,13 @@ class Measurement:
 def time_ms(function: Callable[[], Any], *, warmup: int = 3, repeats: int = 20) -> tuple[float, float]:
     """Median and spread between the quartiles of the time that the device needs for one call, in ms.
 
-    A matrix product queued before each call hides the time that Python needs to launch.
+    The device is put to sleep before each call, so that the time that Python needs to launch is not measured.
     """
     for _ in range(warmup):
         function()
-    blocker = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
     begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
     for begin, end in zip(begins, ends, strict=True):
-        blocker @ blocker
+        torch.cuda._sleep(SLEEP_CYCLES)
         begin.record()
         function()
         end.record()

@@ -28,7 +28,7 @@ DOCUMENT = 2048
 
 def make_inputs(
     tokens: int, *, heads: int = H, query_heads: int = HQ, dim: int = D, seed: int = 0
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Random queries, keys and values, and gates of many half-lives, some of them infinite."""
     generator = torch.Generator("cuda").manual_seed(seed)
     random = partial(torch.randn, generator=generator, device="cuda")
@@ -47,11 +47,11 @@ def flops(tokens: int) -> float:
     return 3.5 * 2 * 2 * HQ * D * tokens * tokens / 2
 
 
-def both_passes(attend: Callable[[], Tensor], inputs: dict[str, Tensor], gradient: Tensor) -> Callable[[], Any]:
+def both_passes(attend: Callable[[], Tensor], inputs: dict[str, Any], gradient: Tensor) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(attend(), [x for x in inputs.values() if x.requires_grad], gradient)
 
 
-def plain_attention(inputs: dict[str, Tensor], backend: SDPBackend) -> Callable[[], Tensor]:
+def plain_attention(inputs: dict[str, Any], backend: SDPBackend) -> Callable[[], Tensor]:
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
 
     def attend() -> Tensor:
@@ -61,7 +61,7 @@ def plain_attention(inputs: dict[str, Tensor], backend: SDPBackend) -> Callable[
     return attend
 
 
-def flex_attention(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+def flex_attention(inputs: dict[str, Any]) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     query, key, value, log_beta = inputs.values()
@@ -104,7 +104,7 @@ def measure() -> Iterator[Measurement]:
         gradient = torch.randn_like(inputs["query"])
         plain = {name: inputs[name] for name in ("query", "key", "value")}
         ours = partial(retention_attention, **inputs, scale=D**-0.5)
-        contenders: dict[str, tuple[Callable[[], Tensor], dict[str, Tensor]]] = {
+        contenders: dict[str, tuple[Callable[[], Tensor], dict[str, Any]]] = {
             "ours": (ours, inputs),
             "cuDNN SDPA, no bias": (plain_attention(inputs, SDPBackend.CUDNN_ATTENTION), plain),
             "flash SDPA, no bias": (plain_attention(inputs, SDPBackend.FLASH_ATTENTION), plain),

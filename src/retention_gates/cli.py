@@ -14,6 +14,8 @@ COMMANDS = {
     "generate": ("generate", "generate text with a bounded memory"),
     "calibrate": ("calibrate", "measure each head's share of the memory and store it in the adapter"),
     "inspect": ("inspect_gates", "draw what the gates have learnt"),
+    "push": ("push", "upload an adapter and its model card to the Hub"),
+    "convert": ("convert", "turn the authors' released gates into an adapter, or an adapter into their form"),
 }
 PROGRAM = "retention-gates"
 
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # what libraries announce to programmers is nothing that the user of a command can act upon
             warnings.simplefilter("ignore", FutureWarning)
+            if getattr(options, "strict_base", False):
+                from retention_gates.gates.base_identity import BaseMismatchWarning
+
+                warnings.simplefilter("error", BaseMismatchWarning)
             options.main(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head` does

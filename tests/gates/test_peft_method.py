@@ -198,7 +198,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.retention_gate.output.bias"
         (lambda a: _config(a, half_life_schedule="cosine"), "half_life_schedule.*newer version"),
         (lambda a: _config(a, gate_widht=8), "nearest known: 'gate_width'"),
         (lambda a: _config(a, budget_shares=[[1.0, 2.0]]), "budget_shares must be .* take them out"),
-        (lambda a: _config(a, hidden_size="32"), "hidden_size = '32', but this one has 32"),
+        (lambda a: _config(a, hidden_size="32"), "hidden_size='32' must be an integer"),
         (lambda a: _config(a, initial_half_life=math.nan), "initial_half_life=nan"),
         (lambda a: _weights(a, lambda t: t.pop(FIRST)), f"missing .*{FIRST.split('.')[-1]}"),
         (lambda a: _weights(a, lambda t: t.update(extra=torch.zeros(1))), "unexpected extra"),

@@ -23,10 +23,9 @@ HEADS = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks of words per row, several groups of rows per chunk, and fused kernels on the CPU."""
+    """Several blocks of words per row, and fused kernels on the CPU."""
     monkeypatch.setenv(VARIABLE, "fused")
     monkeypatch.setattr(logits, "BLOCK", 16)
-    monkeypatch.setattr(logits, "BETWEEN_BYTES", 2 * 2 * 64 * 4)  # two rows of 64 in fp32
     new_empty = torch.Tensor.new_empty
 
     def filled(self, *size, **options):  # what nothing writes shows

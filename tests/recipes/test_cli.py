@@ -142,7 +142,7 @@ def assert_one_line(capsys, message: str) -> None:
         (["--adapter", "nowhere"], "nowhere"),
         ([], "No model was given"),
         (["--model", "MODEL", "--policy", "retention"], "needs trained gates"),
-        (["--adapter", "ADAPTER", "--prompt", " "], "--prompt is empty"),
+        (["--adapter", "ADAPTER", "--prompt", " "], "The prompt is empty"),
         (["--adapter", "ADAPTER", "--chat"], "no chat template"),
         (["--adapter", "ADAPTER", "--memory-size", "4"], "memory_size=4 must be at least 5"),
         (["--adapter", "ADAPTER", "--memory-size", "0"], "--memory-size 0 must be 1 or more"),

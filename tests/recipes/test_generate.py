@@ -41,6 +41,16 @@ def test_the_text_is_that_of_generate(files, policy, capsys):
     )
 
 
+def test_the_prompt_may_stand_alone(files, capsys):
+    arguments = ["generate", "--adapter", str(files.adapter), "--memory-size", "8", "--max-new-tokens", "30"]
+    assert main([*arguments, PROMPT]) == 0
+    assert capsys.readouterr().out.strip() == expected_text(files, 8, 30).strip()
+    for prompts in ([], [PROMPT, "--prompt", PROMPT]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, *prompts])
+        assert stopped.value.code == 2
+
+
 @pytest.mark.parametrize(
     "wish",
     [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 2}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}],

@@ -1,6 +1,7 @@
 """lm-eval's tasks see what a token-by-token decode with a bounded cache sees; a local task, no network."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from retention_gates.trainers.evaluation import Contender
 
 # lm-eval is large: it is tested where it is installed, which it must be if the pins name it.
 PINS = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8")
-if "lm_eval==" in PINS:
+if re.search(r"^lm[-_]eval==", PINS, flags=re.MULTILINE):
     import lm_eval  # noqa: F401
 else:
     pytest.importorskip("lm_eval")

@@ -1,0 +1,61 @@
+"""Is this the base model that the adapter was trained on? Shapes must agree; names and revisions should."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+class BaseMismatchWarning(UserWarning, ValueError):
+    """The base model fits the adapter but is called otherwise, or is another revision than the one it was trained on.
+
+    `warnings.simplefilter("error", BaseMismatchWarning)` makes it an error, which is a ValueError then.
+    """
+
+
+def warn_if_another_base(config: Any, model: Any) -> None:
+    """Warns if the base model's name or revision is not the one in the adapter's config, where both are known."""
+    name, revision = identity(model)
+    recorded, recorded_revision = _split_snapshot(config.base_model_name_or_path or "")
+    recorded_revision = config.revision or recorded_revision
+    if name and recorded and not _same_name(name, recorded):
+        warnings.warn(
+            f"The adapter was trained on {recorded!r}, and this base model is {name!r}: the gates fit its shapes, but "
+            "may misjudge its hidden states. Load the base that the adapter names, or ignore this if it is a copy.",
+            BaseMismatchWarning,
+            stacklevel=2,
+        )
+    elif revision and recorded_revision and revision != recorded_revision:
+        warnings.warn(
+            f"The adapter was trained on revision {recorded_revision} of {recorded!r}, and this base model is of "
+            f"revision {revision}. Load that revision, or ignore this if the weights are equal.",
+            BaseMismatchWarning,
+            stacklevel=2,
+        )
+
+
+def identity(model: Any) -> tuple[str, str | None]:
+    """Name (or folder; empty if unknown) and commit of a loaded base model, as far as it says.
+
+    The commit is known of a model that our commands or older transformers have loaded, and of a snapshot's folder.
+    """
+    name, revision = _split_snapshot(getattr(model, "name_or_path", "") or "")
+    return name, getattr(model.config, "_commit_hash", None) or revision
+
+
+def _split_snapshot(name: str) -> tuple[str, str | None]:
+    """A snapshot folder of the Hub's cache as the name and commit it stands for; other names as they are."""
+    parts = Path(name).parts
+    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/"), parts[-1]
+    return name, None
+
+
+def _same_name(one: str, other: str) -> bool:
+    if one.lower() == other.lower():
+        return True
+    # a copy in a folder that is called as the model is (/models/Qwen3-4B, Qwen/Qwen3-4B) passes for the model
+    return (_is_local(one) or _is_local(other)) and Path(one).name.lower() == Path(other).name.lower()
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith((".", "/")) or Path(name).is_absolute() or Path(name).is_dir()
