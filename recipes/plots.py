@@ -54,14 +54,16 @@ def style_of(policy: str, budgets: str | None) -> Style:
     """The same policy looks the same everywhere: gates by a colour of their own, others by their place in the list."""
     from retention_gates.gates.policies import POLICIES
 
-    name = policy.split("+")[0]
-    dashes = DASHES.get(budgets or "", "-")
+    name, plus, _ = policy.partition("+")
+    dashes = (0, (1, 1)) if plus else DASHES.get(budgets or "", "-")  # finely dotted with something added to it
     if name in POLICIES and POLICIES[name].needs_gates:
         return Style(GATES_COLOUR, "o" if budgets == "calibrated" else "X", dashes, 2.4)
     others = [other for other, known in POLICIES.items() if not known.needs_gates]
     # numbers of colours and markers have no common factor, so that pairs of them recur late
     index = others.index(name) if name in others else len(others)
-    dashes = dashes if budgets != "uniform" else "-"  # dashed are the gates, which have two kinds in most pictures
+    dashes = (
+        dashes if plus or budgets != "uniform" else "-"
+    )  # dashed are the gates, which have two kinds in most pictures
     return Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], dashes, 1.1)
 
 
