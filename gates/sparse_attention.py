@@ -3,6 +3,8 @@
 import torch
 
 from retention_gates.gates.masked_attention import masked_attention
+from retention_gates.kernels.dispatch import use_fused
+from retention_gates.kernels.retention_attention import retention_attention
 
 QUERIES = 128  # per block: a block attends to what was held at its start and to its own tokens
 
@@ -27,6 +29,11 @@ def attention_until(
         query: [B, HQ, T, D]; key: [B, H, T, D]; value: [B, H, T, Dv].
         most_held: entries that a head holds at most between two steps.
     """
+    if use_fused("retention_attention", query):  # which skips blocks of keys that are evicted
+        undecayed = torch.zeros(times.shape, device=times.device)
+        return retention_attention(
+            query, key, value, undecayed, scale=scale, eviction_times=times, softcap=softcap, sinks=sinks
+        )
     tokens = key.shape[2]
     outputs = []
     for start in range(0, tokens, QUERIES):
