@@ -74,8 +74,9 @@ def _download(repository: str, name: str, **hub: Any) -> Path:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(
-                f"The disk is full: {name} of {repository} could not be downloaded to {constants.HF_HUB_CACHE}. Make "
-                "room there, or set HF_HOME to a folder on another disk."
+                f"The disk is full: {name} of {repository} could not be downloaded to "
+                f"{hub.get('cache_dir') or constants.HF_HUB_CACHE}. Make room there, or set HF_HOME to a folder on "
+                "another disk."
             ) from error
         if isinstance(error, HfHubHTTPError):
             raise ValueError(f"The Hub refused to give {name} of {repository}{at}: {error}") from error

@@ -26,9 +26,7 @@ LENGTHS = (4096, 16384, 32768)
 DOCUMENT = 2048
 
 
-def make_inputs(
-    tokens: int, *, heads: int = H, query_heads: int = HQ, dim: int = D, seed: int = 0
-) -> dict[str, Any]:
+def make_inputs(tokens: int, *, heads: int = H, query_heads: int = HQ, dim: int = D, seed: int = 0) -> dict[str, Any]:
     """Random queries, keys and values, and gates of many half-lives, some of them infinite."""
     generator = torch.Generator("cuda").manual_seed(seed)
     random = partial(torch.randn, generator=generator, device="cuda")

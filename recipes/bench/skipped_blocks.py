@@ -1,0 +1,92 @@
+"""What trained gates gain from skipping blocks that cannot weigh anything, on the queries and keys of a real text.
+
+    python recipes/bench/skipped_blocks.py --adapter out/run/adapter --length 8192
+
+For every gated layer: the share of blocks that the forward pass visits, and the time of forward and backward pass with
+and without skipping, on the same inputs. The sum over layers is reported.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from retention_gates.gates import attention as gated_attention
+from retention_gates.gates.model import find_gated_model
+from retention_gates.kernels.retention_attention import fused, retention_attention
+from retention_gates.recipes.bench.harness import Measurement, report, time_ms
+from retention_gates.recipes.loading import (
+    add_model_arguments,
+    add_text_arguments,
+    base_name,
+    load_model,
+    load_rows,
+    load_token_documents,
+    load_tokenizer,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser, adapter_required=True)
+    add_text_arguments(parser, rows=1, length=8192, rows_option="--rows")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device.")
+    name = base_name(options.model, options.adapter)
+    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    rows = load_rows(options, tokenizer, load_token_documents(options, tokenizer))
+    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device="cuda", dtype=options.dtype)
+    layers = attention_inputs(model, rows.cuda())
+    case = f"{name.rpartition('/')[2]}, {len(layers)} layers, T={options.length}"
+    found = []
+    for contender, least in (("all blocks", 2**62), ("skipping", 0)):
+        fused.LEAST_TOKENS = least
+        times = [time_ms(both_passes(arguments), repeats=7)[0] for arguments in layers]
+        found.append(Measurement(case + " fwd+bwd", contender, sum(times), "ms"))
+    visited = [share_visited(arguments) for arguments in layers]
+    found.append(Measurement(case, "blocks visited, mean", sum(visited) / len(visited), "share"))
+    found.append(Measurement(case, "blocks visited, least of a layer", min(visited), "share"))
+    report("skipped_blocks", found)
+
+
+def attention_inputs(model: Any, rows: torch.Tensor) -> list[dict[str, Any]]:
+    """Arguments of the training attention of every gated layer in one forward pass."""
+    seen = []
+
+    def recording(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        names = ("query", "key", "value", "log_beta")
+        seen.append({**dict(zip(names, (t.detach() for t in tensors), strict=True)), **options})
+        return retention_attention(*tensors, **options)
+
+    original, gated_attention.retention_attention = gated_attention.retention_attention, recording
+    try:
+        with torch.no_grad():
+            find_gated_model(model)(input_ids=rows, use_cache=False, last_hidden_state_only=True)
+    finally:
+        gated_attention.retention_attention = original
+    return seen
+
+
+def both_passes(arguments: dict[str, Any]) -> Callable[[], Any]:
+    names = ("query", "key", "value", "log_beta")
+    inputs = {name: arguments[name].requires_grad_() for name in names}
+    gradient = torch.randn_like(arguments["query"])
+    return lambda: torch.autograd.grad(retention_attention(**(arguments | inputs)), list(inputs.values()), gradient)
+
+
+def share_visited(arguments: dict[str, Any]) -> float:
+    """Whole blocks of 64 keys that blocks of 64 queries visit, over those that lie before them."""
+    query, key, scale = arguments["query"], arguments["key"], arguments["scale"]
+    prepared = fused._prepared(arguments["log_beta"].detach(), scale, None)
+    block_dim, *_ = fused._blocks(query, arguments["value"])
+    bounds = fused._bounds(query, key, prepared, None, None, None, scale, arguments.get("softcap"), block_dim)
+    assert bounds is not None
+    _, counts = bounds.key_blocks(64, 64)
+    blocks = counts.shape[1]
+    return counts.sum().item() / (counts.shape[0] * blocks * (blocks - 1) / 2)
+
+
+if __name__ == "__main__":
+    main()
