@@ -1,6 +1,7 @@
 """What one layer of a cache keeps: the policy, with everything that a run chooses."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -67,7 +68,7 @@ class EvictionRule:
         room = [budget - self.protected_count for budget in self.budgets]
         return torch.tensor([min(pair) for pair in zip(wanted, room, strict=True)], device=device)
 
-    @property
+    @cached_property
     def interval(self) -> int:
         """Steps for which a feedback policy's priorities hold.
 
