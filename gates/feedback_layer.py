@@ -188,7 +188,8 @@ class FeedbackSlotLayer(SlotLayer):
     def _victims(self, priority: torch.Tensor, held: Held, barred: torch.Tensor, most: int) -> torch.Tensor:
         rule = self.rule
         surplus = feedback.surplus(held.exists.sum(2), held.budgets, rule.buffer_size, rule.is_shared)
-        return feedback.victims(priority, held, feedback.stays(held, barred, self.recent), surplus, most, self.floor)
+        stays = feedback.stays(held, barred, self.recent)
+        return feedback.victims(priority, held, stays, surplus, most, self.floor, rule.reserved)
 
     def reset(self) -> None:
         super().reset()

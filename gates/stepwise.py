@@ -222,7 +222,7 @@ class Stepper:
         else:
             self.priority.scatter_(2, slot, float("inf"))
         stays, surplus = self.evictable_from > self.column, self._at_column(self.surplus)[..., 0]
-        victims = feedback.victims(self.priority, held, stays, surplus, rule.most_victims, self.floor)
+        victims = feedback.victims(self.priority, held, stays, surplus, rule.most_victims, self.floor, rule.reserved)
         if policy.merge is not None:
             merged = policy.merge(held, victims, rule.most_victims)
             for slots, entries in zip(self.slots.values(), merged, strict=True):

@@ -80,6 +80,14 @@ def test_adaptive_budgets(policy):
     compare(two_layers(), token_ids(2, 40), mask, memory_size=9, policy=policy, budgets="adaptive", buffer_size=2)
 
 
+@pytest.mark.parametrize("budgets", ["uniform", "adaptive"])
+def test_reserved_spans(budgets):
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :7] = 0
+    arguments = dict(memory_size=12, policy="retention", budgets=budgets, reserved=[(4, 9, 2), (12, 20, 3)])
+    compare(two_layers(), token_ids(2, 40), mask, **arguments)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "phi3"])
 def test_families(family):
     # softcap, sliding layers in between, sinks, one projection for q, k and v
