@@ -1,5 +1,6 @@
 """The caches to pass as past_key_values: one of fixed size, and what it shares with the simulated one."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from retention_gates.gates.budgets import (
     pyramid_budgets,
     uniform_budgets,
 )
-from retention_gates.gates.eviction_rule import EvictionRule, Span, count_offsets
+from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
 from retention_gates.gates.model import find_gated_model
@@ -43,6 +44,7 @@ class EvictingCache(Cache):
         protected_tokens: int | None = None,
         buffer_size: int = 1,
         seed: int = 0,
+        reserved: Sequence[Reserve] = (),
     ):
         gated = find_gated_model(model)
         config = gated.active_config
@@ -54,6 +56,7 @@ class EvictingCache(Cache):
         _check_integer("protected_tokens", protected_tokens, least=0)
         _check_integer("buffer_size", buffer_size, least=1)
         _check_integer("seed", seed, least=0, most=2**32 - 1)
+        self.reserved = _checked_reserves(reserved)
         self.memory_size = memory_size
         self.budgets_from: str | Budgets
         self.budgets_from = ("calibrated" if config.budget_shares else "uniform") if budgets is None else budgets
@@ -62,13 +65,15 @@ class EvictingCache(Cache):
         self._shape = (len(owners), config.num_key_value_heads)
         self.protected: tuple[Span, ...] = ((0, protected_tokens),)
         is_shared = self.budgets_from == "adaptive"
-        if is_shared:
+        if is_shared or reserved:
             chosen = as_feedback(chosen)
         needs_rotation = isinstance(chosen, FeedbackPolicy) and chosen.needs_rotation
         frequencies = rotary_frequencies(gated.model, chosen.name) if needs_rotation else ()
         layers: list[Any] = DynamicCache(config=text_config(gated.model)).layers
         for (layer, owner), row in zip(owners.items(), self._budgets(self.protected), strict=True):
-            rule = EvictionRule(chosen, tuple(row), buffer_size, self.protected, seed, layer, frequencies, is_shared)
+            rule = EvictionRule(
+                chosen, tuple(row), buffer_size, self.protected, seed, layer, frequencies, is_shared, self.reserved
+            )
             layers[layer] = self.make_layer(rule, owner)
             _check_heads(rule)
         super().__init__(layers=layers)
@@ -89,13 +94,13 @@ class EvictingCache(Cache):
         return all(layer.is_empty for layer in self.gated_layers)
 
     def _budgets(self, protected: tuple[Span, ...]) -> Budgets:
-        """The budgets that were asked for, with room for a token beside the protected ones in every head."""
+        """The budgets that were asked for, with room in every head for a token beside those that must stay."""
         layers, heads = self._shape
-        least = count_offsets(protected) + 1
+        least = count_offsets(protected) + count_reserved(self.reserved) + 1
         if self.memory_size < least:
             raise ValueError(
                 f"memory_size={self.memory_size} must be at least {least}, for {least - 1} protected tokens and one "
-                "more: raise it, or protect and pin fewer tokens."
+                "more: raise it, or protect, pin and reserve fewer tokens."
             )
         if self.budgets_from in ("uniform", "adaptive"):
             return uniform_budgets(layers, heads, self.memory_size)
@@ -130,7 +135,7 @@ class EvictingCache(Cache):
         _check_integer("stop", stop, least=start + 1)
         protected = (*self.protected, (start, stop))
         budgets = self._budgets(protected) if self.is_empty else self.budgets
-        least = count_offsets(protected) + 1
+        least = count_offsets(protected) + count_reserved(self.reserved) + 1
         smallest = min(min(row) for row in budgets)
         if smallest < least:
             raise ValueError(
@@ -209,6 +214,9 @@ class BoundedCache(EvictingCache):
             many as the adapter was trained with, and none for the policy "sliding_window".
         buffer_size: entries above its budget that a head may collect before it evicts as many at once.
         seed: of the policy "random", below 2^32.
+        reserved: spans with a budget of their own, (start, stop, entries): of the tokens start..stop-1, counted like
+            pinned ones, every head keeps at least so many, the best ones, inside its budget. A prompt of several
+            instructions can so be kept from forgetting one of them while all compete for the rest.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
@@ -263,6 +271,17 @@ def _check_heads(rule: EvictionRule) -> None:
             f"policy={rule.policy.name!r} evicts the same tokens in all heads of a layer, and those of layer "
             f'{rule.layer} have {budgets}: choose budgets="uniform", or equal ones within each layer.'
         )
+
+
+def _checked_reserves(reserved: Sequence[Reserve]) -> tuple[Reserve, ...]:
+    for one in reserved:
+        if not isinstance(one, tuple | list) or len(one) != 3:
+            raise ValueError(f"reserved={list(reserved)!r} must be (start, stop, entries), one for each span.")
+        start, stop, entries = one
+        _check_integer("reserved start", start, least=0)
+        _check_integer("reserved stop", stop, least=start + 1)
+        _check_integer("reserved entries", entries, least=1)
+    return tuple((start, stop, entries) for start, stop, entries in reserved)
 
 
 def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:

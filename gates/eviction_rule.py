@@ -1,12 +1,14 @@
 """What one layer of a cache keeps: the policy, with everything that a run chooses."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from retention_gates.gates.policies import FeedbackPolicy, NewTokens, Policy, Setting
 
 SURE_SHARE = 0.2  # of its budget that a head keeps when the heads share them, alpha in AdaKV, arXiv 2407.11550
+Reserve = tuple[int, int, int]  # start, stop, and the entries of the span that each head keeps at least
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
 
 
@@ -25,15 +27,20 @@ class EvictionRule:
     layer: int
     frequencies: tuple[float, ...] = ()  # of the model's rotary embedding, for policies that need it
     is_shared: bool = False  # whether the heads of the layer move their budgets between them as they go
+    reserved: tuple[Reserve, ...] = ()  # needs a policy that looks at what is held
 
     def __post_init__(self) -> None:
-        assert min(self.budgets) > self.protected_count, (
-            "a head must be able to hold a token beside the protected ones"
-        )
+        assert min(self.budgets) > self.kept_count, "a head must be able to hold a token beside those that it must"
+        assert not self.reserved or isinstance(self.policy, FeedbackPolicy)
 
     @property
     def protected_count(self) -> int:
         return count_offsets(self.protected)
+
+    @property
+    def kept_count(self) -> int:
+        """Entries that a head cannot do without: the protected ones, and what is reserved."""
+        return self.protected_count + count_reserved(self.reserved)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -52,22 +59,22 @@ class EvictionRule:
     @property
     def floor(self) -> int | None:
         """Entries that each head is sure of if the heads share their budgets."""
-        return max(int(SURE_SHARE * min(self.budgets)), self.protected_count + 1) if self.is_shared else None
+        return max(int(SURE_SHARE * min(self.budgets)), self.kept_count + 1) if self.is_shared else None
 
     def recent(self, device: torch.device) -> torch.Tensor | None:
         """The youngest entries that each head is sure of, int64 [H]; None if the policy promises none.
 
-        A share of the budget, as far as the policy's limit and the protected entries leave room.
+        A share of the budget, as far as the policy's limit and the entries that must stay leave room.
         """
         if not self.policy.recent_fraction:
             return None
         wanted = [int(self.policy.recent_fraction * budget) for budget in self.budgets]
         if self.policy.most_recent is not None:
             wanted = [min(entries, self.policy.most_recent) for entries in wanted]
-        room = [budget - self.protected_count for budget in self.budgets]
+        room = [budget - self.kept_count for budget in self.budgets]
         return torch.tensor([min(pair) for pair in zip(wanted, room, strict=True)], device=device)
 
-    @property
+    @cached_property
     def interval(self) -> int:
         """Steps for which a feedback policy's priorities hold.
 
@@ -99,6 +106,11 @@ class EvictionRule:
     ) -> NewTokens:
         """What the policy gets to see of log_beta [B, H, T], key and value [B, H, T, D] and offset [B, T]."""
         return NewTokens(log_beta, key, value, offset, self.seed, self.layer)
+
+
+def count_reserved(reserved: tuple[Reserve, ...]) -> int:
+    """Entries that are reserved in each head, spans that overlap counted twice."""
+    return sum(min(entries, stop - start) for start, stop, entries in reserved)
 
 
 def count_offsets(spans: tuple[Span, ...]) -> int:

@@ -2,6 +2,7 @@
 
 import torch
 
+from retention_gates.gates.eviction_rule import Reserve
 from retention_gates.gates.policies import FeedbackPolicy, Held
 from retention_gates.kernels.gate_evict import lowest
 
@@ -52,6 +53,21 @@ def stays(held: Held, barred: torch.Tensor, recent: torch.Tensor | None) -> torc
     return result if recent is None else result | (held.age < recent[..., None])
 
 
+def best_of_spans(
+    priority: torch.Tensor, held: Held, stays: torch.Tensor, reserved: tuple[Reserve, ...]
+) -> torch.Tensor:
+    """The entries of highest priority in each span, as many as are reserved there, bool [B, H, S]."""
+    offsets, places = held.positions - held.start[:, None, None], priority.shape[2]
+    ranked = torch.where(stays, float("inf"), priority)
+    best = torch.zeros_like(stays)
+    for start, stop, entries in reserved:
+        inside = held.exists & (offsets >= start) & (offsets < stop)
+        others = torch.full(priority.shape[:2], max(0, places - entries), device=priority.device)
+        of_span = ranked.masked_fill(~inside, float("-inf"))
+        best |= inside & ~lowest(of_span, held.positions, others, places)
+    return best
+
+
 def victims(
     priority: torch.Tensor,
     held: Held,
@@ -59,6 +75,7 @@ def victims(
     surplus: torch.Tensor,
     largest_surplus: int,
     floor: torch.Tensor | None,
+    reserved: tuple[Reserve, ...] = (),
 ) -> torch.Tensor:
     """The entries that go, bool [B, H, S]: the `surplus` of lowest priority.
 
@@ -67,7 +84,10 @@ def victims(
         stays: bool [B, H, S], empty places among them.
         surplus: int64 [B, H], or [B, 1] if the heads share their budgets, at most largest_surplus.
         floor: int64, broadcastable to [B, H], the best entries that each head is sure of if they do, else None.
+        reserved: spans of which the best entries stay.
     """
+    if reserved:
+        stays = stays | best_of_spans(priority, held, stays, reserved)
     inf, positions = float("inf"), held.positions
     if floor is None:
         return lowest(torch.where(stays, inf, priority), positions, surplus, largest_surplus)

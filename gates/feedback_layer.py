@@ -28,6 +28,7 @@ class FeedbackSlotLayer(SlotLayer):
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
         self.columns = 0  # read so far, known without asking the device
+        self.settled: tuple[EvictionRule, int, float] | None = None
 
     @property
     def policy(self) -> FeedbackPolicy:
@@ -65,18 +66,23 @@ class FeedbackSlotLayer(SlotLayer):
         enter_token(entering, self.slot_positions, positions[:, 0], self.head_offsets)
         self.token = positions >= 0, is_padded
 
-    def _ensure_head_state(self, query: torch.Tensor) -> None:
+    def _prepare(self, query: torch.Tensor, scale: float) -> None:
+        """Allocates what depends on the queries, at the first, and what the rule says of them, when it changes."""
         if not self.has_head_state:
             heads = len(self.rule.budgets)
             size = self.policy.head_state_size(query.shape[3], query.shape[1] // heads)
             with torch.inference_mode(False):
                 self.head_state = torch.zeros(self.batch_size, heads, size, device=self.device)
             self.has_head_state = True
+        if self.settled != (self.rule, self.batch_size, scale):
+            self.settled = self.rule, self.batch_size, scale
+            self.setting = self.rule.setting(self.batch_size, scale, self.device)
+            self.floor = None if self.rule.floor is None else torch.tensor(self.rule.floor, device=self.device)
 
     def _attend_token(
         self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        self._ensure_head_state(query)
+        self._prepare(query, scale)
         policy, table = self.policy, slot_table(self.head_offsets, self.device)
         received = torch.empty_like(self.score) if policy.needs_attention else None
         output = slot_attention(
@@ -100,7 +106,7 @@ class FeedbackSlotLayer(SlotLayer):
             self.seen - 1,
             self.start,
             lambda name: table.by_head(getattr(self, name)),
-            self.rule.setting(self.batch_size, scale, self.device),
+            self.setting,
         )
         if policy.observe is not None:
             weights = None if received is None else table.by_head(received)[:, :, None]
@@ -131,7 +137,7 @@ class FeedbackSlotLayer(SlotLayer):
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        self._ensure_head_state(query)
+        self._prepare(query, scale)
         barred, state, positions, is_padded = self.chunk
         output = self._attend_chunk(query, key, value, positions, is_padded, scale, softcap, sinks)
         policy, table = self.policy, slot_table(self.head_offsets, self.device)
@@ -151,7 +157,7 @@ class FeedbackSlotLayer(SlotLayer):
             self.seen - 1,
             self.start,
             lambda name: with_chunk(getattr(self, name), {"keys": key, "values": value}[name]),
-            self.rule.setting(self.batch_size, scale, self.device),
+            self.setting,
         )
         for first in range(0, tokens, QUERIES) if policy.observe is not None else ():
             block = slice(first, min(first + QUERIES, tokens))
@@ -182,8 +188,8 @@ class FeedbackSlotLayer(SlotLayer):
     def _victims(self, priority: torch.Tensor, held: Held, barred: torch.Tensor, most: int) -> torch.Tensor:
         rule = self.rule
         surplus = feedback.surplus(held.exists.sum(2), held.budgets, rule.buffer_size, rule.is_shared)
-        floor = None if rule.floor is None else torch.tensor(rule.floor, device=self.device)
-        return feedback.victims(priority, held, feedback.stays(held, barred, self.recent), surplus, most, floor)
+        stays = feedback.stays(held, barred, self.recent)
+        return feedback.victims(priority, held, stays, surplus, most, self.floor, rule.reserved)
 
     def reset(self) -> None:
         super().reset()

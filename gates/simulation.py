@@ -130,7 +130,7 @@ class SimulatedLayer(RuledLayer):
 
 def _kind(rule: EvictionRule) -> tuple:
     """Rules of one kind can be simulated side by side: they differ in their budgets only."""
-    return rule.policy, rule.buffer_size, rule.protected, rule.seed, rule.interval, rule.is_shared
+    return rule.policy, rule.buffer_size, rule.protected, rule.seed, rule.interval, rule.is_shared, rule.reserved
 
 
 def _times_known_ahead(rules: Sequence[EvictionRule], new: NewTokens, valid: torch.Tensor | None) -> torch.Tensor:

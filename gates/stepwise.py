@@ -67,16 +67,16 @@ class Stepper:
             sinks: [HQ] or None.
         """
         if not self.is_ready:
+            self.is_captured = query.device.type == "cuda" and not self.policy.reads_back
             self._allocate(query, new)
         self._load(query, new, valid, sinks)
         self._reset()
         tokens, interval = query.shape[2], self.rule.interval
-        is_captured = query.device.type == "cuda" and not self.policy.reads_back
-        if is_captured and not self.graphs:
+        if self.is_captured and not self.graphs:
             self._capture()
         for step in range(tokens):
             refreshes = (step + 1) % interval == 0
-            if is_captured:
+            if self.is_captured:
                 self.graphs[refreshes].replay()
             else:
                 self._step(refreshes)
@@ -110,6 +110,8 @@ class Stepper:
         for name, tensor in tensors.items():
             if self.graphs and tensor is not None:
                 getattr(self, name).copy_(tensor)
+            elif self.is_captured and tensor is not None:  # memory of its own, which the next layers overwrite
+                setattr(self, name, tensor.clone(memory_format=torch.contiguous_format))
             else:
                 setattr(self, name, tensor)
 
@@ -220,7 +222,7 @@ class Stepper:
         else:
             self.priority.scatter_(2, slot, float("inf"))
         stays, surplus = self.evictable_from > self.column, self._at_column(self.surplus)[..., 0]
-        victims = feedback.victims(self.priority, held, stays, surplus, rule.most_victims, self.floor)
+        victims = feedback.victims(self.priority, held, stays, surplus, rule.most_victims, self.floor, rule.reserved)
         if policy.merge is not None:
             merged = policy.merge(held, victims, rule.most_victims)
             for slots, entries in zip(self.slots.values(), merged, strict=True):

@@ -100,15 +100,15 @@ def test_unknown_policy_names_the_nearest():
 FREQUENCIES = (1.0, 0.1)
 
 
-def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4, shared=False):
+def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4, shared=False, reserved=()):
     """What a layer holds after each chunk, by the cache and by plain Python."""
     protected = [(0, 2), (4, 7)] if name == "citrus" else [(0, 2)]
     tokens = sum(chunks)
     generator = torch.Generator().manual_seed(seed)
     key, value = torch.randn(2, 1, heads, tokens, head_dim, generator=generator)
     query = 2 * torch.randn(1, heads * group, tokens, head_dim, generator=generator)
-    policy = as_feedback(POLICIES[name]) if shared else POLICIES[name]
-    rule = EvictionRule(policy, (budget,) * heads, 1, tuple(protected), 0, 0, FREQUENCIES, shared)
+    policy = as_feedback(POLICIES[name])
+    rule = EvictionRule(policy, (budget,) * heads, 1, tuple(protected), 0, 0, FREQUENCIES, shared, reserved)
     layer, ours, first = FeedbackSlotLayer(rule, OWNER), [], 0
     for length in chunks:
         now = slice(first, first + length)
@@ -117,7 +117,7 @@ def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4, shared=F
         ours.append([{p for p in layer.positions(head)[0].tolist() if p >= 0} for head in range(heads)])
         first += length
     arguments = (query[0].tolist(), key[0].tolist(), value[0].tolist(), budget, protected, 0.5, list(FREQUENCIES))
-    plain = simulate(name, *arguments, chunks, shared)
+    plain = simulate(name, *arguments, chunks, shared, reserved)
     return ours, plain
 
 
@@ -144,3 +144,15 @@ def test_heads_that_share_their_budgets(name, chunks):
     assert min(sizes) >= 4
     if name == "value_norm" or len(chunks) < 10:  # one at a time, it may be each head's own entry that goes
         assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("name", ["value_norm", "h2o", "tova", "rkv"])
+@pytest.mark.parametrize("chunks", [[1] * 60, [40, 1, 1, 1, 30, 1]], ids=["steps", "mixed"])
+def test_spans_with_a_budget_of_their_own(name, chunks):
+    reserved = ((5, 12, 3), (20, 30, 4))
+    ours, plain = layer_run(name, budget=20, chunks=chunks, seed=2, reserved=reserved)
+    assert ours == plain
+    without, _ = layer_run(name, budget=20, chunks=chunks, seed=2)
+    kept = [[[len(held & set(range(a, b))) for a, b, _ in reserved] for held in run[-1]] for run in (ours, without)]
+    assert all(first >= 3 and second >= 4 for first, second in kept[0])
+    assert any(first < 3 or second < 4 for first, second in kept[1])

@@ -10,8 +10,11 @@ from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.policies import POLICIES
 from retention_gates.gates.simulation import SimulatedCache
 
-PER_LAYER = [[5, 5], [20, 20], [17, 17], [14, 14]]
-RAGGED = [[5, 20], [30, 9], [7, 13], [14, 14]]
+RAGGED, PER_LAYER = [[5, 20], [17, 14]], [[8, 8], [20, 20]]
+
+
+def two_layers():
+    return gated_model(num_hidden_layers=2)
 
 
 def held_after(layer, step, head):
@@ -58,7 +61,7 @@ def test_equals_step_by_step(policy):
     mask[1, :11] = 0
     budgets = PER_LAYER if getattr(POLICIES[policy], "same_for_all_heads", False) else RAGGED
     pin = (2, 4) if policy == "citrus" else None
-    compare(gated_model(), token_ids(2, 45), mask, memory_size=14, policy=policy, budgets=budgets, seed=3, pin=pin)
+    compare(two_layers(), token_ids(2, 45), mask, memory_size=14, policy=policy, budgets=budgets, seed=3, pin=pin)
 
 
 @pytest.mark.parametrize("policy", ["rkv", "expected_attention"])
@@ -66,15 +69,23 @@ def test_priorities_that_hold_for_some_steps(policy):
     # with budgets as small as in the test above they are computed at every step
     mask = torch.ones(2, 60, dtype=torch.int64)
     mask[1, :11] = 0
-    budgets = [[18, 30], [20, 28], [24, 24], [26, 22]]
-    compare(gated_model(), token_ids(2, 60), mask, memory_size=24, policy=policy, budgets=budgets)
+    budgets = [[18, 30], [26, 22]]
+    compare(two_layers(), token_ids(2, 60), mask, memory_size=24, policy=policy, budgets=budgets)
 
 
 @pytest.mark.parametrize("policy", ["retention", "key_norm", "h2o", "keydiff"])
 def test_adaptive_budgets(policy):
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[1, :7] = 0
-    compare(gated_model(), token_ids(2, 40), mask, memory_size=9, policy=policy, budgets="adaptive", buffer_size=2)
+    compare(two_layers(), token_ids(2, 40), mask, memory_size=9, policy=policy, budgets="adaptive", buffer_size=2)
+
+
+@pytest.mark.parametrize("budgets", ["uniform", "adaptive"])
+def test_reserved_spans(budgets):
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :7] = 0
+    arguments = dict(memory_size=12, policy="retention", budgets=budgets, reserved=[(4, 9, 2), (12, 20, 3)])
+    compare(two_layers(), token_ids(2, 40), mask, **arguments)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss", "phi3"])
@@ -91,12 +102,12 @@ def test_linear_attention_in_between():
 @pytest.mark.parametrize("policy", ["retention", "h2o", "snapkv"])
 @pytest.mark.parametrize("buffer_size", [2, 5])
 def test_buffers_and_pins(buffer_size, policy):
-    compare(gated_model(), token_ids(2, 40), memory_size=9, buffer_size=buffer_size, pin=(6, 9), policy=policy)
+    compare(two_layers(), token_ids(2, 40), memory_size=9, buffer_size=buffer_size, pin=(6, 9), policy=policy)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_side_by_side_is_one_by_one(policy):
-    model, ids = gated_model(), token_ids(2, 40)
+    model, ids = two_layers(), token_ids(2, 40)
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[1, :9] = 0
 
@@ -130,7 +141,7 @@ def test_attention_that_policies_see_has_softcaps_and_sinks(family):
 
 def test_more_tokens_than_one_block_of_queries():
     # the attention of a simulated sequence goes through queries by the hundred
-    model, ids = gated_model(), token_ids(1, 300)
+    model, ids = two_layers(), token_ids(1, 300)
     for policy in ("retention", "tova"):
         cache = SimulatedCache(model, memory_size=20, policy=policy)
         with torch.no_grad():

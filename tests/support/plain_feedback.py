@@ -210,19 +210,22 @@ def value_norm(layer: PlainLayer, head: int, step: int) -> Priorities:
 PLAIN["value_norm"] = value_norm
 
 
-def simulate(name, query, key, value, budget, protected, scale, frequencies, chunks, shared=False):
+def simulate(name, query, key, value, budget, protected, scale, frequencies, chunks, shared=False, reserved=()):
     """What each head holds after each chunk of tokens, [chunks][H].
 
     Args:
         query: [HQ, T, D], key and value [H, T, D], all nested lists.
         protected: spans of offsets; those after the first are the instruction.
         chunks: how many tokens are read at a time; a chunk sees all that is held and itself, and is cut at its end.
+        reserved: spans (start, stop, entries) of which each head keeps at least so many, the best.
         shared: whether the heads have one budget together, of which each is sure of a fifth of its share (AdaKV).
     """
     layer = PlainLayer(query, len(query) // len(key), budget, scale, protected, frequencies, [{} for _ in key])
     kept = {p for start, stop in protected for p in range(start, stop)}
     fraction, most = RECENT.get(name, (0.0, None))
-    recent = min(int(fraction * budget), most or budget, budget - len(kept))
+    recent = min(
+        int(fraction * budget), most or budget, budget - len(kept) - sum(entries for _, _, entries in reserved)
+    )
     history, step = [], -1
     for length in chunks:
         for _ in range(length):
@@ -246,6 +249,9 @@ def simulate(name, query, key, value, budget, protected, scale, frequencies, chu
         candidates = []  # of each head, the best last
         for entries in layer.heads:
             stays = {p for p, e in entries.items() if p in kept or step - p < recent or e.priority is None}
+            for start, stop, least in reserved:
+                inside = [(p in stays, e.priority or 0.0, p) for p, e in entries.items() if start <= p < stop]
+                stays |= {p for _, _, p in sorted(inside, reverse=True)[:least]}
             candidates.append(sorted((entries[p].priority, p) for p in entries if p not in stays))
         if shared:
             floor = max(budget // 5, len(kept) + 1)

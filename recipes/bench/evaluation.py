@@ -1,0 +1,57 @@
+"""How long it takes to compare 10 policies at 4 budgets on 16 rows of 2,048 tokens of a model of SmolLM2-135M's shape.
+
+    python recipes/bench/evaluation.py                        # on a GPU, bf16: the goal is 60 s
+    python recipes/bench/evaluation.py --rows 2 --length 512  # a smaller one
+
+Weights are random, which changes no time. Each policy is timed by itself, too, with a full cache's forward pass each.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from retention_gates import RetentionGateConfig
+from retention_gates.recipes.bench.harness import Measurement, report
+from retention_gates.trainers.evaluation import compare_rows, contenders
+
+POLICIES = ["retention", "streaming_llm", "random", "key_norm", "h2o", "tova", "snapkv", "morphkv", "keydiff", "rkv"]
+SIZES = [32, 64, 128, 256]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base: Any = LlamaForCausalLM(config)
+    model = get_peft_model(base.to(device, dtype), RetentionGateConfig()).eval()
+    rows = torch.randint(0, config.vocab_size, (options.rows, options.length))
+    case = f"{options.rows} rows of {options.length}, M={','.join(map(str, SIZES))}"
+
+    def seconds(policies: list[str]) -> float:
+        begin = time.monotonic()
+        compare_rows(model, rows, contenders(policies, SIZES, ["uniform"]), batch_size=options.rows)
+        print(f"{' '.join(policies)}: {time.monotonic() - begin:.1f} s", flush=True)
+        return time.monotonic() - begin
+
+    # the first call compiles kernels and fills caches
+    compare_rows(model, rows[:, :64], contenders(["random"], [32], ["uniform"]), batch_size=options.rows)
+    measurements = [Measurement(case, policy, seconds([policy]), "s") for policy in options.policies]
+    measurements.append(Measurement(case, f"all {len(options.policies)}", seconds(options.policies), "s"))
+    report("evaluation", measurements)
+
+
+if __name__ == "__main__":
+    main()
