@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("written answers, instead of text and tasks")
     group.add_argument(
         "--suites", nargs="+", default=[], metavar="NAME",
-        help="suites of the Hub, such as gsm8k, math500, aime24, longbench/hotpotqa, ruler/4096 (default: none)",
+        help="suites of the Hub, such as gsm8k, math500, aime24, longbench/hotpotqa, ruler/4096; NAME=FILE reads a "
+        "local copy (default: none)",
     )  # fmt: skip
     group.add_argument(
         "--lm-eval", metavar="NAMES", help="tasks of the package lm-eval, with commas between them (default: none)"
@@ -72,7 +73,10 @@ def main(options: argparse.Namespace) -> None:
     from retention_gates.trainers.evaluation import contenders
 
     contenders(policies, options.memory_size, options.budgets or ["uniform"])  # a misspelt name should not wait
-    questions = [question for name in options.suites for question in load_suite(name, limit=options.limit)]
+    questions = []
+    for suite in options.suites:
+        title, _, source = suite.partition("=")
+        questions += load_suite(title, source=source or None, limit=options.limit)
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
     encoded = encode_questions(questions, tokenizer, longest_prompt=options.longest_prompt)

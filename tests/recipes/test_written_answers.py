@@ -45,10 +45,19 @@ def test_answers_are_written_and_scored(files, local_suites, tmp_path):
     assert "| 0 / 0 | 1 |" in table[1], "neither policy answers anything right"
 
 
+def test_a_local_copy_is_read_by_its_name(files, tmp_path):
+    copy = f"aime24={FIXTURES / 'aime24__default.jsonl'}"
+    arguments = ["evaluate", *files.arguments, "--suites", copy, "--memory-size", "8", "--policies", "retention"]
+    assert main([*arguments, "--max-new-tokens", "2", "--limit", "1", "--output", str(tmp_path / "out")]) == 0
+    _, *records = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert [(r["task"], r["policy"]) for r in records] == [("aime24", "full"), ("aime24", "retention")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--suites", "gms8k"], "unknown suite 'gms8k'"),
+        (["--suites", "gsm8k=nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
         (["--suites", "gsm8k", "--tasks", "passkey"], "--tasks is scored without writing answers"),
         (["--suites", "gsm8k", "--limit", "0"], "--limit 0 must be 1 or more"),
         (["--suites", "gsm8k", "--memory-size", "0"], "--memory-size 0 must be 1 or more"),
