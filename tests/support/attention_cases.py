@@ -8,7 +8,7 @@ HOLES = torch.tensor([[0, 0, -1, -1, 0, 0, 1, -1, 1, -1, 2], [-1, 0, -1, 0, 0, 0
 
 
 def make_inputs(batch, heads, group, tokens, head_dim=8, value_dim=16, dtype=torch.float32, device="cpu", sinks=False):
-    """Leaves with gradients: query, key, value, log_beta (fp32 at least; 0 for the first token), and sinks if asked."""
+    """Leaves with gradients: query, key, value, log_beta (fp32 at least; 0 for the first token), sinks if asked."""
     generator = torch.Generator().manual_seed(tokens * 100 + group * 10 + batch)
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     inputs = {
@@ -114,7 +114,7 @@ def eager_attention(query, key, value, log_beta, *, scale, softcap=None, sinks=N
 
 
 def output_and_gradients(attention, inputs, **options):
-    """Dict of detached output and gradients by input, those that need none left out; the seed is the same each time."""
+    """Detached output and gradients by name, those that need none left out; the seed is the same each time."""
     output = attention(**inputs, **options)
     generator = torch.Generator().manual_seed(7)
     seed = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
