@@ -1,5 +1,6 @@
 """Attention whose keys fade with age. See README.md in this folder."""
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def retention_attention(
         key: [B, H, T, D].
         value: [B, H, T, Dv].
         log_beta: fp32 [B, H, T], <= 0 per token.
-        scale: what q k is multiplied with.
+        scale: what q k is multiplied with, above 0.
         document_ids: int64 [B, T], the same for the tokens of a document, which follow each other. A token sees its
             own document only; rows of padding (-1) give 0. None: all one.
         sliding_window: keys that a query sees at most, itself among them. None: all.
@@ -42,7 +43,8 @@ def retention_attention(
         sinks: [HQ], one more logit per query head in the softmax's denominator.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that don't go together, and for a positive log_beta.
+        ValueError: for shapes, dtypes or devices that don't go together, numbers outside their range, and, where the
+            fused form runs, for a layout or head dim that it can't read.
     """
     check_log_beta(log_beta)
     check_document_ids(document_ids, log_beta)
@@ -60,6 +62,8 @@ def retention_attention(
     check_shape("value", value, (batch, heads, tokens, value.shape[3]), "[B, H, T, Dv]")
     if query_heads == 0 or query_heads % heads:
         raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} KV heads of key.")
+    if not 0 < scale < math.inf:  # the fused form divides by it
+        raise ValueError(f"scale must be a number above 0, not {scale}: negate query instead of scale.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
     if sinks is not None:

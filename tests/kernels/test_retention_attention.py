@@ -5,6 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import (
+    HOLES,
+    PACKED,
+    PADDED,
+    dense_attention,
+    in_fp64,
+    make_eviction_times,
+    make_inputs,
+    output_and_gradients,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
@@ -13,62 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from retention_gates.kernels.retention_attention import naive, retention_attention
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 3, 3], [0] * 11])
-PADDED = torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1], [-1] * 11])
-
-
-def make_inputs(batch, heads, group, tokens, head_dim=8, value_dim=6, dtype=torch.float32, device="cpu", sinks=False):
-    generator = torch.Generator().manual_seed(tokens * 100 + group * 10 + batch)
-    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    inputs = {
-        "query": random(batch, heads * group, tokens, head_dim) * 2,
-        "key": random(batch, heads, tokens, head_dim),
-        "value": random(batch, heads, tokens, value_dim),
-        "log_beta": -torch.exp(2 * random(batch, heads, tokens) - 3),
-    }
-    inputs["log_beta"][..., :1] = 0  # protected
-    if sinks:
-        inputs["sinks"] = random(heads * group)
-    log_beta_dtype = torch.promote_types(dtype, torch.float32)
-    return {
-        name: tensor.to(device, log_beta_dtype if name == "log_beta" else dtype).requires_grad_()
-        for name, tensor in inputs.items()
-    }
-
-
-def dense_attention(query, key, value, log_beta, *, scale, document_ids=None, softcap=None, sinks=None):
-    """The equation with every [T, T] written out and one loop over the query heads."""
-    tokens, group = query.shape[2], query.shape[1] // key.shape[1]
-    index = torch.arange(tokens, device=query.device)
-    visible = (index[:, None] >= index).expand(query.shape[0], -1, -1)
-    if document_ids is not None:
-        visible = visible & (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids[:, None, :] >= 0)
-    outputs = []
-    for head in range(query.shape[1]):
-        kv = head // group
-        logits = query[:, head] @ key[:, kv].transpose(1, 2) * scale  # [B, T, T]
-        if softcap is not None:
-            logits = softcap * (logits / softcap).tanh()
-        logits = logits + (index[:, None] - index) * log_beta[:, kv, None, :]
-        weights = torch.where(visible, logits, 0.0).exp() * visible
-        denominator = weights.sum(-1, keepdim=True)
-        if sinks is not None:
-            denominator = denominator + sinks[head].exp()
-        denominator = torch.where(visible.any(-1, keepdim=True), denominator, 1.0)
-        outputs.append(weights / denominator @ value[:, kv])
-    return torch.stack(outputs, dim=1)
-
-
-def output_and_gradients(attention, inputs, **options):
-    output = attention(**inputs, **options)
-    generator = torch.Generator().manual_seed(7)
-    seed = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    gradients = torch.autograd.grad(output, list(inputs.values()), seed)
-    return {"output": output.detach(), **dict(zip(inputs, gradients, strict=True))}
-
-
-def in_fp64(inputs):
-    return {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
 
 
 def test_by_hand():
@@ -113,6 +67,32 @@ def test_matches_dense_fp64(device, group, tokens, document_ids, options):
         torch.testing.assert_close(exact[name], reference, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
         # some tens of roundings of 6e-8 each, times ages up to 130 in the gradient of log_beta
         tolerance = 2e-6 * max(1.0, reference.abs().max().item())
+        torch.testing.assert_close(single[name].double(), reference, rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("document_ids", [None, PACKED, PADDED, HOLES])
+@pytest.mark.parametrize("sliding_window", [None, 1, 3, 12])
+@pytest.mark.parametrize("evicted", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_limits_match_dense_fp64(device, document_ids, sliding_window, evicted, sinks):
+    """Windows, evictions and documents together; rows that see no key give 0, also beside a sink."""
+    inputs = make_inputs(2 if document_ids is None else len(document_ids), 2, 2, 11, device=device, sinks=sinks)
+    options = {
+        "scale": 0.3,
+        "document_ids": None if document_ids is None else document_ids.to(device),
+        "sliding_window": sliding_window,
+        "eviction_times": make_eviction_times(len(inputs["query"]), 2, 11, device) if evicted else None,
+    }
+    expected = output_and_gradients(dense_attention, in_fp64(inputs), **options)
+    exact = output_and_gradients(naive.retention_attention, in_fp64(inputs), **options, chunk_size=4)
+    single = output_and_gradients(retention_attention, inputs, **options)
+    assert expected["output"].any()
+    if evicted:
+        assert not single["output"][:, 2:].any()  # the second KV head holds nothing
+    for name, reference in expected.items():
+        torch.testing.assert_close(exact[name], reference, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        tolerance = 2e-6 * max(1.0, reference.abs().max().item())  # as above
         torch.testing.assert_close(single[name].double(), reference, rtol=1e-5, atol=tolerance)
 
 
@@ -254,6 +234,14 @@ def test_inside_a_checkpointed_layer():
         ({"document_ids": torch.zeros(2, 7)}, "document_ids must be torch.int64"),
         ({"softcap": 0.0}, "softcap must be above 0"),
         ({"sinks": torch.zeros(2)}, "sinks must have shape"),
+        ({"scale": 0.0}, "scale must be a number above 0, not 0.0"),
+        ({"scale": -0.5}, "scale must be a number above 0, not -0.5"),
+        ({"scale": math.nan}, "scale must be a number above 0, not nan"),
+        ({"scale": math.inf}, "scale must be a number above 0, not inf"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1 key, not 0"),
+        ({"eviction_times": torch.zeros(2, 7, dtype=torch.int64)}, "eviction_times must have shape"),
+        ({"eviction_times": torch.zeros(2, 2, 7, dtype=torch.int32)}, "eviction_times must be torch.int64"),
+        ({"eviction_times": torch.zeros(2, 2, 7).long().to("meta")}, "eviction_times is on meta"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -262,7 +250,8 @@ def test_bad_arguments_are_named(change, message):
         "key": torch.zeros(2, 2, 7, 8),
         "value": torch.zeros(2, 2, 7, 8),
         "log_beta": torch.zeros(2, 2, 7),
+        "scale": 1.0,
     }
-    retention_attention(**arguments, scale=1.0)
+    retention_attention(**arguments)
     with pytest.raises(ValueError, match=message):
-        retention_attention(**(arguments | change), scale=1.0)
+        retention_attention(**(arguments | change))
