@@ -6,7 +6,7 @@ import triton
 from retention_gates.kernels.retention_sum import direct, states
 from retention_gates.kernels.retention_sum.nodes import Nodes, Settings, nodes_for
 
-LINEAR_FROM = 1024  # tokens, from which on the linear-time form runs. Provisional: not yet measured, see the bench
+LINEAR_FROM = 512  # tokens; as fast as the exact form there, twice as fast at 1,024 (H100, recipes/bench/retention_sum.py)
 SETTINGS = Settings()
 UNROLL = 8
 
