@@ -1,6 +1,7 @@
 """Attention whose keys fade with age. See README.md in this folder."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -77,7 +78,7 @@ def retention_attention(
             )
     others = {"document_ids": document_ids, "eviction_times": eviction_times, "sinks": sinks}
     check_same_device("query", query, key=key, value=value, log_beta=log_beta, **others)
-    attend = naive.retention_attention
+    attend: Callable[..., torch.Tensor] = naive.retention_attention
     if use_fused("retention_attention", query):
         from retention_gates.kernels.retention_attention import fused  # needs Triton
 
