@@ -42,11 +42,17 @@ def retention_attention(
         _check_layout(name, tensor)
     spans = visible_spans(document_ids, sliding_window, (query.shape[0], query.shape[2]), query.device)
     first, last = (None, None) if spans is None else spans
-    until = None if eviction_times is None else eviction_times.int()
+    until = None if eviction_times is None else _until(eviction_times, document_ids)
     output, _ = torch.ops.retention_gates.retention_attention(
         query, key, value, log_beta, sinks, first, last, until, scale, softcap
     )
     return output
+
+
+def _until(eviction_times: Tensor, document_ids: Tensor | None) -> Tensor:
+    """eviction_times as int32, at most T; 0 at padding, which a row that sees nothing else would take for a key."""
+    until = eviction_times.clamp(max=eviction_times.shape[2]).int()
+    return until if document_ids is None else until.masked_fill((document_ids < 0)[:, None], 0)
 
 
 @torch.library.custom_op("retention_gates::retention_attention", mutates_args=())
@@ -282,11 +288,16 @@ def _check_layout(name: str, tensor: Tensor) -> None:
             f"{name} is {tensor.dtype}; the fused kernel takes float16, bfloat16 and float32: cast it, or set "
             "RETENTION_GATES_KERNELS=naive."
         )
+    unit = LEAST_STRIDE // tensor.element_size()
+    if tensor.shape[3] % unit:  # or what is allocated here, output or gradient, could not be written
+        raise ValueError(
+            f"{name} has head dim {tensor.shape[3]}; the fused kernel takes multiples of {unit} in {tensor.dtype}: "
+            "pad it with zeros, or set RETENTION_GATES_KERNELS=naive."
+        )
     if not _is_readable(tensor):
         raise ValueError(
             f"{name} has strides {tensor.stride()}; the fused kernel needs a last axis of stride 1, the others a "
-            f"multiple of {LEAST_STRIDE} bytes, and an address that is one too: pass {name}.contiguous(), or pad the "
-            "head dim."
+            f"multiple of {LEAST_STRIDE} bytes, and an address that is one too: pass {name}.contiguous()."
         )
 
 

@@ -222,6 +222,27 @@ def test_padding_gives_nothing_whatever_it_holds(device, kind):
 
 
 @on_both
+def test_a_row_with_nothing_but_padding_left_sees_nothing(device):
+    """Token 2 never enters, token 0 is gone when it comes, and token 1 between them is padding."""
+    inputs, options = make_case(4, device=device)
+    options["document_ids"] = torch.tensor([[0, -1, 0, 0]], device=device)
+    options["eviction_times"] = torch.tensor([[[1, 4, 0, 4]]], device=device)
+    ours = check_against_fp64(inputs, options)
+    assert not ours["output"][:, :, 2].any()
+
+
+@on_both
+def test_eviction_times_beyond_the_end_are_never(device):
+    inputs, options = make_case(10, device=device)
+    whole = output_and_gradients(retention_attention, inputs, **options)
+    for never in (10, 2**31 - 1, 2**32, 2**63 - 1):
+        options["eviction_times"] = torch.full((1, 1, 10), never, device=device)
+        result = output_and_gradients(retention_attention, inputs, **options)
+        for name, tensor in result.items():
+            torch.testing.assert_close(tensor, whole[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@on_both
 def test_tensors_laid_out_as_projections_give_them(device):
     """[B, T, H, D] in memory, key and value slices of one tensor, the gradient expanded from one number."""
     inputs, options = make_case(37, heads=2, group=2, device=device)
@@ -286,6 +307,7 @@ def test_registered_op_is_sound(device):
     [
         ({"query": (4, 257, 264), "key": (2, 257, 264)}, "query has head dim 257; the fused kernel takes up to 256"),
         ({"value": (2, 264, 264)}, "value has head dim 264"),
+        ({"value": (2, 6, 8)}, "value has head dim 6; the fused kernel takes multiples of 4"),
         ({"key": (2, 16, 18)}, r"key has strides \(252, 126, 18, 1\)"),
     ],
 )
