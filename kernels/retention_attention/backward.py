@@ -79,7 +79,11 @@ def _key_step(
     base = (m - n - tl.arange(0, BN)).to(tl.float32)
     low = (tl.arange(0, BM) & 7).to(tl.float32)
     high = (tl.arange(0, BM) & -8).to(tl.float32)
-    bias = high[None, :] * log_beta[:, None] + (low[None, :] + base[:, None]) * log_beta[:, None] - lse[None, :]
+    if MASKED:
+        # one product, so that it is 0 at age 0 (see `decay`)
+        bias = ((high + low)[None, :] + base[:, None]) * log_beta[:, None] - lse[None, :]
+    else:
+        bias = high[None, :] * log_beta[:, None] + (low[None, :] + base[:, None]) * log_beta[:, None] - lse[None, :]
     if SOFTCAP:
         held = capped(tl.dot(key, tl.trans(query), input_precision=PRECISION), softcap)
         weights = tl.math.exp2((held + bias) * qk_scale)  # [BN, BM]
@@ -232,7 +236,7 @@ def _query_step(
 ):
     """Adds what keys n..n+BN give to the queries start..start+BM."""
     row = batch * H + head
-    bias = decay(load_vector(log_betas, row, n, BN), start, n, BM, BN)
+    bias = decay(load_vector(log_betas, row, n, BN), start, n, BM, BN, MASKED)
     key = load_rows(keys, batch, head, n, BN, BD)
     # lse comes times qk_scale
     if SOFTCAP:

@@ -33,9 +33,12 @@ def load_vector(descriptor, row, start, COUNT: tl.constexpr):
 
 
 @triton.jit
-def decay(log_beta, start, n, BM: tl.constexpr, BN: tl.constexpr):
+def decay(log_beta, start, n, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
     """age * log_beta [BM, BN] of keys n..n+BN for the queries start..start+BM."""
     column = tl.arange(0, BN)
+    if EXACT:
+        # one product: the sum of two below, fused into one instruction, is not 0 at age 0 if log_beta is large
+        return ((start - n) + tl.arange(0, BM)[:, None] - column[None, :]).to(tl.float32) * log_beta[None, :]
     # what the compiler can tell apart: a few numbers of the thread's own, and constants
     base = ((start - n) - (column & 7)).to(tl.float32) - (column & -8).to(tl.float32)
     return tl.arange(0, BM).to(tl.float32)[:, None] * log_beta[None, :] + (base * log_beta)[None, :]
@@ -72,7 +75,7 @@ def _attend_block(
 ):
     """Adds keys n..n+BN to the running softmax of the queries start..start+BM."""
     row = batch * H + head
-    bias = decay(load_vector(log_betas, row, n, BN), start, n, BM, BN)
+    bias = decay(load_vector(log_betas, row, n, BN), start, n, BM, BN, MASKED)
     key = load_rows(keys, batch, head, n, BN, BD)
     if SOFTCAP:
         logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION), softcap) + bias

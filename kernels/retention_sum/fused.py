@@ -6,7 +6,9 @@ import triton
 from retention_gates.kernels.retention_sum import direct, states
 from retention_gates.kernels.retention_sum.nodes import Nodes, Settings, nodes_for
 
-LINEAR_FROM = 512  # tokens; as fast as the exact form there, twice as fast at 1,024 (H100, recipes/bench/retention_sum.py)
+LINEAR_FROM = (
+    512  # tokens; as fast as the exact form there, twice as fast at 1,024 (H100, recipes/bench/retention_sum.py)
+)
 SETTINGS = Settings()
 UNROLL = 8
 
