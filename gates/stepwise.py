@@ -103,9 +103,9 @@ class Stepper:
             "start": (real.cumsum(1) == 0).sum(1),
             "sinks": sinks,
         }
-        is_protected = self.rule.is_protected(new.offset)[:, None]
+        never_goes = (self.rule.is_protected(new.offset) | ~real)[:, None]
         free_from = tensors["columns"] + (0 if self.recent is None else self.recent[..., None])
-        tensors["free_from"] = free_from.masked_fill(is_protected, NEVER)
+        tensors["free_from"] = free_from.masked_fill(never_goes, NEVER)
         tensors["surplus"] = self._surplus(real)
         for name, tensor in tensors.items():
             if self.graphs and tensor is not None:
@@ -117,12 +117,8 @@ class Stepper:
 
     def _allocate(self, query: torch.Tensor, new: NewTokens) -> None:
         batch, heads, tokens, head_dim = new.key.shape
-        rules, rows, device, merges = (
-            self.rules,
-            batch // len(self.rules),
-            new.key.device,
-            self.policy.merge is not None,
-        )
+        rules, rows, device = self.rules, batch // len(self.rules), new.key.device
+        merges = self.policy.merge is not None
         # merged entries must be rounded as the cache rounds them; others are looked at in fp32 only
         self.dtype = new.key.dtype if merges else torch.float32
         sizes = torch.tensor([rule.sizes for rule in rules], device=device).repeat_interleave(rows, dim=0)  # [B, H]
@@ -177,7 +173,7 @@ class Stepper:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(3):  # libraries allocate their workspaces before the capture
+                for _ in range(min(3, self.query.shape[2])):  # libraries allocate workspaces before the capture
                     self._step(refreshes)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
