@@ -66,7 +66,7 @@ def test_layerwise_sends_no_gradient_through_the_model(tmp_path: Path):
 
 def test_documents_are_worked_out_once_for_all_layers(tmp_path: Path, monkeypatch):
     trainer = trainer_of(tmp_path)
-    trainer._output_head  # whose check is a pass of its own
+    assert trainer._output_head  # whose check is a pass of its own
     seen = []
 
     def attention(*arguments, document_ids, **options):
