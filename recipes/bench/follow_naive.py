@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def losses_of(
         set_seed(0)
         model = get_peft_model(make_base(), gate)
         with tempfile.TemporaryDirectory() as folder:
-            options = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "seed": 0, "logging_steps": 1000}
+            options: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "seed": 0}
             trainer = LossesKept(model, RetentionTrainingArguments(output_dir=folder, **(options | training)), rows)
             trainer.train()
         return trainer.losses
@@ -132,20 +133,22 @@ def main() -> int:
         raise SystemExit("follow_naive compares with kernels that run on a CUDA GPU, and there is none here.")
 
     text = text_of(options.text)
+    make_base: Callable[[], PreTrainedModel] = random_base
     if options.random:
-        make_base, ids = random_base, torch.tensor(list(text.encode()))
+        ids = torch.tensor(list(text.encode()))
     else:
         tokenizer = load_tokenizer(options.model, gguf_file=options.gguf_file)
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-
-        def make_base() -> PreTrainedModel:
-            return load_base(options.model, gguf_file=options.gguf_file, dtype="float32")
+        make_base = partial(load_base, options.model, gguf_file=options.gguf_file, dtype="float32")
 
     rows = Windows(ids, options.steps * options.rows, options.length)
-    gate = {"gate_width": 128, "initial_half_life": 2000.0, "protected_tokens": 4}
-    training = {"max_steps": options.steps, "per_device_train_batch_size": options.rows, "learning_rate": 3e-3}
+    training: dict[str, Any] = {
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.rows,
+        "learning_rate": 3e-3,
+    }
     reference, ours = (
-        losses_of(form, make_base, rows, RetentionGateConfig(**gate), memory_size=64, **training)
+        losses_of(form, make_base, rows, RetentionGateConfig(gate_width=128), memory_size=64, **training)
         for form in ("naive", "fused")
     )
     print(f"{'step':>4} {'naive':>12} {'fused':>12} {'difference':>10}")

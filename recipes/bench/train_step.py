@@ -31,7 +31,7 @@ from retention_gates.recipes.bench.harness import Measurement, matrix_tflops, re
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.trainer import RetentionTrainer
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 2560,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -53,7 +53,7 @@ PARTS = {
 Batch = dict[str, Tensor]
 
 
-def make_model(device: str, dtype: torch.dtype = torch.bfloat16, **shape: Any) -> PeftModel:
+def make_model(device: str, dtype: torch.dtype, **shape: Any) -> PeftModel:
     """A model with random weights and gates, made where it stays, in training mode with gradient checkpointing."""
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=dtype, attn_implementation="sdpa")
@@ -184,7 +184,7 @@ def show_parts(ours: dict[str, float], plain: dict[str, float], gates: float) ->
 
 def compare(tokens: int, layers: int) -> None:
     case = f"Qwen3-4B shape, {layers} layers, T={tokens} bf16"
-    model = make_model("cuda", num_hidden_layers=layers, max_position_embeddings=tokens, **SHAPE)
+    model = make_model("cuda", torch.bfloat16, num_hidden_layers=layers, max_position_embeddings=tokens, **SHAPE)
     batch = make_batch(tokens, SHAPE["vocab_size"], "cuda")
     limit = least_ms(tokens, layers, matrix_tflops())
     plain = partial(plain_step, model, OutputHead.from_model(model), batch)
@@ -198,7 +198,7 @@ def compare(tokens: int, layers: int) -> None:
             rows.append(Measurement(case, contender, milliseconds, "ms", spread, limit, above))
             parts.append(device_ms(step))
     report("train_step", rows)
-    show_parts(*parts, gates_ms(model, tokens))
+    show_parts(parts[0], parts[1], gates_ms(model, tokens))
     time_ratio, memory_ratio = rows[0].value / rows[1].value, peaks[0] / peaks[1]
     print(f"\ntime:        {time_ratio:.3f} times plain (goal: at most {MOST_TIME})")
     print(
