@@ -1,6 +1,7 @@
 """From a mean number of entries per KV head to a number for every layer and head."""
 
 import math
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -77,6 +78,28 @@ def calibrated_budgets(shares: list[list[float]], memory_size: int, floor: int) 
     return [[next(entries_of) for _ in row] for row in shares]
 
 
+def retained_masses(
+    log_beta: Sequence[torch.Tensor], document_ids: torch.Tensor | None
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
+    """Retained mass of the layers of each device: their indices, the mass [B, L, H, T], and document_ids there.
+
+    One sum over the heads of all layers costs hardly more than that of one layer: its kernels are small.
+
+    Args:
+        log_beta: fp32 [B, H, T] of each gated layer, 0 at protected tokens.
+        document_ids: int64 [B, T], or None if every row is one document.
+    """
+    devices: dict[torch.device, list[int]] = {}
+    for index, layer in enumerate(log_beta):
+        devices.setdefault(layer.device, []).append(index)
+    for device, layers in devices.items():
+        documents = None if document_ids is None else document_ids.to(device)
+        heads = torch.cat([log_beta[index] for index in layers], dim=1)  # [B, L * H, T]
+        # without a kernel, memory stays that of one layer
+        mass = retention_sum(heads, document_ids=documents, chunk_size=max(1, 256 // len(layers)))
+        yield layers, mass.unflatten(1, (len(layers), -1)), documents
+
+
 class RetainedMass:
     """The mean retained mass S_t of every gated layer and KV head, over any number of forward passes: budget shares.
 
@@ -95,14 +118,15 @@ class RetainedMass:
     def add(self, log_beta: list[torch.Tensor], document_ids: torch.Tensor | None = None) -> None:
         """Adds one pass: log_beta of every gated layer [B, H, T], protected tokens at 0; document_ids [B, T]."""
         batch, _, tokens = log_beta[0].shape
-        counts = (torch.arange(tokens, device=log_beta[0].device) >= self.first_step).expand(batch, -1)
-        if document_ids is not None:
+        if document_ids is None:
+            counts = (torch.arange(tokens, device=log_beta[0].device) >= self.first_step).expand(batch, -1)
+        else:
             counts = (document_offsets(document_ids) >= self.first_step) & (document_ids >= 0)
-        masses = []
-        for layer in log_beta:
-            where = counts[:, None].to(layer.device)
-            documents = None if document_ids is None else document_ids.to(layer.device)
-            masses.append((retention_sum(layer.detach(), document_ids=documents) * where).double().sum((0, 2)).cpu())
+        sums: dict[int, torch.Tensor] = {}
+        for layers, mass, _ in retained_masses(log_beta, document_ids):
+            where = counts[:, None, None].to(mass.device)
+            sums |= zip(layers, (mass * where).double().sum((0, 3)).cpu(), strict=True)
+        masses = [sums[layer] for layer in range(len(log_beta))]
         self.totals = [a + b for a, b in zip(self.totals, masses, strict=True)] if self.totals else masses
         self.steps += int(counts.sum())
 

@@ -2,7 +2,10 @@
 
 import torch
 
+from retention_gates.kernels.memo import memo
 
+
+@memo
 def document_ids_from(
     attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch_size: int
 ) -> torch.Tensor | None:
@@ -36,6 +39,7 @@ def check_padding_mask(attention_mask: torch.Tensor | None) -> None:
         )
 
 
+@memo
 def document_offsets(document_ids: torch.Tensor) -> torch.Tensor:
     """Position of every token inside its document [B, T]; what it says of padding has no meaning."""
     index = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 VARIABLE = "RETENTION_GATES_KERNELS"
+HAS_TRITON = find_spec("triton") is not None
 logger = logging.getLogger("retention_gates.kernels")
 _told: set[tuple[str, str, str]] = set()
 
@@ -23,7 +24,7 @@ def use_fused(op: str, tensor: torch.Tensor) -> bool:
     if wanted not in ("", "naive", "fused"):
         raise ValueError(f"{VARIABLE}={wanted!r} is unknown: set it to 'naive' or 'fused', or leave it unset.")
     device = tensor.device.type
-    possible = find_spec("triton") is not None and (device == "cuda" or (device == "cpu" and _interpreted()))
+    possible = HAS_TRITON and (device == "cuda" or (device == "cpu" and _interpreted()))
     if wanted == "fused" and not possible:
         raise ValueError(
             f"{VARIABLE}=fused, but {op} got tensors on {tensor.device}: fused kernels need CUDA and Triton (or "

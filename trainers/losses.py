@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from retention_gates.gates.budgets import retained_masses
 from retention_gates.gates.documents import document_offsets
-from retention_gates.kernels.retention_sum import retention_sum
 
 CapacityNormalisation = Literal["length", "excess"]
 
@@ -44,25 +44,24 @@ def capacity_loss(
     if normalisation not in get_args(CapacityNormalisation):
         raise ValueError(f"normalisation must be one of {get_args(CapacityNormalisation)}, not {normalisation!r}.")
 
-    first = log_beta[0]
-    documents = (
-        first.new_zeros(first.shape[0], first.shape[2], dtype=torch.int64) if document_ids is None else document_ids
-    )
-    is_step = documents[:, None, :] >= 0  # [B, 1, T]
-    length = document_offsets(documents)[:, None, :] + 1  # t
-    total = first.new_zeros(())
-    steps = first.new_zeros((), dtype=torch.int64)
-    retained_mass = []
-    for layer in log_beta:
-        mass = retention_sum(layer, document_ids=document_ids)  # [B, H, T], 0 at padding
+    home = log_beta[0].device
+    total = torch.zeros((), device=home)
+    steps = torch.zeros((), dtype=torch.int64, device=home)
+    mean_masses: dict[int, torch.Tensor] = {}
+    for layers, mass, documents in retained_masses(log_beta, document_ids):  # [B, L, H, T], 0 at padding
+        if documents is None:
+            documents = torch.zeros(mass.shape[0], mass.shape[3], dtype=torch.int64, device=mass.device)
+        is_step = (documents >= 0)[:, None, None, :]
+        length = document_offsets(documents)[:, None, None, :] + 1  # t
         excess = (mass - memory_size).clamp(min=0)
         counted = is_step.expand_as(mass)
-        retained_mass.append(mass.detach().sum() / counted.sum().clamp(min=1))
-        if normalisation == "length":
-            total = total + (excess / length).sum()
-        else:
-            total = total + (excess / (length - memory_size).clamp(min=1)).sum()
+        steps_of_layer = counted.sum((0, 2, 3)).clamp(min=1)
+        mean_masses |= zip(layers, (mass.detach().sum((0, 2, 3)) / steps_of_layer).to(home).unbind(), strict=True)
+        if normalisation == "excess":
+            length = (length - memory_size).clamp(min=1)
             counted = excess > 0
-        steps = steps + counted.sum()
+        total = total + (excess / length).sum().to(home)
+        steps = steps + counted.sum().to(home)
     # without a single step, or a step above M, there is nothing to push down: 0 rather than 0 / 0
-    return CapacityLoss(total / steps.clamp(min=1), torch.stack(retained_mass))
+    retained_mass = torch.stack([mean_masses[layer] for layer in range(len(log_beta))])
+    return CapacityLoss(total / steps.clamp(min=1), retained_mass)

@@ -169,7 +169,7 @@ class RetentionTrainer(Trainer):
         terms = {"retained_mass": capacity.retained_mass.mean()}
         for layer, mass in zip(layers, capacity.retained_mass, strict=True):
             terms[f"{PER_LAYER}{layer.base_layer.layer_idx:02d}"] = mass
-        log_beta = torch.stack(recording.log_beta)
+        log_beta = torch.stack([layer.to(recording.log_beta[0].device) for layer in recording.log_beta])
         decays = log_beta < 0
         logs = (-log_beta).clamp(min=torch.finfo(log_beta.dtype).tiny).log() * decays
         terms["log_half_life"] = math.log(math.log(2.0)) - logs.sum() / decays.sum().clamp(min=1)

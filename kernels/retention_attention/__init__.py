@@ -22,6 +22,7 @@ def retention_attention(
     eviction_times: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    check_values: bool = True,
 ) -> torch.Tensor:
     """Causal attention in which a key loses log_beta of its logit with every step of age, [B, HQ, T, Dv].
 
@@ -41,12 +42,13 @@ def retention_attention(
             gives it. None: never.
         softcap: logits become softcap * tanh(q k * scale / softcap) before the bias.
         sinks: [HQ], one more logit per query head in the softmax's denominator.
+        check_values: False trusts that log_beta is <= 0, as a logsigmoid is, and spares a wait for the device.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together, numbers outside their range, and, where the
             fused form runs, for a layout or head dim that it can't read.
     """
-    check_log_beta(log_beta)
+    check_log_beta(log_beta, values=check_values)
     check_document_ids(document_ids, log_beta)
     batch, heads, tokens = log_beta.shape
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -2,7 +2,10 @@
 
 import torch
 
+from retention_gates.kernels.memo import memo
 
+
+@memo
 def visible_spans(
     document_ids: torch.Tensor | None, sliding_window: int | None, shape: tuple[int, int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:

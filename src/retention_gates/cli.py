@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from retention_gates.gates.base_identity import BaseMismatchWarning
 
                 warnings.simplefilter("error", BaseMismatchWarning)
+            if os.environ.get("RANK", "0") == "0":
+                _show_log("retention_gates.kernels")
             options.main(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -69,10 +72,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _show_log(name: str) -> None:
+    """Writes what this logger says, from INFO on, to stderr; between the lines of a progress bar."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(handler, _BesideProgress) for handler in logger.handlers):
+        logger.addHandler(_BesideProgress())
+    logger.setLevel(logging.INFO)
+
+
 def _is_users_mistake(error: Exception) -> bool:
     from safetensors import SafetensorError
 
     return isinstance(error, (ValueError, OSError, SafetensorError))
+
+
+class _BesideProgress(logging.Handler):
+    def emit(self, record):
+        from tqdm import tqdm
+
+        tqdm.write(f"{PROGRAM}: {self.format(record)}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ import pytest
 from tiny_adapter import Files, make_files
 
 from retention_gates import __version__, cli
+from retention_gates.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = str(Path(sys.executable).parent / "retention-gates")
@@ -39,6 +40,18 @@ def test_help_and_version(capsys):
             cli.main([option])
         assert stopped.value.code == 0
         assert text in capsys.readouterr().out
+
+
+def test_the_log_of_the_kernels_is_shown_once(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "_told", set())
+    for copy in ("first", "second"):
+        output = ["--output", str(tmp_path / copy)]
+        assert cli.main(["calibrate", *files.arguments, "--rows", "1", "--length", "64", *output]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if " runs " in line]
+    assert sorted(lines) == [
+        "retention-gates: retention_attention runs naive (plain torch) on cpu",
+        "retention-gates: retention_sum runs naive (plain torch) on cpu",
+    ]
 
 
 NOT_INTEGERS = [["generate", "--prompt", "a", "--memory-size", size] for size in ("1.5", "many", "nan", "1e2", "")]

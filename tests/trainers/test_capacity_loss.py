@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from retention_gates.gates import budgets
+from retention_gates.kernels.retention_sum import retention_sum
 from retention_gates.trainers.losses import capacity_loss
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 8, [-1] * 3 + [0] * 10, [-1] * 13])
@@ -60,6 +62,37 @@ def test_matches_plain_python(normalisation, memory_size, documents):
         loss, mass = capacity_loss(layers, memory_size, document_ids=argument, normalisation=normalisation)
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         torch.testing.assert_close(mass, torch.tensor(expected_mass))
+
+
+def test_all_layers_are_one_sum(monkeypatch):
+    """As many kernels, and waits for the device, as one layer takes."""
+    shapes = []
+
+    def counted(log_beta, **options):
+        shapes.append(list(log_beta.shape))
+        return retention_sum(log_beta, **options)
+
+    monkeypatch.setattr(budgets, "retention_sum", counted)
+    capacity_loss(random_layers(layers=5), 3, document_ids=DOCUMENTS)
+    assert shapes == [[3, 10, 13]]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("normalisation", ["length", "excess"])
+def test_layers_may_lie_on_several_devices(normalisation):
+    layers = [layer.requires_grad_() for layer in random_layers()]
+    spread = [layer.to(f"cuda:{index % 2}") for index, layer in enumerate(layers)]
+    for documents in (None, DOCUMENTS):
+        alone = capacity_loss(layers, 3, document_ids=documents, normalisation=normalisation)
+        there = None if documents is None else documents.to("cuda:0")
+        loss, mass = capacity_loss(spread, 3, document_ids=there, normalisation=normalisation)
+        assert loss.device == mass.device == spread[0].device
+        torch.testing.assert_close(loss.cpu(), alone.loss)
+        torch.testing.assert_close(mass.cpu(), alone.retained_mass)
+        for ours, expected in zip(
+            torch.autograd.grad(loss, layers), torch.autograd.grad(alone.loss, layers), strict=True
+        ):
+            torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("normalisation", ["length", "excess"])

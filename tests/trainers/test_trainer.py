@@ -9,6 +9,7 @@ import torch
 from tiny_training import Rows, batch_of, gated, trainer_of
 
 from retention_gates import find_gated_model, record
+from retention_gates.kernels.retention_attention import retention_attention
 from retention_gates.trainers.evaluation import Contender, compare_rows
 from retention_gates.trainers.losses import capacity_loss
 from retention_gates.trainers.trainer import RetentionTrainer
@@ -61,6 +62,30 @@ def test_layerwise_sends_no_gradient_through_the_model(tmp_path: Path):
         layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     assert all(gradient.abs().max() > 0 for gradient in gradients(trainer, batch_of(trainer)).values())
     assert len(seen) == 4 and not any(t.requires_grad for pair in seen for t in pair)
+
+
+def test_documents_are_worked_out_once_for_all_layers(tmp_path: Path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    assert trainer._output_head  # whose check is a pass of its own
+    seen = []
+
+    def attention(*arguments, document_ids, **options):
+        seen.append(document_ids)
+        return retention_attention(*arguments, document_ids=document_ids, **options)
+
+    monkeypatch.setattr("retention_gates.gates.attention.retention_attention", attention)
+    for inputs in (batch_of(trainer), batch_of(trainer)):
+        trainer.compute_loss(trainer.model, inputs).backward()
+    assert len(seen) == 2 * 4
+    assert len({id(documents) for documents in seen}) == 2 and seen[0] is not seen[-1]
+
+
+@pytest.mark.parametrize("objective", ["end_to_end", "layerwise"])
+def test_a_gate_that_is_not_a_number_stops_the_step(tmp_path: Path, objective: str):
+    trainer = trainer_of(tmp_path, objective=objective)
+    find_gated_model(trainer.model).gated_layers[2].active_gate.output.bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="log_beta must be finite and <= 0"):
+        trainer.compute_loss(trainer.model, batch_of(trainer))
 
 
 @pytest.mark.parametrize("objective", ["end_to_end", "layerwise"])
