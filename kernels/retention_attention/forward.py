@@ -97,7 +97,9 @@ def _attend_block(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
     else:
         shift = higher
-    weights = tl.math.exp2(logits * qk_scale - (shift * qk_scale)[:, None])
+    # first the difference, which is exact at the maximum: rounded after scaling, it could overflow where all keys so far
+    # have faded beyond measure
+    weights = tl.math.exp2((logits - shift[:, None]) * qk_scale)
     shrink = tl.math.exp2((highest - shift) * qk_scale)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
@@ -207,4 +209,6 @@ def attention_forward(
     if SPANS:
         blind = blind | (first >= T)  # padding, which has a sink but must get no gradient
     lse = tl.where(blind, float("inf"), highest + tl.math.log2(total) / qk_scale)
-    tl.store(LSE + tl.program_id(0).to(tl.int64) * lse_stride + t, lse, mask=t < T)
+    # what fills up the row is written too, so that the same call always gives the same tensor
+    lse = tl.where(t < T, lse, 0.0)
+    tl.store(LSE + tl.program_id(0).to(tl.int64) * lse_stride + t, lse, mask=t < lse_stride)

@@ -185,8 +185,9 @@ def test_extreme_log_beta(device, lowest):
         inputs["log_beta"].zero_()[..., 1::3] = lowest
     ours = check_against_fp64(inputs, options)
     if lowest < -1e3:
-        # gone after one step, beyond what fp32 holds: a change of log_beta changes nothing
-        assert not ours["log_beta"][..., 1::3].any()
+        # gone after one step, beyond what fp32 holds: a change of log_beta changes nothing; offset and distance of the
+        # block cancel up to the rounding of a fused multiply-add
+        assert ours["log_beta"][..., 1::3].abs().max() <= 1e-5
 
 
 @on_both
