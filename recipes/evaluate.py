@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--policies", nargs="+", metavar="NAME", help=POLICIES_HELP)
     parser.add_argument(
-        "--budgets", nargs="+", metavar="KIND", help="among uniform, calibrated (default: all that the adapter has)"
+        "--budgets",
+        nargs="+",
+        metavar="KIND",
+        help="among uniform, calibrated, pyramid, adaptive (default: uniform, and calibrated if the adapter has been)",
     )
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME",

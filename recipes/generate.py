@@ -44,10 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-size", type=int, default=64, metavar="M", help="entries kept per KV head, in the mean (default: 64)"
     )
     parser.add_argument(
-        "--policy", default="retention", help="retention, streaming_llm, random or key_norm (default: retention)"
+        "--policy",
+        default="retention",
+        help="retention (the trained gates), streaming_llm, h2o, snapkv, ... (default: retention)",
     )
     parser.add_argument(
-        "--budgets", help="uniform or calibrated (default: calibrated if the adapter has been calibrated)"
+        "--budgets",
+        help="uniform, calibrated, pyramid or adaptive (default: calibrated if the adapter has been, else uniform)",
     )
     parser.add_argument(
         "--prefill-chunk-size", type=int, metavar="T", help="tokens of the prompt read at a time (default: all)"

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-size", type=int, default=64, metavar="M", help="entries kept per KV head, in the mean (default: 64)"
     )
     parser.add_argument(
-        "--budgets", help="uniform or calibrated (default: calibrated if the adapter has been calibrated)"
+        "--budgets", help="uniform, calibrated or pyramid (default: calibrated if the adapter has been, else uniform)"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the pictures")
 

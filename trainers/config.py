@@ -70,7 +70,7 @@ class RetentionTrainingArguments(TrainingArguments):
         metadata={"help": "How those entries are divided: uniform, or calibrated on the evaluation rows each time."},
     )
 
-    # What TRIM-KV's loss wants of the optimiser; see "found by trying" in the design notes.
+    # What TRIM-KV's loss wants of the optimiser, found by trying.
     max_steps: int = field(default=300, metadata={"help": "Optimiser steps."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per device and forward pass."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Rows per device in evaluation."})

@@ -5,6 +5,7 @@ Importing this package makes PEFT know retention gates.
 
 from typing import TYPE_CHECKING, Any
 
+from retention_gates.gates.base_identity import BaseMismatchWarning
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseMismatchWarning",
     "BoundedCache",
     "RetentionGateConfig",
     "RetentionGateModel",

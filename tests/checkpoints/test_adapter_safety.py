@@ -9,10 +9,9 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from retention_gates import RetentionGateConfig, RetentionGateModel, find_gated_model
+from retention_gates import BaseMismatchWarning, RetentionGateConfig, RetentionGateModel, find_gated_model
 from retention_gates.cli import main as command
 from retention_gates.gates.adapter_checks import check_weights
-from retention_gates.gates.base_identity import BaseMismatchWarning
 from retention_gates.gates.gate import GATES
 from retention_gates.recipes import fuzz_adapter
 from retention_gates.recipes.adapter_mutations import MUTATIONS, read_config, write_config

@@ -1,6 +1,7 @@
 """Suites read records in their data sets' form and tell right answers from wrong ones. The records are invented."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -305,3 +306,15 @@ def test_rouge_l_is_that_of_the_longest_common_subsequence():
     # a case by hand: "police the gunman" against "police killed the gunman": 3 in order, of 3 and of 4
     assert rouge_l("police the gunman", ["police killed the gunman"]) == pytest.approx(2 * 3 / 7)
     assert rouge_l("the gunman police", ["police killed the gunman"]) == pytest.approx(2 * 2 / 7)
+
+
+def test_the_suite_that_contributing_shows(tmp_path):
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text.split("## A new suite")[1].split("\n## ")[0], flags=re.DOTALL)
+    assert code is not None
+    names: dict = {}
+    exec(code[1], names)
+    file = tmp_path / "capitals.jsonl"
+    file.write_text(json.dumps({"question": "Which city is it?", "answers": ["Paris"]}) + "\n", encoding="utf-8")
+    (example,) = names["CAPITALS"].load(source=str(file))
+    assert (example.score("Paris"), example.score("Rome")) == (1.0, 0.0)
