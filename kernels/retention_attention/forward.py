@@ -97,8 +97,8 @@ def _attend_block(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
     else:
         shift = higher
-    # First the difference, which is exact at the maximum. Scaled first, it could overflow by its rounding where all keys
-    # so far have faded beyond measure.
+    # First the difference, which is exact at the maximum. Scaled first, it could overflow by its rounding where all
+    # keys so far have faded beyond measure.
     weights = tl.math.exp2((logits - shift[:, None]) * qk_scale)
     shrink = tl.math.exp2((highest - shift) * qk_scale)
     total = total * shrink + tl.sum(weights, 1)

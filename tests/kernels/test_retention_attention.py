@@ -92,7 +92,7 @@ def test_limits_match_dense_fp64(device, document_ids, sliding_window, evicted, 
         assert not single["output"][:, 2:].any()  # the second KV head holds nothing
     for name, reference in expected.items():
         torch.testing.assert_close(exact[name], reference, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-        # as above; where a query sees one key its gradient is the difference of two sums that are equal but for their order
+        # as above; the gradient of a query that sees one key is the difference of two sums that differ in their order
         tolerance = 1e-5 * max(1.0, reference.abs().max().item())
         torch.testing.assert_close(single[name].double(), reference, rtol=1e-5, atol=tolerance)
 
