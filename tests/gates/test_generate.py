@@ -11,7 +11,7 @@ from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.layer import logger
 from retention_gates.gates.policies import POLICIES
 
-GREEDY = dict(do_sample=False, max_new_tokens=25)
+GREEDY = dict(do_sample=False, max_new_tokens=16)
 
 
 def base_tokens(model, **arguments):
