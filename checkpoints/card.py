@@ -1,15 +1,17 @@
 """The model card of an adapter, made of what its files say; a section without a source is left out."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from retention_gates.checkpoints.evaluation_files import report_of, without_folders
 from retention_gates.gates.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
-CARD_NAME, RUN_FILE, LOG, RESULTS, REPORT = "README.md", "run.yaml", "log.jsonl", "results.jsonl", "report.md"
+CARD_NAME, RUN_FILE, LOG = "README.md", "run.yaml", "log.jsonl"
 STOCK = "[More Information Needed]"  # of the card that PEFT writes with every adapter
 TAGS = ["retention-gates", "kv-cache", "kv-cache-eviction", "trim-kv"]
 EQUATIONS = {
@@ -194,12 +196,12 @@ def _made(recipe: Any, config: dict[str, Any]) -> bool:
 
 
 def _portable(value: Any) -> Any:
-    """The value with the last part of each absolute path only: the rest says nothing to others."""
+    """The value with the last part of each path of this machine only: the rest says nothing to others."""
     if isinstance(value, dict):
         return {key: _portable(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_portable(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def _last_log(path: Path) -> dict[str, float]:
@@ -217,26 +219,9 @@ def _last_log(path: Path) -> dict[str, float]:
 
 
 def _evaluation(evaluation: Path, folder: Path, facts: CardFacts) -> str:
-    for name in (RESULTS, REPORT):
-        if not (evaluation / name).is_file():
-            raise ValueError(f"{evaluation} has no {name}: name a folder that retention-gates evaluate has written.")
-    with (evaluation / RESULTS).open(encoding="utf-8") as file:
-        header = json.loads(file.readline())
-    adapter = header.get("adapter") or ""
-    if Path(adapter).resolve() != folder.resolve() and adapter.partition("@")[0] != facts.repository:
-        raise ValueError(
-            f"{evaluation} evaluates {adapter or 'no adapter'}, not {folder}: run retention-gates evaluate --adapter "
-            f"{folder}, and name its output."
-        )
-    report = (evaluation / REPORT).read_text(encoding="utf-8")
-    lines = [f"#{line}" if line.startswith("#") else line for line in report.splitlines()[1:]]
-    for value in {adapter, str(header.get("model")), str(header.get("text"))}:
-        if value and Path(value).is_absolute():
-            lines = [line.replace(value, Path(value).name) for line in lines]
-    return (
-        "## Evaluation\n\nUnder real eviction, as `retention-gates evaluate` measured it.\n"
-        + "\n".join(lines).rstrip()
-    )
+    report = report_of(evaluation, folder, facts.repository)
+    report = re.sub("^#", "##", report, flags=re.MULTILINE)  # its sections are parts of this one
+    return f"## Evaluation\n\nUnder real eviction, as `retention-gates evaluate` measured it.\n\n{report}"
 
 
 def _versions(config: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS
 from retention_gates.recipes import plots, report, report_page
 from retention_gates.recipes.answers import differing_answers
 from retention_gates.recipes.comparison_config import ComparisonConfig, ContenderSection, ModelEntry
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from retention_gates.trainers.evaluation import Contender
 
-RESULTS, SUMMARY, REPORT, PAGE, PICTURE = "results.jsonl", "summary.jsonl", "report.md", "report.html", "score.png"
+SUMMARY, PAGE, PICTURE = "summary.jsonl", "report.html", "score.png"
 HALF_LIFE_ROWS = 4  # passages over which the medians of half-lives are taken
 
 

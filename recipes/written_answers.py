@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from retention_gates.trainers.comparison import Summary
     from retention_gates.trainers.evaluation import Contender
 
-RESULTS, REPORT = "results.jsonl", "report.md"
 POLICIES = ("retention", "streaming_llm", "random", "key_norm")
 REFERENCE = "streaming_llm"
 
@@ -67,6 +66,7 @@ def main(options: argparse.Namespace) -> None:
     policies = options.policies or [name for name in POLICIES if name != "retention" or options.adapter]
     _check(options, policies)
 
+    from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS
     from retention_gates.data.suites import encode_questions, load_suite
     from retention_gates.gates.model import find_gated_model
     from retention_gates.trainers.comparison import aggregate

@@ -9,6 +9,7 @@ from tiny_adapter import make_files
 
 from retention_gates import __version__
 from retention_gates.checkpoints.card import CardFacts, model_card, with_metadata
+from retention_gates.checkpoints.evaluation_files import report_of
 from retention_gates.cli import main as command
 
 BASE = ["--base-model", "org/tiny"]
@@ -64,8 +65,9 @@ def test_the_recipe_of_another_run_is_left_out(run, change, capsys):
     assert "## Training" not in dry_run(capsys, str(run / "adapter"), "user/adapter", *BASE)
 
 
-def test_an_evaluation_is_that_of_the_adapter(made, run, capsys):
+def test_an_evaluation_is_that_of_the_adapter(made, run, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("retention_gates.recipes.report_page.page", lambda header, models: "")  # seconds of pictures
     output = run / "evaluation"
     arguments = ["--text", str(made.texts), "--memory-size", "8", "--length", "60", "--documents", "2"]
     assert command(["evaluate", "--adapter", str(run / "adapter"), *arguments, "--output", str(output)]) == 0
@@ -74,12 +76,39 @@ def test_an_evaluation_is_that_of_the_adapter(made, run, capsys):
     card = dry_run(capsys, str(run / "adapter"), "user/adapter", *BASE, "--evaluation", str(output))
     table = [line for line in report.splitlines() if line.startswith("|")]
     assert len(table) > 3 and all(line in card for line in table)
-    assert "\n## Evaluation\n" in card and "\n### Text\n" in card and str(run) not in card
+    assert "\n## Evaluation\n" in card and "\n### model: Text, 60 tokens\n" in card and str(run) not in card
+
+    assert "### How to read this" in card and "model: `model`, adapter `adapter`;" in card and "`texts`" in card
 
     copy = run / "copy"
     shutil.copytree(run / "adapter", copy)
     assert command(["push", str(copy), "user/adapter", *BASE, "--evaluation", str(output), "--dry-run"]) == 2
     assert "run retention-gates evaluate --adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("header", ["{", "[]", '{"kind": "header"}\n{"title": "small"}', '{"kind": "header"}\n3'])
+def test_an_evaluation_that_is_none(run, header, capsys):
+    (run / "results.jsonl").write_text(header + "\n")
+    (run / "report.md").write_text("# Report\n")
+    push = ["push", str(run / "adapter"), "user/adapter", *BASE, "--evaluation", str(run), "--dry-run"]
+    assert command(push) == 2
+    assert "results.jsonl is not as this version of retention-gates evaluate writes it" in capsys.readouterr().err
+
+
+def test_of_a_comparison_only_what_is_said_of_the_adapter(run):
+    """Of models whose titles begin alike; paths that begin alike are shortened as well."""
+    models = [{"title": "small", "model": "org/a", "adapter": str(run / "adapter")}]
+    models.append({"title": "small: new", "model": str(run), "adapter": str(run / "other")})
+    lines = [{"kind": "header", "text": str(run)}, *({"kind": "model", **model} for model in models)]
+    (run / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = ["# Title", "**small.** Good.", "", "**small: new.** Bad.", "", "## Facts", ""]
+    report += [f"- {each['title']}: `{each['adapter']}` on `{run}`" for each in models] + ["- text: here", ""]
+    report += [line for each in models for line in (f"## {each['title']}: Text", "", "|" + each["title"] + "|", "")]
+    (run / "report.md").write_text("\n".join([*report, "## How to read this", "", "- So."]))
+    text = report_of(run, run / "adapter", "user/adapter")
+    start = "**small.** Good.\n\n## Facts\n\n- small: `adapter` on `run`\n- text: here\n\n"
+    assert text == start + "## small: Text\n\n|small|\n\n## How to read this\n\n- So."
+    assert "|small: new|" in report_of(run, run / "other", "user/adapter")
 
 
 def test_calibrated_shares(run, capsys):

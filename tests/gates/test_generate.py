@@ -58,16 +58,17 @@ def test_enough_memory_in_a_padded_batch(family):
 )
 def test_padded_batch_gives_the_tokens_of_its_rows_alone(family, policy):
     model = gated_model(family, **(dict(num_hidden_layers=2) if family == "llama" else {}))
+    greedy = GREEDY | {"max_new_tokens": 16}
     lengths = (30, 4, 19)  # longer and shorter than the budget
     prompts = [token_ids(1, length, seed=length) for length in lengths]
     ids, mask = (torch.cat(parts) for parts in zip(*(padded(p, 30 - p.shape[1]) for p in prompts), strict=True))
     cache = BoundedCache(model, memory_size=10, policy=policy)
     cache.pin(2, 4)
-    together = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    together = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **greedy)
     for row, prompt in enumerate(prompts):
         alone = BoundedCache(model, memory_size=10, policy=policy)
         alone.pin(2, 4)
-        tokens = model.generate(input_ids=prompt, past_key_values=alone, **GREEDY)
+        tokens = model.generate(input_ids=prompt, past_key_values=alone, **greedy)
         assert torch.equal(together[row, 30:], tokens[0, prompt.shape[1] :])
 
 

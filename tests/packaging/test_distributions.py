@@ -56,6 +56,7 @@ def test_wheel_holds_every_file_once(distributions):
     assert {name for name in names if ".dist-info/" not in name} == packaged_files()
 
 
+@pytest.mark.slow  # imports everything once more, 11 s; the files are compared above
 def test_every_module_of_the_wheel_imports(distributions, tmp_path):
     with zipfile.ZipFile(only(distributions, "*.whl")) as wheel:
         wheel.extractall(tmp_path)

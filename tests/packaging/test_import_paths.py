@@ -81,6 +81,7 @@ def test_console_script(probed):
     assert bare_names_of_ours(notes) == []
 
 
+@pytest.mark.slow  # two imports of torch and transformers, 12 s
 def test_accelerate_launch(probed):
     notes = probed([SCRIPTS / "accelerate", "launch", "--cpu", "recipes/train.py", "--help"])
     assert any(note["argv"][0] == "recipes/train.py" for note in notes)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tiny_adapter import Files, make_files
 
+from retention_gates.checkpoints.evaluation_files import report_of
 from retention_gates.cli import main
 from retention_gates.recipes import fingerprints, packaged_models, scoring
 from retention_gates.recipes.comparison_config import build_comparison, read_comparison
@@ -84,6 +85,9 @@ def test_two_models_seeds_and_lengths(files, tmp_path, passes):
     assert gated == bare
     text = [r for r in records if r["task"] == "text" and r["policy"] == "full"]
     assert len({r["nll"] for r in text}) > 2, "seeds draw other passages"
+    card = report_of(out, files.adapter, "user/adapter")
+    assert "## gated: Text" in card and "adapter `adapter`" in card and "bare <b>" not in card
+    assert str(files.adapter.parent) not in card
     assert "<b>" not in Page((out / "report.html").read_text(encoding="utf-8")).tags
 
 

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 WORDS = "the a old new red blue ship sea storm king queen castle road river sings sleeps runs under over and".split()
 
 
-def make_model(folder: Path) -> Path:
-    """A llama of 4 layers with random weights, and a word tokenizer, as a folder that from_pretrained reads."""
+def make_model(folder: Path, layers: int = 4) -> Path:
+    """A llama with random weights, and a word tokenizer, as a folder that from_pretrained reads."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "<|endoftext|>", "</s>", "<unk>"]
     tokenizer.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
-    tiny_model("llama", vocab_size=len(fast)).save_pretrained(folder)
+    tiny_model("llama", vocab_size=len(fast), num_hidden_layers=layers).save_pretrained(folder)
     return folder
 
 
@@ -34,10 +34,10 @@ def make_texts(folder: Path, works: int = 4, words: int = 600) -> Path:
     return folder
 
 
-def make_run(folder: Path, **training: object) -> Path:
+def make_run(folder: Path, layers: int = 4, **training: object) -> Path:
     """Writes model, texts and run.yaml; gives the path of the latter. Rows of 48 tokens, 8 steps of 2 rows."""
     run = {
-        "model": {"name": str(make_model(folder / "model"))},
+        "model": {"name": str(make_model(folder / "model", layers))},
         "gate": {"gate_width": 16, "initial_half_life": 20.0},
         "data": {"sources": [str(make_texts(folder / "texts"))], "row_length": 48, "test_works": ["work3"]},
         "evaluation": {"rows": 2, "row_length": 48},

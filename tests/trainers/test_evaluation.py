@@ -63,7 +63,8 @@ def test_equals_a_token_by_token_decode(family):
         own = {r["policy"]: r for r in records if r["row"] == index}["full"]
         assert own["kl"] == 0 and own["agreement"] == 1
         assert own["nll"] == pytest.approx(-full[:, :-1].gather(-1, targets).mean().item(), abs=1e-5)
-        for contender in chosen:
+        # of many, half on each row: a decode takes long
+        for contender in chosen[index::2] if len(chosen) > 1 else chosen:
             decoded = decoded_logits(model, row[None], contender, seed=3)[:, start:].log_softmax(-1)
             (record,) = [r for r in records if r["row"] == index and contender_of(r) == contender]
             assert record["kl"] > 1e-3, "the memory should be too small for this text"

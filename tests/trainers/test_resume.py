@@ -54,7 +54,7 @@ def steps(output_dir: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    config = make_run(folder, objective="end_to_end", gradient_accumulation_steps=2, logging_steps=2)
+    config = make_run(folder, layers=2, objective="end_to_end", gradient_accumulation_steps=2, logging_steps=2)
     scenarios = folder / "scenarios.json"
     scenarios.write_text(json.dumps(SCENARIOS))
     done = run_quietly([sys.executable, str(DRIVER), str(config), str(scenarios)])
