@@ -2,7 +2,10 @@
 
 import logging
 import os
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -35,6 +38,17 @@ def use_fused(op: str, tensor: torch.Tensor) -> bool:
     if not torch.compiler.is_compiling():
         _tell(op, "fused (Triton)" if fused else "naive (plain torch)", device)
     return fused
+
+
+def on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets an op run on the device of its first argument: Triton launches on the current one, which may be another."""
+
+    @wraps(op)
+    def run(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return op(tensor, *arguments, **options)
+
+    return run
 
 
 def _interpreted() -> bool:

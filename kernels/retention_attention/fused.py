@@ -8,6 +8,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.retention_attention.backward import (
     attention_backward_keys,
     attention_backward_queries,
@@ -56,6 +57,7 @@ def _until(eviction_times: Tensor, document_ids: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("retention_gates::retention_attention", mutates_args=())
+@on_own_device
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -129,6 +131,7 @@ def _empty_output(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("retention_gates::retention_attention_backward", mutates_args=())
+@on_own_device
 def _backward(
     gradient: Tensor,
     query: Tensor,
@@ -225,7 +228,9 @@ def _backward(
     return d_query, d_key, d_value, d_log_beta, _sinks_gradient(sinks, d_sinks, lse, delta, scale, tokens)
 
 
-def _sinks_gradient(sinks, nothing, lse, delta, scale, tokens):
+def _sinks_gradient(
+    sinks: Tensor | None, nothing: Tensor, lse: Tensor, delta: Tensor, scale: float, tokens: int
+) -> Tensor:
     if sinks is None:
         return nothing
     # a sink's weight in each row's softmax, times what the row would gain if it fell
@@ -234,7 +239,8 @@ def _sinks_gradient(sinks, nothing, lse, delta, scale, tokens):
 
 
 @_backward.register_fake
-def _(gradient, query, key, value, log_beta, sinks, first, last, until, output, lse, scale, softcap, needs_query, needs_key_value):  # fmt: skip  # noqa: E501
+def _(gradient, query, key, value, log_beta, sinks, *others):
+    *_, needs_query, needs_key_value = others
     return _empty_gradients(query, key, value, log_beta, sinks, needs_query, needs_key_value)
 
 

@@ -3,12 +3,12 @@
 import torch
 import triton
 
+from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.retention_sum import direct, states
 from retention_gates.kernels.retention_sum.nodes import Nodes, Settings, nodes_for
 
-LINEAR_FROM = (
-    512  # tokens; as fast as the exact form there, twice as fast at 1,024 (H100, recipes/bench/retention_sum.py)
-)
+# Tokens: as fast as the exact form there, twice as fast at 1,024 (H100, recipes/bench/retention_sum.py).
+LINEAR_FROM = 512
 SETTINGS = Settings()
 UNROLL = 8
 
@@ -19,11 +19,13 @@ def retention_sum(log_beta: torch.Tensor, document_ids: torch.Tensor | None, *, 
 
 
 @torch.library.custom_op("retention_gates::retention_sum", mutates_args=())
+@on_own_device
 def _op(log_beta: torch.Tensor, document_ids: torch.Tensor | None, over_heads: bool, linear: bool) -> torch.Tensor:
     return forward(log_beta, document_ids, over_heads, linear, SETTINGS)
 
 
 @torch.library.custom_op("retention_gates::retention_sum_backward", mutates_args=())
+@on_own_device
 def _backward_op(
     gradient: torch.Tensor, log_beta: torch.Tensor, document_ids: torch.Tensor | None, over_heads: bool, linear: bool
 ) -> torch.Tensor:
