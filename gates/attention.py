@@ -53,6 +53,7 @@ def attention_forward(
     base_implementation: str,
     log_beta: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    times: torch.Tensor | None = None,
     cache_layer: Any = None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -65,6 +66,8 @@ def attention_forward(
     Args:
         query: [B, HQ, T, D]; key and value: [B, H, S, D].
         log_beta: [B, H, T] for training attention, else None.
+        times: int64 [B, H, T], the first query that does not see a key any more: attention evicts instead of decaying,
+            and only its gradient for log_beta is that of the decay (a straight-through estimate).
         cache_layer: the layer of a bounded cache that just took key and value, else None.
     """
     if cache_layer is None and log_beta is None:
@@ -87,17 +90,20 @@ def attention_forward(
         # under autocast the rotary embedding leaves queries and keys in fp32 and values in 16 bits
         query, key = query.to(value.dtype), key.to(value.dtype)
         # what a gate says is a logsigmoid; that no number is NaN is checked once a step, by the capacity loss
-        output = retention_attention(
-            query,
-            key,
-            value,
-            log_beta,
+        attend = partial(
+            retention_attention,
             scale=scale,
             document_ids=document_ids,
             softcap=softcap,
             sinks=s_aux,
             check_values=False,
         )
+        if times is None:
+            output = attend(query, key, value, log_beta)
+        else:
+            output = attend(query, key, value, torch.zeros_like(log_beta), eviction_times=times)
+            decayed = attend(query.detach(), key.detach(), value.detach(), log_beta)
+            output = output + (decayed - decayed.detach())
     return output.transpose(1, 2).contiguous(), None  # [B, T, HQ, D]
 
 

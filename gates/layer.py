@@ -14,6 +14,7 @@ from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.recording import Recording
+from retention_gates.kernels.eviction_times import eviction_times
 
 logger = logging.get_logger(__name__)
 
@@ -117,7 +118,11 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             hidden_states = hidden_states.detach()
         documents = document_ids_from(kwargs.get("attention_mask"), kwargs.get("position_ids"), len(hidden_states))
         log_beta = self._protect(gate(hidden_states), documents)
-        student = self.base_layer(hidden_states, *args, log_beta=log_beta, document_ids=documents, **kwargs)
+        decay = {"log_beta": log_beta, "document_ids": documents}
+        if recording is not None and recording.budgets is not None:
+            budgets = recording.budgets[self.base_layer.layer_idx].to(log_beta.device)
+            decay["times"] = eviction_times(log_beta.detach(), budgets, linear_in_age=True)
+        student = self.base_layer(hidden_states, *args, **decay, **kwargs)
         if recording is None:
             return student
         recording.log_beta.append(log_beta)

@@ -8,6 +8,7 @@ Both are the same run. Killed at any moment, the same command with `resume=true`
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from retention_gates.recipes.output import check_output, claim_output, write_tex
 
 if TYPE_CHECKING:  # importing these takes seconds, which --help should not
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from retention_gates.data.tokens import TokenDocument
     from retention_gates.recipes.run_config import RunConfig
@@ -89,8 +90,22 @@ def write_run(output_dir: Path, config: "RunConfig") -> None:
     write_text(output_dir / RUN_FILE, yaml.safe_dump(config.given, sort_keys=False))
 
 
-def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]":
-    """The trainer, with its data and model, and rows [R, T] to calibrate on; writes nothing."""
+@dataclass
+class Texts:
+    """Token documents to train and to test on; the latter are empty where nothing is set aside."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    train: "list[TokenDocument]"
+    test: "list[TokenDocument]"
+
+
+def build(
+    config: "RunConfig", texts: Texts | None = None, base: "PreTrainedModel | None" = None
+) -> "tuple[RetentionTrainer, torch.Tensor | None]":
+    """The trainer, with its data and model, and rows [R, T] to calibrate on; writes nothing.
+
+    Several runs may share `texts` and, one after the other, a `base` without gates; both are loaded if not given.
+    """
     from peft import get_peft_model
     from transformers import set_seed
 
@@ -98,7 +113,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
     from retention_gates.gates.model import find_gated_model
-    from retention_gates.recipes.loading import load_base, load_tokenizer
+    from retention_gates.recipes.loading import load_base
     from retention_gates.trainers.evaluation import check_length
     from retention_gates.trainers.trainer import RetentionTrainer
 
@@ -107,26 +122,28 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
         raise ValueError(f"training.max_steps={args.max_steps} must be 1 or more: rows are drawn for so many steps.")
     evaluates = args.eval_strategy != "no"
     assert config.model.name is not None
-    tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
-    train_documents, test_documents = load_documents_of(config, tokenizer)
+    texts = texts or load_texts(config)
+    tokenizer = texts.tokenizer
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = TrainingRows(
-        train_documents, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
+        texts.train, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
     )
     args.train_sampling_strategy = "sequential"  # the rows come shuffled
 
     def windows(documents: "list[TokenDocument]", count: int, length: int) -> "torch.Tensor":
         return sample_windows(documents, length, count, seed=args.seed, prefix_ids=document_prefix(tokenizer))
 
-    if evaluates and not test_documents:
+    if evaluates and not texts.test:
         raise ValueError(
             "Evaluation while training (training.eval_strategy) needs text that is not trained on: set "
             "data.test_fraction or data.test_works."
         )
     evaluation, calibration = config.evaluation, config.calibration
-    eval_rows = windows(test_documents, evaluation.rows, evaluation.row_length) if evaluates else None
-    calibration_rows = windows(train_documents, calibration.rows, calibration.row_length) if calibration.rows else None
-    base = load_base(config.model.name, gguf_file=config.model.gguf_file, device=args.device, dtype=config.model.dtype)
+    eval_rows = windows(texts.test, evaluation.rows, evaluation.row_length) if evaluates else None
+    calibration_rows = windows(texts.train, calibration.rows, calibration.row_length) if calibration.rows else None
+    if base is None:
+        name, gguf_file = config.model.name, config.model.gguf_file
+        base = load_base(name, gguf_file=gguf_file, device=args.device, dtype=config.model.dtype)
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused
@@ -134,13 +151,14 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     return RetentionTrainer(model, args, rows, eval_dataset=eval_rows), calibration_rows
 
 
-def load_documents_of(
-    config: "RunConfig", tokenizer: "PreTrainedTokenizerBase"
-) -> "tuple[list[TokenDocument], list[TokenDocument]]":
-    """Token documents to train and to test on; the latter are empty where nothing is set aside."""
+def load_texts(config: "RunConfig") -> Texts:
+    """Reads and tokenises what the run trains on, and what it sets aside."""
     from retention_gates.data.sources import Document, load_documents, split_by_work
     from retention_gates.data.tokens import tokenize_documents
+    from retention_gates.recipes.loading import load_tokenizer
 
+    assert config.model.name is not None
+    tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
     data = config.data
     documents: list[Document] = []
     for source in data.sources:
@@ -151,7 +169,8 @@ def load_documents_of(
         train, test = split_by_work(
             documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
         )
-    return tokenize_documents(train, tokenizer), tokenize_documents(test, tokenizer) if test else []
+    held_out = tokenize_documents(test, tokenizer) if test else []
+    return Texts(tokenizer, tokenize_documents(train, tokenizer), held_out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers import TrainingArguments
 
-from retention_gates.trainers.losses import CapacityNormalisation
+from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
 
 OBJECTIVES = ("end_to_end", "layerwise")
 EVAL_BUDGETS = ("uniform", "calibrated")
@@ -49,6 +49,24 @@ class RetentionTrainingArguments(TrainingArguments):
     capacity_normalisation: CapacityNormalisation = field(
         default="length",
         metadata={"help": "length: excess mass over the position, at all steps; excess: over the most it could be."},
+    )
+    capacity_scope: CapacityScope = field(
+        default="head",
+        metadata={
+            "help": "head: each KV head's mass is held against memory_size. model: the mean over all heads is: "
+            "some may hold more where others hold less, as calibrated budgets let them."
+        },
+    )
+    evict_after: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the run after which attention evicts, to budgets calibrated as it goes, and decays no "
+            "more; 1: never. end_to_end only."
+        },
+    )
+    evict_memory_sizes: list[int] = field(
+        default_factory=lambda: [32, 64, 128, 256],
+        metadata={"help": "Mean entries per KV head of these steps, one of them for each step in turn."},
     )
     kl_weight: float = field(
         default=1.0, metadata={"help": "Weight of forward_kl, or of the layerwise error with objective=layerwise."}
@@ -102,6 +120,7 @@ class RetentionTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("capacity_normalisation", self.capacity_normalisation, get_args(CapacityNormalisation))
+        _check_choice("capacity_scope", self.capacity_scope, get_args(CapacityScope))
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
         _check_count("memory_size", self.memory_size)
         if self.loss_chunk_size is not None:

@@ -9,6 +9,7 @@ from retention_gates.gates.budgets import retained_masses
 from retention_gates.gates.documents import document_offsets
 
 CapacityNormalisation = Literal["length", "excess"]
+CapacityScope = Literal["head", "model"]
 
 
 class CapacityLoss(NamedTuple):
@@ -22,12 +23,16 @@ def capacity_loss(
     *,
     document_ids: torch.Tensor | None = None,
     normalisation: CapacityNormalisation = "length",
+    scope: CapacityScope = "head",
 ) -> CapacityLoss:
     """What the gates would hold above `memory_size` entries per KV head, relative to what there is to hold.
 
     "length": the mean over layers, KV heads and steps of max(0, S_t - M) / t, t the step's 1-based position in its
     document (TRIM-KV, arXiv 2512.03324). "excess", as in the authors' released code: the mean of
     max(0, S_t - M) / max(t - M, 1) over the steps where S_t > M only.
+
+    With scope="model" there is one S_t for each step, the mean over all layers and KV heads: some may hold more than M
+    where others hold less, as calibrated budgets let them.
 
     Args:
         log_beta: fp32 [B, H, T] of each gated layer, 0 at protected tokens.
@@ -43,25 +48,40 @@ def capacity_loss(
         raise ValueError(f"memory_size must be a whole number of entries, 1 or more, not {memory_size!r}.")
     if normalisation not in get_args(CapacityNormalisation):
         raise ValueError(f"normalisation must be one of {get_args(CapacityNormalisation)}, not {normalisation!r}.")
+    if scope not in get_args(CapacityScope):
+        raise ValueError(f"scope must be one of {get_args(CapacityScope)}, not {scope!r}.")
 
     home = log_beta[0].device
     total = torch.zeros((), device=home)
     steps = torch.zeros((), dtype=torch.int64, device=home)
     mean_masses: dict[int, torch.Tensor] = {}
+    pooled = torch.zeros(1, device=home)
     for layers, mass, documents in retained_masses(log_beta, document_ids):  # [B, L, H, T], 0 at padding
         if documents is None:
             documents = torch.zeros(mass.shape[0], mass.shape[3], dtype=torch.int64, device=mass.device)
-        is_step = (documents >= 0)[:, None, None, :]
-        length = document_offsets(documents)[:, None, None, :] + 1  # t
-        excess = (mass - memory_size).clamp(min=0)
-        counted = is_step.expand_as(mass)
-        steps_of_layer = counted.sum((0, 2, 3)).clamp(min=1)
+        steps_of_layer = ((documents >= 0).sum() * mass.shape[2]).clamp(min=1)
         mean_masses |= zip(layers, (mass.detach().sum((0, 2, 3)) / steps_of_layer).to(home).unbind(), strict=True)
-        if normalisation == "excess":
-            length = (length - memory_size).clamp(min=1)
-            counted = excess > 0
-        total = total + (excess / length).sum().to(home)
-        steps = steps + counted.sum().to(home)
+        if scope == "model":
+            pooled = pooled + mass.sum((1, 2)).to(home)  # [B, T]
+        else:
+            excess, counted = _excess(mass.flatten(1, 2), memory_size, documents, normalisation)
+            total, steps = total + excess.to(home), steps + counted.to(home)
+    if scope == "model":
+        heads = sum(layer.shape[1] for layer in log_beta)
+        total, steps = _excess(pooled[:, None] / heads, memory_size, documents.to(home), normalisation)
     # without a single step, or a step above M, there is nothing to push down: 0 rather than 0 / 0
     retained_mass = torch.stack([mean_masses[layer] for layer in range(len(log_beta))])
     return CapacityLoss(total / steps.clamp(min=1), retained_mass)
+
+
+def _excess(
+    mass: torch.Tensor, memory_size: int, documents: torch.Tensor, normalisation: CapacityNormalisation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of relative excesses over what is counted, and their number; mass is [B, N, T], documents [B, T]."""
+    length = document_offsets(documents)[:, None] + 1  # t
+    excess = (mass - memory_size).clamp(min=0)
+    counted = (documents >= 0)[:, None].expand_as(mass)
+    if normalisation == "excess":
+        length = (length - memory_size).clamp(min=1)
+        counted = excess > 0
+    return (excess / length).sum(), counted.sum()

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from retention_gates.gates.budgets import LEAST_CALIBRATED, Budgets, RetainedMass, calibrated_budgets
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import find_gated_model
@@ -95,6 +96,7 @@ class RetentionTrainer(Trainer):
         if not args.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
         self._averages = Averages()
+        self._mass: torch.Tensor | None = None
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
     # ---- the objective ----
@@ -116,6 +118,7 @@ class RetentionTrainer(Trainer):
             self.args.memory_size,
             document_ids=recording.document_ids,
             normalisation=self.args.capacity_normalisation,
+            scope=self.args.capacity_scope,
         )
         terms |= {"capacity_loss": capacity.loss.detach()} | self._describe(recording, capacity)
         self._averages.add(terms, inputs["input_ids"].numel())
@@ -127,8 +130,9 @@ class RetentionTrainer(Trainer):
         tokens = _tokens(inputs)
         with torch.no_grad(), self.model.disable_adapter():
             teacher_hidden = self.model(**tokens)  # [B, T, C]
-        with record(model) as recording:
+        with record(model, budgets=self._budgets()) as recording:
             student_hidden = model(**tokens)  # [B, T, C]
+        self._follow_mass(recording)
         head = self._output_head
         distilled = distill_loss(
             student_hidden.flatten(0, 1),
@@ -152,6 +156,24 @@ class RetentionTrainer(Trainer):
             model(**_tokens(inputs))  # every layer passes on the teacher's output: no gradient leaves it
         layer_error = torch.stack(recording.layer_losses).mean()
         return self.args.kl_weight * layer_error, recording, {"layer_error": layer_error.detach()}
+
+    def _budgets(self) -> Budgets | None:
+        step, args = self.state.global_step, self.args
+        if step < args.evict_after * self.state.max_steps:
+            return None
+        size = args.evict_memory_sizes[step % len(args.evict_memory_sizes)]
+        assert self._mass is not None
+        return calibrated_budgets(self._mass.tolist(), size, min(LEAST_CALIBRATED, size))
+
+    @torch.no_grad()
+    def _follow_mass(self, recording: Recording) -> None:
+        if self.args.evict_after >= 1 or self.state.global_step < self.args.evict_after * self.state.max_steps - 50:
+            return
+        mass = RetainedMass(first_step=recording.log_beta[0].shape[-1] // 2)
+        mass.add([log_beta.detach() for log_beta in recording.log_beta], recording.document_ids)
+        if mass.steps:
+            new = torch.tensor(mass.shares())
+            self._mass = new if self._mass is None else torch.lerp(self._mass, new, 0.05)
 
     @property
     def _output_dir(self) -> Path:
