@@ -98,13 +98,48 @@ def attention_forward(
             sinks=s_aux,
             check_values=False,
         )
+        if SHARPNESS[0] != 1 and log_beta.requires_grad:
+            attend_soft = partial(_sharp, scale=scale)
+        else:
+            attend_soft = attend
         if times is None:
-            output = attend(query, key, value, log_beta)
+            output = attend_soft(query, key, value, log_beta)
         else:
             output = attend(query, key, value, torch.zeros_like(log_beta), eviction_times=times)
-            decayed = attend(query.detach(), key.detach(), value.detach(), log_beta)
+            decayed = attend_soft(query.detach(), key.detach(), value.detach(), log_beta)
             output = output + (decayed - decayed.detach())
     return output.transpose(1, 2).contiguous(), None  # [B, T, HQ, D]
+
+
+SHARPNESS = [1.0]
+
+
+def _sharp(query, key, value, log_beta, *, scale):
+    """Trial: a weight of exp(-(age * -log_beta) ** p), T x T in memory."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    batch, heads, tokens = log_beta.shape
+    position = torch.arange(tokens, device=query.device)
+    age = (position[:, None] - position).clamp(min=0)
+    faded = (age * -log_beta[:, :, None, :]).clamp(min=1e-9) ** SHARPNESS[0]
+    bias = (-faded).masked_fill(position[:, None] < position, float("-inf")).to(query.dtype)
+    groups = query.shape[1] // heads
+
+    def folded(x):  # [B, heads or HQ, T, D] -> [B * H, G, T, D]
+        return x.reshape(batch * heads, -1, tokens, x.shape[-1]).expand(-1, groups, -1, -1)
+
+    query = folded(query)
+    if not query.requires_grad:
+        query = query.detach().requires_grad_()
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            folded(key),
+            folded(value),
+            attn_mask=bias.reshape(batch * heads, 1, tokens, tokens).expand(-1, groups, -1, -1),
+            scale=scale,
+        )
+    return output.reshape(batch, -1, tokens, output.shape[-1])
 
 
 def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> torch.Tensor | None:

@@ -57,6 +57,7 @@ class RetentionTrainingArguments(TrainingArguments):
             "some may hold more where others hold less, as calibrated budgets let them."
         },
     )
+    sharpness: float = field(default=1.0, metadata={"help": "Trial."})
     evict_after: float = field(
         default=1.0,
         metadata={

@@ -96,6 +96,9 @@ class RetentionTrainer(Trainer):
         if not args.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
         self._averages = Averages()
+        from retention_gates.gates import attention, budgets
+
+        attention.SHARPNESS[0] = budgets.SHARPNESS[0] = args.sharpness
         self._mass: torch.Tensor | None = None
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
