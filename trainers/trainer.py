@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArgum
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
+from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
 
 Batch = dict[str, torch.Tensor]
 
@@ -95,6 +96,8 @@ class RetentionTrainer(Trainer):
         if not args.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
         self._averages = Averages()
+        self._graph: StepGraph | None = None
+        self._eager_steps = 0
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
     # ---- the objective ----
@@ -105,6 +108,12 @@ class RetentionTrainer(Trainer):
         """Distillation from the model without gates, plus what retained mass above memory_size costs."""
         assert not return_outputs, "rows are scored by evaluate(), under real eviction"
         self._averages.start_clock()
+        loss, terms = self._objective(model, inputs)
+        self._averages.add(terms, inputs["input_ids"].numel())
+        return loss
+
+    def _objective(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Batch]:
+        """The loss, and what of it is logged."""
         for dropout in self._dropouts:
             dropout.eval()  # else teacher and student would differ by chance
         if self.args.objective == "layerwise":
@@ -118,8 +127,25 @@ class RetentionTrainer(Trainer):
             normalisation=self.args.capacity_normalisation,
         )
         terms |= {"capacity_loss": capacity.loss.detach()} | self._describe(recording, capacity)
+        return distillation + self.args.capacity_weight * capacity.loss, terms
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of one batch; with args.cuda_graph from the fourth one on as one graph."""
+        if not self.args.cuda_graph:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        if self._graph is None and self._eager_steps == WARM_UP_STEPS:
+            with self.compute_loss_context_manager():
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                self._graph = StepGraph(partial(self._objective, model), inputs, trained)
+        if self._graph is None or not self._graph.fits(inputs):  # the last batch of an epoch may be a short one
+            self._eager_steps += 1
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._averages.start_clock()
+        share = 1 / self.current_gradient_accumulation_steps
+        loss, terms = self._graph.run(inputs, share)
         self._averages.add(terms, inputs["input_ids"].numel())
-        return distillation + self.args.capacity_weight * capacity.loss
+        return loss * share
 
     def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
         """kl_weight * KL(teacher, student) + next_token_weight * cross entropy."""
