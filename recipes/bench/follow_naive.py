@@ -87,7 +87,7 @@ def losses_of(
             base: Any = make_base()
             model = get_peft_model(
                 base.to(arguments.device), gate
-            )  # where the kernels run before training starts, too
+            )  # kernels run before training starts, too
             trainer = LossesKept(model, arguments, rows)
             trainer.train()
         return trainer.losses
