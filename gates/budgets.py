@@ -92,7 +92,9 @@ def _sharp_sum(log_beta: torch.Tensor) -> torch.Tensor:
 
     tokens = log_beta.shape[-1]
     spans = [(start, min(start + 128, tokens)) for start in range(0, tokens, 128)]
-    return torch.cat([checkpoint(some, log_beta, *span, use_reentrant=False) for span in spans], -1)
+    return torch.cat(
+        [checkpoint(some, log_beta, *span, use_reentrant=False, preserve_rng_state=False) for span in spans], -1
+    )
 
 
 def retained_masses(

@@ -14,7 +14,6 @@ from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.recording import Recording
-from retention_gates.kernels.eviction_times import eviction_times
 
 logger = logging.get_logger(__name__)
 
@@ -119,9 +118,9 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         documents = document_ids_from(kwargs.get("attention_mask"), kwargs.get("position_ids"), len(hidden_states))
         log_beta = self._protect(gate(hidden_states), documents)
         decay = {"log_beta": log_beta, "document_ids": documents}
-        if recording is not None and recording.budgets is not None:
-            budgets = recording.budgets[self.base_layer.layer_idx].to(log_beta.device)
-            decay["times"] = eviction_times(log_beta.detach(), budgets, linear_in_age=True)
+        if recording is not None and recording.horizon is not None:
+            decay["times"], held = _evict_beyond(recording.horizon, log_beta.detach())
+            recording.held.append(held)
         student = self.base_layer(hidden_states, *args, **decay, **kwargs)
         if recording is None:
             return student
@@ -162,3 +161,13 @@ def _relative_error(student: torch.Tensor, teacher: torch.Tensor, documents: tor
     if documents is not None:
         error, size = error * (documents >= 0), size * (documents >= 0)
     return error.sum() / size.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _evict_beyond(horizon: torch.Tensor, log_beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first query that does not see a token any more, [B, H, T], and how many are held in the later half."""
+    tokens = log_beta.shape[-1]
+    position = torch.arange(tokens, device=log_beta.device)
+    times = (position + 1 + horizon / log_beta.abs()).clamp(max=tokens).floor().long()
+    half = tokens // 2
+    held = (times - position.clamp(min=half)).clamp(min=0).float().sum(-1).mean() / (tokens - half)
+    return times, held

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from retention_gates.gates.budgets import Budgets
-
 
 @dataclass
 class Recording:
@@ -18,11 +16,12 @@ class Recording:
     log_beta: list[torch.Tensor] = field(default_factory=list)  # [B, H, T] each, protected tokens at 0
     layer_losses: list[torch.Tensor] = field(default_factory=list)  # scalars, with layerwise=True only
     document_ids: torch.Tensor | None = None  # [B, T]
-    budgets: dict[int, torch.Tensor] | None = None  # by layer index, int64 [H]; None: attention decays
+    horizon: torch.Tensor | None = None  # scalar; None: attention decays
+    held: list[torch.Tensor] = field(default_factory=list)  # with a horizon: mean entries per KV head of each layer
 
 
 @contextmanager
-def record(model: nn.Module, layerwise: bool = False, budgets: Budgets | None = None) -> Iterator[Recording]:
+def record(model: nn.Module, layerwise: bool = False, horizon: torch.Tensor | None = None) -> Iterator[Recording]:
     """Collects log_beta of every gated layer of `model` for the forward passes inside the block.
 
     With gradient checkpointing, gradients reach what is recorded in the non-reentrant form only.
@@ -30,17 +29,13 @@ def record(model: nn.Module, layerwise: bool = False, budgets: Budgets | None = 
     Args:
         layerwise: let every layer compare its own attention output with and without decay, and pass on the undecayed
             one, so that each gate learns on the teacher's activations and no gradient goes through the model.
-        budgets: let every layer evict as a bounded cache would that keeps so many entries per gated layer and KV head.
+        horizon: let attention evict what has decayed by more than this, age * -log_beta, and else not decay.
             Gradients reach the gates as if attention had decayed.
     """
     from retention_gates.gates.model import find_gated_model  # model.py needs the layers, which need Recording
 
-    recording = Recording(layerwise)
+    recording = Recording(layerwise, horizon=horizon)
     layers = find_gated_model(model).gated_layers
-    if budgets is not None:
-        recording.budgets = {
-            layer.base_layer.layer_idx: torch.tensor(row) for layer, row in zip(layers, budgets, strict=True)
-        }
     for layer in layers:
         layer.recording = recording
     try:

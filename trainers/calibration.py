@@ -7,6 +7,8 @@ from retention_gates.gates.budgets import RetainedMass
 from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.recording import record
 
+ROWS_AT_A_TIME = 4
+
 
 @torch.no_grad()
 def measure_shares(model: nn.Module, rows: torch.Tensor) -> list[list[float]]:
@@ -16,9 +18,9 @@ def measure_shares(model: nn.Module, rows: torch.Tensor) -> list[list[float]]:
     gated.eval()
     device = gated.model.get_input_embeddings().weight.device
     mass = RetainedMass(first_step=rows.shape[1] // 2)
-    for row in rows.to(device):
+    for some in rows.to(device).split(ROWS_AT_A_TIME):
         with record(gated) as recording:
-            gated(input_ids=row[None], use_cache=False, last_hidden_state_only=True)
+            gated(input_ids=some, use_cache=False, last_hidden_state_only=True)
         mass.add(recording.log_beta, recording.document_ids)
     gated.train(was_training)
     return mass.shares()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from retention_gates.gates.budgets import LEAST_CALIBRATED, Budgets, RetainedMass, calibrated_budgets
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import find_gated_model
@@ -35,8 +34,10 @@ from retention_gates.trainers.checkpoint import (
 from retention_gates.trainers.checks import check_model, check_packing
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
+from retention_gates.trainers.horizon import Horizon
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
+from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
 
 Batch = dict[str, torch.Tensor]
 
@@ -99,7 +100,9 @@ class RetentionTrainer(Trainer):
         from retention_gates.gates import attention, budgets
 
         attention.SHARPNESS[0] = budgets.SHARPNESS[0] = args.sharpness
-        self._mass: torch.Tensor | None = None
+        self._horizon: Horizon | None = None
+        self._graph: StepGraph | None = None
+        self._eager_steps = 0
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
     # ---- the objective ----
@@ -110,6 +113,12 @@ class RetentionTrainer(Trainer):
         """Distillation from the model without gates, plus what retained mass above memory_size costs."""
         assert not return_outputs, "rows are scored by evaluate(), under real eviction"
         self._averages.start_clock()
+        loss, terms = self._objective(model, inputs)
+        self._averages.add(terms, inputs["input_ids"].numel())
+        return loss
+
+    def _objective(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Batch]:
+        """The loss, and what of it is logged."""
         for dropout in self._dropouts:
             dropout.eval()  # else teacher and student would differ by chance
         if self.args.objective == "layerwise":
@@ -124,8 +133,30 @@ class RetentionTrainer(Trainer):
             scope=self.args.capacity_scope,
         )
         terms |= {"capacity_loss": capacity.loss.detach()} | self._describe(recording, capacity)
+        return distillation + self.args.capacity_weight * capacity.loss, terms
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of one batch; with args.cuda_graph from the fourth one on as one graph."""
+        if self.state.global_step >= self.args.evict_after * self.state.max_steps:
+            if self._horizon is None:
+                self._horizon = Horizon(self.args.evict_memory_sizes, self.args.device)
+                self._graph, self._eager_steps = None, 0
+            self._horizon.choose(self.state.global_step)
+        if not self.args.cuda_graph:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        if self._graph is None and self._eager_steps == WARM_UP_STEPS:
+            with self.compute_loss_context_manager():
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                self._graph = StepGraph(partial(self._objective, model), inputs, trained)
+        if self._graph is None or not self._graph.fits(inputs):  # the last batch of an epoch may be a short one
+            self._eager_steps += 1
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._averages.start_clock()
+        share = 1 / self.current_gradient_accumulation_steps
+        loss, terms = self._graph.run(inputs, share)
         self._averages.add(terms, inputs["input_ids"].numel())
-        return distillation + self.args.capacity_weight * capacity.loss
+        return loss * share
 
     def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
         """kl_weight * KL(teacher, student) + next_token_weight * cross entropy."""
@@ -133,9 +164,10 @@ class RetentionTrainer(Trainer):
         tokens = _tokens(inputs)
         with torch.no_grad(), self.model.disable_adapter():
             teacher_hidden = self.model(**tokens)  # [B, T, C]
-        with record(model, budgets=self._budgets()) as recording:
+        with record(model, horizon=None if self._horizon is None else self._horizon.value) as recording:
             student_hidden = model(**tokens)  # [B, T, C]
-        self._follow_mass(recording)
+        if self._horizon is not None:
+            self._horizon.follow(recording.held)
         head = self._output_head
         distilled = distill_loss(
             student_hidden.flatten(0, 1),
@@ -159,24 +191,6 @@ class RetentionTrainer(Trainer):
             model(**_tokens(inputs))  # every layer passes on the teacher's output: no gradient leaves it
         layer_error = torch.stack(recording.layer_losses).mean()
         return self.args.kl_weight * layer_error, recording, {"layer_error": layer_error.detach()}
-
-    def _budgets(self) -> Budgets | None:
-        step, args = self.state.global_step, self.args
-        if step < args.evict_after * self.state.max_steps:
-            return None
-        size = args.evict_memory_sizes[step % len(args.evict_memory_sizes)]
-        assert self._mass is not None
-        return calibrated_budgets(self._mass.tolist(), size, min(LEAST_CALIBRATED, size))
-
-    @torch.no_grad()
-    def _follow_mass(self, recording: Recording) -> None:
-        if self.args.evict_after >= 1 or self.state.global_step < self.args.evict_after * self.state.max_steps - 50:
-            return
-        mass = RetainedMass(first_step=recording.log_beta[0].shape[-1] // 2)
-        mass.add([log_beta.detach() for log_beta in recording.log_beta], recording.document_ids)
-        if mass.steps:
-            new = torch.tensor(mass.shares())
-            self._mass = new if self._mass is None else torch.lerp(self._mass, new, 0.05)
 
     @property
     def _output_dir(self) -> Path:

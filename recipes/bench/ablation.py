@@ -196,10 +196,11 @@ def run_all(todo: list[Run], ablation: Ablation, options: argparse.Namespace, be
                 shares = measure_shares(trainer.model, calibration_rows)
                 find_gated_model(trainer.model).active_config.budget_shares = shares
             trainer.save_adapter(folder / train.ADAPTER)
+            last = [log for log in trainer.state.log_history if "loss" in log][-1]
             trainer.model.unload()
+            del trainer  # and with it the memory of its CUDA graph
             scores = judge.score(folder / train.ADAPTER)
         longest = max(longest, time.monotonic() - start)
-        last = [log for log in trainer.state.log_history if "loss" in log][-1]
         result = {
             "variant": run.variant,
             "seed": run.seed,
