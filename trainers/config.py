@@ -8,6 +8,7 @@ from typing import get_args
 
 from transformers import TrainingArguments
 
+from retention_gates.gates.storage import DTYPES
 from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
 
 OBJECTIVES = ("end_to_end", "layerwise")
@@ -89,6 +90,13 @@ class RetentionTrainingArguments(TrainingArguments):
         metadata={"help": "How those entries are divided: uniform, or calibrated on the evaluation rows each time."},
     )
 
+    adapter_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "float32, float16 or bfloat16: how the finished adapter is stored. Gates always work in fp32."
+        },
+    )
+
     # What TRIM-KV's loss wants of the optimiser, found by trying.
     max_steps: int = field(default=300, metadata={"help": "Optimiser steps."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per device and forward pass."})
@@ -133,6 +141,7 @@ class RetentionTrainingArguments(TrainingArguments):
         _check_choice("capacity_normalisation", self.capacity_normalisation, get_args(CapacityNormalisation))
         _check_choice("capacity_scope", self.capacity_scope, get_args(CapacityScope))
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
+        _check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
         _check_count("memory_size", self.memory_size)
         if self.loss_chunk_size is not None:
             _check_count("loss_chunk_size", self.loss_chunk_size)

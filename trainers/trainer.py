@@ -19,6 +19,7 @@ from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.recording import Recording, record
+from retention_gates.gates.storage import store_as
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import PER_LAYER, Averages, JsonLinesLog, LogWhenSaving, ProgressLine
@@ -284,11 +285,13 @@ class RetentionTrainer(Trainer):
         return super().train(str(checkpoint), *args, **kwargs)
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes the adapter to `folder`, as a whole or not at all."""
+        """Writes the adapter to `folder` in adapter_dtype, as a whole or not at all."""
         with whole_folder(
             folder, is_writer=self.args.should_save, barrier=self.accelerator.wait_for_everyone
         ) as staging:
             self.save_model(str(staging))
+            if self.args.should_save and self.args.adapter_dtype != "float32":
+                store_as(staging, self.args.adapter_dtype)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         assert output_dir is not None

@@ -64,6 +64,36 @@ def test_matches_plain_python(normalisation, memory_size, documents):
         torch.testing.assert_close(mass, torch.tensor(expected_mass))
 
 
+@pytest.mark.parametrize("normalisation", ["length", "excess"])
+@pytest.mark.parametrize("memory_size", [1, 3, 7])
+def test_the_models_capacity_is_that_of_its_mean_head(normalisation, memory_size):
+    """Against the loss of one head that holds the mean: of heads that differ, of packed documents and padding."""
+    layers = random_layers()
+    masses = [retention_sum(layer, document_ids=DOCUMENTS) for layer in layers]
+    mean = torch.cat(masses, dim=1).mean(1)  # [B, T]
+    terms = []
+    for row, documents in zip(mean.tolist(), DOCUMENTS.tolist(), strict=True):
+        for step, document in enumerate(documents):
+            if document >= 0:
+                length = step - documents.index(document) + 1
+                excess = max(0.0, row[step] - memory_size)
+                if normalisation == "length":
+                    terms.append(excess / length)
+                elif excess:
+                    terms.append(excess / max(length - memory_size, 1))
+    loss, mass = capacity_loss(layers, memory_size, document_ids=DOCUMENTS, normalisation=normalisation, scope="model")
+    assert loss.item() == pytest.approx(sum(terms) / max(len(terms), 1), rel=1e-5)
+    torch.testing.assert_close(mass, capacity_loss(layers, memory_size, document_ids=DOCUMENTS).retained_mass)
+
+
+def test_one_head_may_hold_what_another_leaves():
+    """By hand: heads that hold everything and next to nothing; after 4 tokens 4 and 1, 2.5 in the mean."""
+    log_beta = [torch.cat([torch.zeros(1, 1, 4), torch.full((1, 1, 4), -50.0)], dim=1)]
+    assert capacity_loss(log_beta, 3, scope="model").loss.item() == 0
+    assert capacity_loss(log_beta, 3).loss.item() == pytest.approx(1 / 4 / 8)  # of 8 steps of heads one is above 3
+    assert capacity_loss(log_beta, 2, scope="model").loss.item() == pytest.approx(0.5 / 4 / 4)
+
+
 def test_all_layers_are_one_sum(monkeypatch):
     """As many kernels, and waits for the device, as one layer takes."""
     shapes = []
@@ -140,6 +170,7 @@ def test_a_memory_that_holds_everything_costs_nothing():
         ({"memory_size": 2.5}, "memory_size must be a whole number"),
         ({"memory_size": True}, "memory_size must be a whole number"),
         ({"normalisation": "paper"}, "normalisation must be one of"),
+        ({"scope": "layer"}, "scope must be one of"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
