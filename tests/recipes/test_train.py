@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_run import logged, make_run, run_quietly
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +63,10 @@ def test_a_run_leaves_an_adapter_with_budget_shares(config: Path, capsys: pytest
 
 
 def test_without_calibration_rows_the_adapter_has_no_shares(config: Path):
-    assert command(config, "calibration.rows=0", "training.eval_strategy=no", "training.max_steps=1") == 0
+    short = ["training.eval_strategy=no", "training.max_steps=1", "training.adapter_dtype=float16"]
+    assert command(config, "calibration.rows=0", *short) == 0
+    stored = load_file(config.parent / "out" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     base = AutoModelForCausalLM.from_pretrained(config.parent / "model")
     gated = find_gated_model(PeftModel.from_pretrained(base, config.parent / "out" / "adapter"))
     assert gated.active_config.budget_shares is None
@@ -144,6 +149,8 @@ def test_overrides_replace_values_of_the_file(config: Path):
         (["training.memory_size=0"], "memory_size=0 must be a whole number, 1 or more"),
         (["training.memory_size=3"], "leaves no room beside 4 protected tokens"),
         (["training.objective=layer-wise"], "the nearest is 'layerwise'"),
+        (["training.capacity_scope=layer"], "capacity_scope='layer' is not one of head, model"),
+        (["training.adapter_dtype=fp16"], "adapter_dtype='fp16' is not one of float32, float16, bfloat16"),
         (["training.resume_from_checkpoint=x"], "resume=true on the command line"),
         (["training.output_dir="], "training.output_dir is missing"),
         (["gate.initial_half_life=-1"], "initial_half_life=-1 must be a positive number"),
