@@ -1,13 +1,15 @@
 """Which choices make better gates: variants of one recipe, several seeds each, scored under real eviction.
 
-    python recipes/bench/ablation.py recipes/bench/ablation.yaml                 # everything, one run after the other
-    python recipes/bench/ablation.py recipes/bench/ablation.yaml --shard 0/3     # every third run, beside 1/3 and 2/3
-    python recipes/bench/ablation.py recipes/bench/ablation.yaml --table         # what has been measured so far
+    python recipes/bench/ablation.py recipes/bench/ablation.yaml            # trains and scores; wants a GPU
+    python recipes/bench/ablation.py recipes/bench/ablation.yaml --table    # what has been measured so far
 
 A run trains gates as `retention-gates train` does, saves the adapter, loads it onto the base in fp32, and scores it on
 works that were set aside: KL to the full cache on text, and exact answers of a recall task. It ends as one line of
-results.jsonl in the output folder; runs that have their line are not done again, and with --minutes none is started
-that would probably not be finished in time. Wants a GPU.
+results.jsonl in the output folder. Runs that have their line are not done again, those with --keep go on from their
+last checkpoint, and with --minutes none is started that would probably not be finished in time.
+
+All runs of all files share one process, one base and one set of texts: what is loaded and compiled once would take
+longer than a run. Processes side by side were no faster on one GPU.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from retention_gates.data.packing import sample_windows
-from retention_gates.data.tasks import build_task
+from retention_gates.data.tasks import TaskExample, build_task
 from retention_gates.data.tokens import document_prefix
 from retention_gates.gates.model import find_gated_model
 from retention_gates.recipes import train
@@ -34,7 +36,7 @@ from retention_gates.recipes.fingerprints import of_value
 from retention_gates.recipes.loading import load_base
 from retention_gates.recipes.output import claim_output
 from retention_gates.recipes.provenance import machine_and_versions
-from retention_gates.recipes.run_config import load_config
+from retention_gates.recipes.run_config import RunConfig, load_config
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.evaluation import Contender, compare_answers, compare_rows
 
@@ -107,26 +109,52 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return {result["key"]: result for result in map(json.loads, lines)}
 
 
-class Judge:
-    """The base in fp32 on its device, and the rows and examples that all runs are scored on."""
+class Bench:
+    """The base model in each dtype that was asked for, the texts, and what all runs are scored on."""
 
-    def __init__(self, base: PreTrainedModel, texts: train.Texts, evaluation: Evaluation):
-        self.base, self.evaluation = base, evaluation
-        prefix = document_prefix(texts.tokenizer)
-        rows, length, seed = evaluation.rows, evaluation.length, evaluation.seed
-        self.rows = sample_windows(texts.test, length, rows, seed=seed, prefix_ids=prefix)
-        task = build_task(evaluation.task)
-        self.examples = task.examples(
-            texts.tokenizer, texts.test, evaluation.examples, evaluation.task_length, seed, "test"
-        )
+    def __init__(self, config: RunConfig):
+        assert config.model.name is not None
+        self.source = (config.model.name, config.model.gguf_file)
+        self.texts_of = _texts_of(config)
+        self.texts = train.load_texts(config)
+        name, gguf_file = self.source
+        exact = load_base(name, gguf_file=gguf_file, device=config.training.device, dtype="float32")
+        self.bases: dict[str, PreTrainedModel] = {"float32": exact}
 
-    def score(self, adapter: Path) -> dict[str, float]:
+    def run(self, config: RunConfig, evaluation: Evaluation, folder: Path) -> dict[str, Any]:
+        """Trains in `folder`, or goes on there, and scores the adapter."""
+        if (config.model.name, config.model.gguf_file) != self.source or _texts_of(config) != self.texts_of:
+            raise ValueError("The runs of one call must share base model, sources and works set aside: call twice.")
+        began = time.monotonic()
+        dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
+        if dtype not in self.bases:
+            self.bases[dtype] = in_dtype(self.bases["float32"], getattr(torch, dtype))
+        trainer, calibration_rows = train.build(config, self.texts, self.bases[dtype])
+        train.write_run(folder, config)
+        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+        seconds = time.monotonic() - began
+        if calibration_rows is not None:
+            shares = measure_shares(trainer.model, calibration_rows)
+            find_gated_model(trainer.model).active_config.budget_shares = shares
+        trainer.save_adapter(folder / train.ADAPTER)
+        last = [log for log in trainer.state.log_history if "loss" in log][-1]
+        trainer.model.unload()
+        del trainer  # and with it the memory of its CUDA graph
+        return {
+            "scores": self.score(folder / train.ADAPTER, evaluation),
+            "train_seconds": round(seconds, 1),
+            "seconds": round(time.monotonic() - began, 1),
+            "last_log": {name: value for name, value in last.items() if "/" not in name},
+            "machine": machine_and_versions(self.bases["float32"]),
+        }
+
+    def score(self, adapter: Path, asked: Evaluation) -> dict[str, float]:
         """KL and share of exact answers, by "kl calibrated 64" and "exact calibrated 64", "exact full"."""
-        asked = self.evaluation
-        model = PeftModel.from_pretrained(self.base, adapter).eval()
+        rows, examples = self._items(asked)
+        model = PeftModel.from_pretrained(self.bases["float32"], adapter).eval()
         chosen = [Contender("retention", size, kind) for kind in asked.budgets for size in asked.memory_sizes]
-        text = compare_rows(model, self.rows, chosen, start=asked.start, batch_size=asked.batch_size)
-        answers = compare_answers(model, asked.task, self.examples, chosen, batch_size=2 * asked.batch_size)
+        text = compare_rows(model, rows, chosen, start=asked.start, batch_size=asked.batch_size)
+        answers = compare_answers(model, asked.task, examples, chosen, batch_size=2 * asked.batch_size)
         model.unload()
         scores: dict[str, list[float]] = {}
         for metric, records in (("kl", text), ("exact", [each for each in answers if each["task"] == asked.task])):
@@ -135,6 +163,18 @@ class Judge:
                 name = f"{metric} full" if size is None else f"{metric} {record['budgets']} {size}"
                 scores.setdefault(name, []).append(record[metric])
         return {name: fmean(values) for name, values in scores.items()}
+
+    def _items(self, asked: Evaluation) -> tuple[torch.Tensor, list[TaskExample]]:
+        tokenizer, works = self.texts.tokenizer, self.texts.test
+        rows = sample_windows(works, asked.length, asked.rows, seed=asked.seed, prefix_ids=document_prefix(tokenizer))
+        task = build_task(asked.task)
+        return rows, task.examples(tokenizer, works, asked.examples, asked.task_length, asked.seed, "test")
+
+
+def _texts_of(config: RunConfig) -> list[Any]:
+    """What decides which documents there are, and which of them are for tests."""
+    data = config.data
+    return [*(vars(source) for source in data.sources), data.test_fraction, data.test_works, data.split_seed]
 
 
 def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -146,76 +186,55 @@ def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path, metavar="ABLATION.yaml")
+    parser.add_argument("configs", nargs="+", type=Path, metavar="ABLATION.yaml", help="done one after the other")
     parser.add_argument("--output", type=Path, default=Path("out/ablation"), help="folder (default: out/ablation)")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants (default: all)")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run from the I-th on (default: 0/1)")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run that would probably end later")
-    parser.add_argument("--keep", action="store_true", help="keep adapters, in a folder for each run")
+    parser.add_argument("--keep", action="store_true", help="keep what runs leave, in a folder for each in the output")
     parser.add_argument("--table", action="store_true", help="only print what results.jsonl has")
     options = parser.parse_args()
     began = time.monotonic()
-    ablation = read_ablation(options.config)
-    index, count = map(int, options.shard.split("/"))
-    runs = [run for run in runs_of(ablation) if options.only is None or run.variant in options.only]
+    ablations = [read_ablation(path) for path in options.configs]
+    wanted = [
+        [run for run in runs_of(ablation) if options.only is None or run.variant in options.only]
+        for ablation in ablations
+    ]
     if not options.table:
+        torch.set_float32_matmul_precision("high")  # TF32 where there is, which is off by less than differences here
         done = read_results(options.output)
-        todo = [run for run in runs[index::count] if run.key not in done]
-        if todo:
-            run_all(todo, ablation, options, began)
-    print(table(runs, read_results(options.output), ablation))
+        todo = [
+            (ablation, run)
+            for ablation, runs in zip(ablations, wanted, strict=True)
+            for run in runs
+            if run.key not in done
+        ]
+        run_all(todo, options.output, keep=options.keep, until=began + 60 * options.minutes)
+    for ablation, runs in zip(ablations, wanted, strict=True):
+        print(table(runs, read_results(options.output), ablation))
 
 
-def run_all(todo: list[Run], ablation: Ablation, options: argparse.Namespace, began: float) -> None:
-    first = load_config(ablation.recipe, [*todo[0].overrides, "training.output_dir=unused"])
-    texts = train.load_texts(first)
-    assert first.model.name is not None
-    device = first.training.device
-    exact = load_base(first.model.name, gguf_file=first.model.gguf_file, device=device, dtype="float32")
-    judge = Judge(exact, texts, ablation.evaluation)
-    bases: dict[str, PreTrainedModel] = {"float32": exact}
-    claim_output(options.output)
-    print(f"loaded after {time.monotonic() - began:.0f} s", flush=True)
-    torch.set_float32_matmul_precision("high")  # TF32 where the device has it: off by less than any difference here
-    longest = 0.0
-    for run in todo:
+def run_all(todo: list[tuple[Ablation, Run]], output: Path, *, keep: bool, until: float) -> None:
+    """Args: until: on the monotonic clock; no run is started that would end later at the slowest pace so far."""
+    claim_output(output)
+    bench = None
+    slowest = 0.0  # seconds per step of training, loading and scoring included
+    for ablation, run in todo:
         start = time.monotonic()
-        if start - began + longest > 60 * options.minutes:
-            print(f"stopped before {run.variant}, seed {run.seed}: the time is up")
-            return
         with tempfile.TemporaryDirectory() as scratch:
-            folder = options.output / f"{run.variant}-{run.seed}" if options.keep else Path(scratch)
+            folder = output / f"{run.variant}-{run.seed}".replace(" ", "-") if keep else Path(scratch)
             config = load_config(ablation.recipe, [*run.overrides, f"training.output_dir={folder}"])
-            dtype = config.model.dtype if config.model.dtype != "auto" else "float32"
-            if dtype not in bases:
-                bases[dtype] = in_dtype(exact, getattr(torch, dtype))
-            trainer, calibration_rows = train.build(config, texts, bases[dtype])
-            trainer.train()
-            trained = time.monotonic()
-            if calibration_rows is not None:
-                shares = measure_shares(trainer.model, calibration_rows)
-                find_gated_model(trainer.model).active_config.budget_shares = shares
-            trainer.save_adapter(folder / train.ADAPTER)
-            last = [log for log in trainer.state.log_history if "loss" in log][-1]
-            trainer.model.unload()
-            del trainer  # and with it the memory of its CUDA graph
-            scores = judge.score(folder / train.ADAPTER)
-        longest = max(longest, time.monotonic() - start)
-        result = {
-            "variant": run.variant,
-            "seed": run.seed,
-            "scores": scores,
-            "train_seconds": round(trained - start, 1),
-            "seconds": round(time.monotonic() - start, 1),
-            "last_log": {name: value for name, value in last.items() if "/" not in name},
-            "overrides": run.overrides,
-            "machine": machine_and_versions(exact),
-            "key": run.key,
-        }
-        with open(options.output / RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")  # one write, so that shards may share the file
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if "full" not in name)
-        print(f"{run.variant}, seed {run.seed}: {shown}; {result['train_seconds']} + ... s", flush=True)
+            if start + slowest * config.training.max_steps > until:
+                print(f"stopped before {run.variant}, seed {run.seed}: the time is up")
+                return
+            claim_output(folder)
+            bench = bench or Bench(config)
+            result = bench.run(config, ablation.evaluation, folder)
+        slowest = max(slowest, (time.monotonic() - start) / config.training.max_steps)
+        line = {"variant": run.variant, "seed": run.seed, **result, "overrides": run.overrides, "key": run.key}
+        with open(output / RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in result["scores"].items() if "full" not in name)
+        print(f"{run.variant}, seed {run.seed}: {shown}; {result['seconds']} s", flush=True)
 
 
 def table(runs: list[Run], results: dict[str, dict[str, Any]], ablation: Ablation) -> str:

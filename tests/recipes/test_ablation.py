@@ -16,7 +16,7 @@ VARIANTS = {"plain": {}, "shared": {"training.capacity_scope": "model"}}
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """An ablation of a run that takes seconds."""
-    recipe = make_run(tmp_path, eval_strategy="no", save_strategy="no", max_steps=2)
+    recipe = make_run(tmp_path, eval_strategy="no", save_strategy="no", max_steps=2, warmup_steps=0, learning_rate=1.0)
     run = yaml.safe_load(recipe.read_text())
     run["training"].pop("eval_steps")
     recipe.write_text(yaml.safe_dump(run))
@@ -64,17 +64,34 @@ def test_the_table_has_means_and_deviations_of_what_is_there(path: Path, tmp_pat
 
 def test_a_run_ends_as_a_line_and_is_not_done_again(path: Path, tmp_path: Path, monkeypatch, capsys):
     output = tmp_path / "results"
-    command = ["ablation", str(path), "--output", str(output), "--only", "shared", "--shard"]
-    monkeypatch.setattr(sys, "argv", [*command, "0/2", "--keep"])
+    command = ["ablation", str(path), "--output", str(output), "--only", "shared"]
+    monkeypatch.setattr(sys, "argv", [*command, "--keep"])
     bench.main()
-    (line,) = (output / "results.jsonl").read_text().splitlines()
-    result = json.loads(line)
-    assert (result["variant"], result["seed"]) == ("shared", 3)
-    assert result["scores"]["kl calibrated 8"] > result["scores"]["kl calibrated 16"] > 0
+    lines = (output / "results.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    assert [(result["variant"], result["seed"]) for result in results] == [("shared", 3), ("shared", 4)]
+    assert results[0]["scores"] != results[1]["scores"]
+    assert all(result["scores"]["kl calibrated 8"] > result["scores"]["kl calibrated 16"] > 0 for result in results)
     assert (output / "shared-3" / "adapter" / "adapter_config.json").is_file()
-    monkeypatch.setattr(sys, "argv", [*command, "0/2"])
+    assert (output / "shared-4" / "run.yaml").is_file()
+
+    (output / "results.jsonl").write_text(lines[0] + "\n")
+    monkeypatch.setattr(sys, "argv", [*command, "--minutes", "0"])
+    capsys.readouterr()
     bench.main()
-    monkeypatch.setattr(sys, "argv", [*command, "1/2", "--minutes", "0"])
-    bench.main()
-    assert (output / "results.jsonl").read_text().splitlines() == [line]
+    assert (output / "results.jsonl").read_text() == lines[0] + "\n"
     assert "stopped before shared, seed 4" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    again = json.loads((output / "results.jsonl").read_text().splitlines()[1])
+    assert again["scores"] == results[1]["scores"], "no run depends on those before it in the process"
+
+
+def test_runs_of_one_call_share_their_texts(path: Path, tmp_path: Path, monkeypatch):
+    content = yaml.safe_load(path.read_text())
+    content["variants"] = {"other": {"data.test_works": ["work1"]}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    output = str(tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["ablation", str(path), str(tmp_path / "other.yaml"), "--output", output])
+    with pytest.raises(ValueError, match="must share base model"):
+        bench.main()
