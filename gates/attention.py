@@ -53,7 +53,6 @@ def attention_forward(
     base_implementation: str,
     log_beta: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-    times: torch.Tensor | None = None,
     cache_layer: Any = None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -66,8 +65,6 @@ def attention_forward(
     Args:
         query: [B, HQ, T, D]; key and value: [B, H, S, D].
         log_beta: [B, H, T] for training attention, else None.
-        times: int64 [B, H, T], the first query that does not see a key any more: attention evicts instead of decaying,
-            and only its gradient for log_beta is that of the decay (a straight-through estimate).
         cache_layer: the layer of a bounded cache that just took key and value, else None.
     """
     if cache_layer is None and log_beta is None:
@@ -90,56 +87,18 @@ def attention_forward(
         # under autocast the rotary embedding leaves queries and keys in fp32 and values in 16 bits
         query, key = query.to(value.dtype), key.to(value.dtype)
         # what a gate says is a logsigmoid; that no number is NaN is checked once a step, by the capacity loss
-        attend = partial(
-            retention_attention,
+        output = retention_attention(
+            query,
+            key,
+            value,
+            log_beta,
             scale=scale,
             document_ids=document_ids,
             softcap=softcap,
             sinks=s_aux,
             check_values=False,
         )
-        if SHARPNESS[0] != 1 and log_beta.requires_grad:
-            attend_soft = partial(_sharp, scale=scale)
-        else:
-            attend_soft = attend
-        if times is None:
-            output = attend_soft(query, key, value, log_beta)
-        else:
-            output = attend(query, key, value, torch.zeros_like(log_beta), eviction_times=times)
-            decayed = attend_soft(query.detach(), key.detach(), value.detach(), log_beta)
-            output = output + (decayed - decayed.detach())
     return output.transpose(1, 2).contiguous(), None  # [B, T, HQ, D]
-
-
-SHARPNESS = [1.0]
-
-
-def _sharp(query, key, value, log_beta, *, scale):
-    """Trial: a weight of exp(-(age * -log_beta) ** p), T x T in memory."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    batch, heads, tokens = log_beta.shape
-    position = torch.arange(tokens, device=query.device)
-    age = (position[:, None] - position).clamp(min=0)
-    faded = (age * -log_beta[:, :, None, :]).clamp(min=1e-9) ** SHARPNESS[0]
-    bias = (-faded).masked_fill(position[:, None] < position, float("-inf")).to(query.dtype)
-    groups = query.shape[1] // heads
-
-    def folded(x):  # [B, heads or HQ, T, D] -> [B * H, G, T, D]
-        return x.reshape(batch * heads, -1, tokens, x.shape[-1]).expand(-1, groups, -1, -1)
-
-    query = folded(query)
-    if not query.requires_grad:
-        query = query.detach().requires_grad_()
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            folded(key),
-            folded(value),
-            attn_mask=bias.reshape(batch * heads, 1, tokens, tokens).expand(-1, groups, -1, -1),
-            scale=scale,
-        )
-    return output.reshape(batch, -1, tokens, output.shape[-1])
 
 
 def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> torch.Tensor | None:

@@ -78,25 +78,6 @@ def calibrated_budgets(shares: list[list[float]], memory_size: int, floor: int) 
     return [[next(entries_of) for _ in row] for row in shares]
 
 
-SHARPNESS = [1.0]
-
-
-def _sharp_sum(log_beta: torch.Tensor) -> torch.Tensor:
-    from torch.utils.checkpoint import checkpoint
-
-    def some(log_beta, start, stop):
-        position = torch.arange(stop, device=log_beta.device)
-        age = (position[start:, None] - position).clamp(min=0)
-        faded = (age * -log_beta[:, :, None, :stop]).clamp(min=1e-9) ** SHARPNESS[0]
-        return torch.exp(-faded).masked_fill(position[start:, None] < position, 0.0).sum(-1)
-
-    tokens = log_beta.shape[-1]
-    spans = [(start, min(start + 128, tokens)) for start in range(0, tokens, 128)]
-    return torch.cat(
-        [checkpoint(some, log_beta, *span, use_reentrant=False, preserve_rng_state=False) for span in spans], -1
-    )
-
-
 def retained_masses(
     log_beta: Sequence[torch.Tensor], document_ids: torch.Tensor | None
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
@@ -115,10 +96,7 @@ def retained_masses(
         documents = None if document_ids is None else document_ids.to(device)
         heads = torch.cat([log_beta[index] for index in layers], dim=1)  # [B, L * H, T]
         # without a kernel, memory stays that of one layer
-        if SHARPNESS[0] != 1:
-            mass = _sharp_sum(heads)
-        else:
-            mass = retention_sum(heads, document_ids=documents, chunk_size=max(1, 256 // len(layers)))
+        mass = retention_sum(heads, document_ids=documents, chunk_size=max(1, 256 // len(layers)))
         yield layers, mass.unflatten(1, (len(layers), -1)), documents
 
 

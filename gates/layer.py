@@ -117,11 +117,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             hidden_states = hidden_states.detach()
         documents = document_ids_from(kwargs.get("attention_mask"), kwargs.get("position_ids"), len(hidden_states))
         log_beta = self._protect(gate(hidden_states), documents)
-        decay = {"log_beta": log_beta, "document_ids": documents}
-        if recording is not None and recording.horizon is not None:
-            decay["times"], held = _evict_beyond(recording.horizon, log_beta.detach())
-            recording.held.append(held)
-        student = self.base_layer(hidden_states, *args, **decay, **kwargs)
+        student = self.base_layer(hidden_states, *args, log_beta=log_beta, document_ids=documents, **kwargs)
         if recording is None:
             return student
         recording.log_beta.append(log_beta)
@@ -161,13 +157,3 @@ def _relative_error(student: torch.Tensor, teacher: torch.Tensor, documents: tor
     if documents is not None:
         error, size = error * (documents >= 0), size * (documents >= 0)
     return error.sum() / size.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _evict_beyond(horizon: torch.Tensor, log_beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first query that does not see a token any more, [B, H, T], and how many are held in the later half."""
-    tokens = log_beta.shape[-1]
-    position = torch.arange(tokens, device=log_beta.device)
-    times = (position + 1 + horizon / log_beta.abs()).clamp(max=tokens).floor().long()
-    half = tokens // 2
-    held = (times - position.clamp(min=half)).clamp(min=0).float().sum(-1).mean() / (tokens - half)
-    return times, held

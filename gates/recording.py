@@ -16,12 +16,10 @@ class Recording:
     log_beta: list[torch.Tensor] = field(default_factory=list)  # [B, H, T] each, protected tokens at 0
     layer_losses: list[torch.Tensor] = field(default_factory=list)  # scalars, with layerwise=True only
     document_ids: torch.Tensor | None = None  # [B, T]
-    horizon: torch.Tensor | None = None  # scalar; None: attention decays
-    held: list[torch.Tensor] = field(default_factory=list)  # with a horizon: mean entries per KV head of each layer
 
 
 @contextmanager
-def record(model: nn.Module, layerwise: bool = False, horizon: torch.Tensor | None = None) -> Iterator[Recording]:
+def record(model: nn.Module, layerwise: bool = False) -> Iterator[Recording]:
     """Collects log_beta of every gated layer of `model` for the forward passes inside the block.
 
     With gradient checkpointing, gradients reach what is recorded in the non-reentrant form only.
@@ -29,12 +27,10 @@ def record(model: nn.Module, layerwise: bool = False, horizon: torch.Tensor | No
     Args:
         layerwise: let every layer compare its own attention output with and without decay, and pass on the undecayed
             one, so that each gate learns on the teacher's activations and no gradient goes through the model.
-        horizon: let attention evict what has decayed by more than this, age * -log_beta, and else not decay.
-            Gradients reach the gates as if attention had decayed.
     """
     from retention_gates.gates.model import find_gated_model  # model.py needs the layers, which need Recording
 
-    recording = Recording(layerwise, horizon=horizon)
+    recording = Recording(layerwise)
     layers = find_gated_model(model).gated_layers
     for layer in layers:
         layer.recording = recording

@@ -58,18 +58,6 @@ class RetentionTrainingArguments(TrainingArguments):
             "some may hold more where others hold less, as calibrated budgets let them."
         },
     )
-    sharpness: float = field(default=1.0, metadata={"help": "Trial."})
-    evict_after: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the run after which attention evicts, to budgets calibrated as it goes, and decays no "
-            "more; 1: never. end_to_end only."
-        },
-    )
-    evict_memory_sizes: list[int] = field(
-        default_factory=lambda: [32, 64, 128, 256],
-        metadata={"help": "Mean entries per KV head of these steps, one of them for each step in turn."},
-    )
     kl_weight: float = field(
         default=1.0, metadata={"help": "Weight of forward_kl, or of the layerwise error with objective=layerwise."}
     )

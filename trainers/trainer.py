@@ -35,7 +35,6 @@ from retention_gates.trainers.checkpoint import (
 from retention_gates.trainers.checks import check_model, check_packing
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
-from retention_gates.trainers.horizon import Horizon
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
@@ -98,10 +97,6 @@ class RetentionTrainer(Trainer):
         if not args.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
         self._averages = Averages()
-        from retention_gates.gates import attention, budgets
-
-        attention.SHARPNESS[0] = budgets.SHARPNESS[0] = args.sharpness
-        self._horizon: Horizon | None = None
         self._graph: StepGraph | None = None
         self._eager_steps = 0
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -138,11 +133,6 @@ class RetentionTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of one batch; with args.cuda_graph from the fourth one on as one graph."""
-        if self.state.global_step >= self.args.evict_after * self.state.max_steps:
-            if self._horizon is None:
-                self._horizon = Horizon(self.args.evict_memory_sizes, self.args.device)
-                self._graph, self._eager_steps = None, 0
-            self._horizon.choose(self.state.global_step)
         if not self.args.cuda_graph:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -165,10 +155,8 @@ class RetentionTrainer(Trainer):
         tokens = _tokens(inputs)
         with torch.no_grad(), self.model.disable_adapter():
             teacher_hidden = self.model(**tokens)  # [B, T, C]
-        with record(model, horizon=None if self._horizon is None else self._horizon.value) as recording:
+        with record(model) as recording:
             student_hidden = model(**tokens)  # [B, T, C]
-        if self._horizon is not None:
-            self._horizon.follow(recording.held)
         head = self._output_head
         distilled = distill_loss(
             student_hidden.flatten(0, 1),
