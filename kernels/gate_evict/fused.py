@@ -100,7 +100,7 @@ def _gate_evict(
 ) -> None:
     batch, heads, _, head_dim = new_key.shape
     layout = device_offsets(tuple(head_offsets), keys.device)
-    block = min(LARGEST_BLOCK, max(32, triton.next_power_of_2(layout.largest)))
+    block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(layout.largest)))
     new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in (new_key, new_value))
     source = new_score if new_score is not None else gate_hidden
     assert source is not None
