@@ -4,9 +4,9 @@
 
 Layers with slots of their own, more than the cache of the device holds, are captured in one CUDA graph, and the time
 is a replay's divided by their number. Rivals on the same inputs: scaled_dot_product_attention over slots laid out by
-head (equal budgets only, every slot valid), and the equation in plain torch, captured. The error is the largest against
-the equation in fp64 over the standard deviation of the output. The limit is keys and values read once at the measured
-bandwidth.
+head (equal budgets only, every slot valid), and the equation in plain torch, captured. The error is the largest
+against the equation in fp64 over the standard deviation of the output. The limit is keys and values read once at the
+measured bandwidth.
 """
 
 import argparse
