@@ -91,8 +91,9 @@ def check(
     assert arrivals is None or (arrivals == 0).all()
 
 
-def _filled_with_nan(tensor, *shape, **options):
-    return tensor.new_full(shape, float("nan"), **options)
+def _filled_with_nan(tensor, *shape, empty=torch.Tensor.new_empty, **options):
+    result = empty(tensor, *shape, **options)
+    return result.fill_(float("nan")) if result.is_floating_point() else result
 
 
 def _same_dtype(case, run, scale, softcap, sinks):
