@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.gate_evict.layout import device_offsets
 
@@ -101,10 +102,15 @@ def _gate_evict(
     batch, heads, _, head_dim = new_key.shape
     layout = device_offsets(tuple(head_offsets), keys.device)
     block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(layout.largest)))
-    new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in (new_key, new_value))
-    source = new_score if new_score is not None else gate_hidden
-    assert source is not None
-    mask = None if padding_mask is None else padding_mask.view(torch.uint8)
+    source = new_score
+    if source is None:
+        assert gate_hidden is not None
+        source = with_unit_stride(gate_hidden)
+    mask = None if padding_mask is None else with_unit_stride(padding_mask).view(torch.uint8)
+    new_key, new_value = with_unit_stride(new_key), with_unit_stride(new_value)
+    gate_weight, gate_bias, protected, recent = (
+        None if x is None else x.contiguous() for x in (gate_weight, gate_bias, protected, recent)
+    )
     _step[heads, batch](
         keys,
         values,
