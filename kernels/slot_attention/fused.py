@@ -59,9 +59,9 @@ def slot_attention(
             "RETENTION_GATES_KERNELS=naive."
         )
     state = dict(keys=keys, values=values, positions=positions, received=received, arrivals=arrivals)
-    for name, tensor in state.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; the fused kernel takes contiguous state only.")
+    for name, one in state.items():
+        if one is not None and not one.is_contiguous():
+            raise ValueError(f"{name} has strides {one.stride()}; the fused kernel takes contiguous state only.")
     new_key, new_value, new_positions = (None, None, None) if run is None else run
     return _slot_attention(
         query,

@@ -10,7 +10,9 @@ script fails. The limit is the state's traffic at the measured bandwidth; what a
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +20,7 @@ import triton
 from retention_gates.kernels.gate_evict import GateOutput, fused, naive
 from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, replayed_us, report, time_ms
 
+Form = Callable[..., None]
 LAYERS = 36
 STEP = 32_768
 
@@ -63,21 +66,20 @@ def cases(batch: int, heads: int, size: int, dim: int, width: int, bandwidth: fl
         )
         check(states[0], token, score, offsets)
         limit = batch * offsets[-1] * (8 + 4 + 1) / bandwidth / 1e3  # us
-        rule = dict(linear_in_age=True, protected=torch.tensor([[0, 4]], device="cuda"))
+        rule: dict[str, Any] = dict(linear_in_age=True, protected=torch.tensor([[0, 4]], device="cuda"))
         finished = dict(gate_hidden=gate.hidden, gate_weight=gate.weight, gate_bias=gate.bias)
 
-        def of_all(form: Callable[..., None], score: torch.Tensor | None = score, **more: torch.Tensor):
-            return [lambda s=s: form(*s, *token, score, offsets, **rule, **more) for s in states]  # noqa: B023
-
-        for contender, functions in (
-            ("ours", of_all(fused.gate_evict)),
-            ("ours, with the gate's last layer", of_all(fused.gate_evict, None, **finished)),
-            ("plain torch, captured", of_all(naive.gate_evict)),
-        ):
-            value, spread = replayed_us(functions)
+        contenders: dict[str, tuple[Form, torch.Tensor | None, dict[str, Any]]] = {
+            "ours": (fused.gate_evict, score, rule),
+            "ours, with the gate's last layer": (fused.gate_evict, None, rule | finished),
+            "plain torch, captured": (naive.gate_evict, score, rule),
+        }
+        for contender, (form, given, options) in contenders.items():
+            value, spread = replayed_us([partial(form, *state, *token, given, offsets, **options) for state in states])
             measured.append(Measurement(case, contender, value, "us", spread, limit))
         if kind == "uniform":
-            milliseconds, spread = time_ms(of_all(naive.gate_evict)[0])
+            plain: Form = naive.gate_evict
+            milliseconds, spread = time_ms(partial(plain, *states[0], *token, score, offsets, **rule))
             value, spread = milliseconds * 1e3, spread * 1e3
             measured.append(Measurement(case, "plain torch, launches queued", value, "us", spread, limit))
     return measured
@@ -90,9 +92,8 @@ def sweep(batch: int, heads: int, size: int, dim: int) -> list[Measurement]:
     token = [torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     score = -torch.rand(batch, heads, device="cuda")
     for fused.SLOTS_PER_WARP in (128, 256, 512, 1024):
-        value, spread = replayed_us(
-            [lambda s=s: fused.gate_evict(*s, *token, score, offsets, linear_in_age=True) for s in states]
-        )
+        form: Form = fused.gate_evict
+        value, spread = replayed_us([partial(form, *s, *token, score, offsets, linear_in_age=True) for s in states])
         contender = f"ours, {fused.SLOTS_PER_WARP} slots a warp"
         measured.append(
             Measurement(f"B={batch} H={heads} D={dim} M={size} bf16 uniform", contender, value, "us", spread)
@@ -124,7 +125,8 @@ def full_state(batch: int, offsets: tuple[int, ...], dim: int) -> list[torch.Ten
 def check(state: list[torch.Tensor], token: list[torch.Tensor], score: torch.Tensor, offsets: tuple[int, ...]) -> None:
     states = [[tensor.clone() for tensor in state] for _ in range(2)]
     for _ in range(20):
-        for form, own in zip((naive.gate_evict, fused.gate_evict), states, strict=True):
+        forms: tuple[Form, Form] = naive.gate_evict, fused.gate_evict
+        for form, own in zip(forms, states, strict=True):
             form(*own, *token, score, offsets, linear_in_age=True)
     for name, expected, got in zip(
         ("positions", "pending", "seen"), *(own[3:5] + own[6:] for own in states), strict=True

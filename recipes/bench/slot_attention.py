@@ -10,7 +10,10 @@ measured bandwidth.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +60,7 @@ class Layers:
     def __init__(self, batch: int, sizes: list[int], group: int, dim: int):
         self.offsets = tuple(accumulate((entries + 1 for entries in sizes), initial=0))
         slots, heads = self.offsets[-1], len(sizes)
-        options = dict(device="cuda", dtype=torch.bfloat16)
+        options: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
         self.bytes_each = 2 * batch * slots * dim * 2
         self.count = min(64, max(4, -(-LEAST_BYTES // self.bytes_each)))
         self.query = torch.randn(batch, heads * group, 1, dim, **options)
@@ -106,7 +109,7 @@ def compare(layers: Layers, case: str, limit: float, is_uniform: bool, run: int)
     more = torch.randn(batch, query_heads, run, dim, device="cuda", dtype=torch.bfloat16)
     new = torch.randn(batch, heads, run, dim, device="cuda", dtype=torch.bfloat16)
     tokens = Run(new, new, torch.arange(run, device="cuda").expand(batch, -1))
-    contenders = {
+    contenders: dict[str, Callable[..., torch.Tensor]] = {
         "ours": lambda layer=0: layers.ours(layer, arrivals=layers.arrivals),
         "ours, two launches": layers.ours,
         f"ours, a run of {run}": lambda layer=0: layers.ours(layer, more, run=tokens, arrivals=layers.arrivals),
@@ -119,7 +122,7 @@ def compare(layers: Layers, case: str, limit: float, is_uniform: bool, run: int)
         difference = None if "run" in contender else error(function())
         if difference is not None and difference > 0.05:
             raise SystemExit(f"{contender}: {case}: an error of {difference} standard deviations")
-        value, spread = replayed_us([lambda i=i: function(i) for i in range(layers.count)])  # noqa: B023
+        value, spread = replayed_us([partial(function, i) for i in range(layers.count)])
         measured.append(Measurement(case, contender, value, "us", spread, limit, error=difference))
     return measured
 
@@ -133,7 +136,7 @@ def sweep(layers: Layers, case: str, limit: float) -> list[Measurement]:
         fused.tile_for = lambda *_: tile  # noqa: B023
         for parts.PROGRAMS_PER_UNIT in (2, 4, 8):
             value, spread = replayed_us(
-                [lambda i=i: layers.ours(i, arrivals=layers.arrivals) for i in range(layers.count)]
+                [partial(layers.ours, i, arrivals=layers.arrivals) for i in range(layers.count)]
             )
             contender = f"ours, {block} slots {warps} warps {stages} stages x{parts.PROGRAMS_PER_UNIT}"
             measured.append(Measurement(case, contender, value, "us", spread, limit))
