@@ -15,7 +15,7 @@ from retention_gates.kernels.slot_attention.parts import parts_of
 
 LARGEST_HEAD_DIM = 256
 MOST_ROWS = 64  # queries of one KV head that a program takes
-SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that a program reads at a time
+SUM_NUMBERS = 1024  # fp32 numbers of partial outputs that a warp reads at a time
 
 
 class Tile(NamedTuple):
@@ -129,7 +129,7 @@ def _slot_attention(
         DV=value_dim,
         BDV=block_value,
         SUM_ROWS=sum_rows,
-        PARTS_AT_A_TIME=max(1, min(next_power_of_2(parts.most), SUM_NUMBERS // (sum_rows * block_value))),
+        PARTS_AT_A_TIME=max(1, min(next_power_of_2(parts.most), tile.warps * SUM_NUMBERS // (sum_rows * block_value))),
         HAS_SINKS=sinks is not None,
         HAS_RECEIVED=received is not None,
     )
@@ -177,7 +177,16 @@ def _slot_attention(
     )
     if parts.most > 1 and not in_one:
         sum_parts[heads, cdiv(rows, sum_rows), batch](
-            partial, partial_lses, sinks, output, lses, parts.head_parts, parts.total, tokens, num_warps=4, **summing
+            partial,
+            partial_lses,
+            sinks,
+            output,
+            lses,
+            parts.head_parts,
+            parts.total,
+            tokens,
+            num_warps=tile.warps,
+            **summing,
         )
     if received is not None:
         sum_received[parts.total, batch](

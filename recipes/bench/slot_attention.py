@@ -12,7 +12,7 @@ measured bandwidth.
 import argparse
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -129,18 +129,15 @@ def compare(layers: Layers, case: str, limit: float, is_uniform: bool, run: int)
 
 def sweep(layers: Layers, case: str, limit: float) -> list[Measurement]:
     measured = []
-    chosen, programs = fused.tile_for, parts.PROGRAMS_PER_UNIT
-    tiles = ((16, 1, 2), (32, 2, 2), (32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 2))
-    for block, warps, stages in tiles:
+    chosen, programs, numbers = fused.tile_for, parts.PROGRAMS_PER_UNIT, fused.SUM_NUMBERS
+    tiles = ((32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2))
+    for (block, warps, stages), parts.PROGRAMS_PER_UNIT, fused.SUM_NUMBERS in product(tiles, (2, 4), (1024, 2048)):
         tile = fused.Tile(block, warps, stages)
         fused.tile_for = lambda *_: tile  # noqa: B023
-        for parts.PROGRAMS_PER_UNIT in (2, 4, 8):
-            value, spread = replayed_us(
-                [partial(layers.ours, i, arrivals=layers.arrivals) for i in range(layers.count)]
-            )
-            contender = f"ours, {block} slots {warps} warps {stages} stages x{parts.PROGRAMS_PER_UNIT}"
-            measured.append(Measurement(case, contender, value, "us", spread, limit))
-    fused.tile_for, parts.PROGRAMS_PER_UNIT = chosen, programs
+        value, spread = replayed_us([partial(layers.ours, i, arrivals=layers.arrivals) for i in range(layers.count)])
+        contender = f"ours, {block} {warps} {stages} x{parts.PROGRAMS_PER_UNIT} sum {fused.SUM_NUMBERS}"
+        measured.append(Measurement(case, contender, value, "us", spread, limit))
+    fused.tile_for, parts.PROGRAMS_PER_UNIT, fused.SUM_NUMBERS = chosen, programs, numbers
     return measured
 
 
