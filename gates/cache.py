@@ -16,6 +16,7 @@ from retention_gates.gates.budgets import (
     pyramid_budgets,
     uniform_budgets,
 )
+from retention_gates.gates.decode_graph import DecodeGraph
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
@@ -217,10 +218,18 @@ class BoundedCache(EvictingCache):
         reserved: spans with a budget of their own, (start, stop, entries): of the tokens start..stop-1, counted like
             pinned ones, every head keeps at least so many, the best ones, inside its budget. A prompt of several
             instructions can so be kept from forgetting one of them while all compete for the rest.
+        graph: whether `generate` replays its decoding steps as one CUDA graph, recorded at the third; no effect on
+            other devices.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
     """
+
+    def __init__(self, model: nn.Module, memory_size: int, *, graph: bool = True, **options: Any):
+        if not isinstance(graph, bool):
+            raise ValueError(f"graph={graph!r} must be True or False.")
+        super().__init__(model, memory_size, **options)
+        self.decode_graph = DecodeGraph() if graph else None
 
     @staticmethod
     def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
