@@ -99,7 +99,8 @@ class RetentionGateModel(BaseTuner):
         cache = kwargs.get("past_key_values")
         if (graph := getattr(cache, "decode_graph", None)) is None:
             return self.model.generate(*args, **kwargs)
-        prompt = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
+        names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+        prompt = [*args[:1], *(kwargs.get(name) for name in names)]
         columns = max((given.shape[1] for given in prompt if given is not None), default=1)
         with graph.attached(self.model, cache, columns):
             return self.model.generate(*args, **kwargs)
