@@ -11,7 +11,7 @@ columns are padding, and every token that `generate` makes itself is real.
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -22,9 +22,11 @@ from torch import nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import ModelOutput, logging
 
+from retention_gates.gates.attention import MASKS, base_implementation_of
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder
 from retention_gates.gates.policies import FeedbackPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.gates.window_layer import WindowLayer, Windows
 from retention_gates.kernels.gate_evict import slot_table
 
 logger = logging.get_logger(__name__)
@@ -59,6 +61,8 @@ class DecodeGraph:
         self.waited = False  # whether the first of them waited for the device
         self.refusal: str | None = None  # why this cache's steps are not recorded
         self.prompt_columns = 0
+        self.windows: Windows | None = None
+        self.is_in_turn = False  # whether the last forward pass was a step of this turn
         self.recorder: Recorder | None = None
         self.cache: Callable[[], Any] = lambda: None
 
@@ -70,7 +74,7 @@ class DecodeGraph:
 
     def forget(self) -> None:
         """Frees the recording."""
-        self.recording = self.warm = None
+        self.recording = self.warm = self.windows = None
 
     def refuse(self, reason: str) -> None:
         self.refusal = reason
@@ -96,6 +100,7 @@ class DecodeGraph:
             self.forget()
         self.weights, self.prompt_columns, self.refusal = weights, prompt_columns, None
         self.recorder, self.cache = RECORDERS[device.type](device), weakref.ref(cache)
+        self.is_in_turn = False
         try:
             with _replaced_forward(model):
                 yield
@@ -107,17 +112,22 @@ class DecodeGraph:
         """What `forward(**arguments)` gives, by a replay where that is the same."""
         found = self._inputs_of(arguments)
         if found is None or self.refusal is not None:
+            self.is_in_turn = False
             return forward(**arguments)
         key, tensors, others = found
+        if not self.is_in_turn:
+            self._begin_turn(arguments.get("attention_mask"))
         if self.recording is not None and self.recording.is_valid(key):
             for name, buffer in self.recording.inputs.items():
                 buffer.copy_(tensors[name])
             self.recording.replay()
+            if self.windows is not None:
+                self.windows.count_replay()
             return _copied(self.recording.output)
         self.recording = None
         assert self.recorder is not None
         if self.warm != key:
-            output, wait = self.recorder.warm_up(lambda: forward(**tensors, **others))
+            output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others))
             if wait is None:
                 self.warm = key
             elif self.waited:  # at its first step a model may make tables, at the second it makes them always
@@ -128,13 +138,26 @@ class DecodeGraph:
             return output
         return self._record(forward, key, tensors, others)
 
+    def _begin_turn(self, mask: torch.Tensor | None) -> None:
+        self.is_in_turn = True
+        layers = [layer for layer in self.cache().layers if isinstance(layer, WindowLayer)]
+        if self.windows is not None and self.windows.visible.shape[0] == layers[0].batch_size:
+            self.windows.restart(mask)
+        elif layers:
+            self.forget()
+            self.windows = Windows(layers, mask)
+
+    def _run(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        with nullcontext() if self.windows is None else self.windows.one_token():
+            return forward(**arguments)
+
     def _record(self, forward: Forward, key: tuple, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Any:
         assert self.recorder is not None
         layers = self.cache().layers
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         gated = [layer for layer in layers if isinstance(layer, RuledLayer)]
         constants = [slot_table(layer.head_offsets, layer.device) for layer in gated]
-        output, replay = self.recorder.record(lambda: forward(**inputs, **others))
+        output, replay = self.recorder.record(lambda: self._run(forward, inputs | others))
         state = [place for layer in layers for place in _places(layer)]
         self.recording = Recording(key, inputs, output, replay, state, constants)
         return _copied(output)
@@ -227,6 +250,12 @@ def _why_not(model: nn.Module, cache: Cache) -> str | None:
             # transformers' own listen only while hidden states or attentions are asked for
             if module is not model and not (getattr(hook, "__module__", None) or "").startswith("transformers."):
                 return f"{name} has a forward hook, which a replay would not call"
+    windows = {layer.sliding_window for layer in cache.layers if isinstance(layer, WindowLayer)}
+    if len(windows) > 1:
+        return f"the windows of its layers differ: {sorted(windows)} tokens"
+    attention = base_implementation_of(model.config.get_text_config(decoder=True)._attn_implementation)
+    if windows and attention not in MASKS:
+        return f"it has sliding windows, whose attention is known for {' and '.join(MASKS)}, not for {attention}"
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, RuledLayer):
             policy = layer.rule.policy
@@ -234,7 +263,7 @@ def _why_not(model: nn.Module, cache: Cache) -> str | None:
                 return f"policy={policy.name!r} waits for the device"
             if layer.rule.interval > 1:
                 return f"policy={policy.name!r} gives priorities at every {layer.rule.interval}th step only"
-        elif type(layer) is not LinearAttentionLayer:
+        elif type(layer) not in (WindowLayer, LinearAttentionLayer):
             return f"layer {index} keeps a {type(layer).__name__}, whose tensors do not stay where they are"
     return None
 
@@ -255,4 +284,3 @@ def _weights(model: nn.Module) -> tuple[tuple, list[torch.Tensor]]:
     config: Any = model.config
     switches = (model.training, config._attn_implementation)
     return (tuple((t.data_ptr(), t.dtype, t.shape) for t in tensors), tuple(adapters), switches), tensors
-
