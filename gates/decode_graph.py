@@ -22,7 +22,8 @@ from torch import nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import ModelOutput, logging
 
-from retention_gates.gates.attention import MASKS, base_implementation_of
+from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
+from retention_gates.gates.families import text_config
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder
 from retention_gates.gates.policies import FeedbackPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
@@ -253,9 +254,9 @@ def _why_not(model: nn.Module, cache: Cache) -> str | None:
     windows = {layer.sliding_window for layer in cache.layers if isinstance(layer, WindowLayer)}
     if len(windows) > 1:
         return f"the windows of its layers differ: {sorted(windows)} tokens"
-    attention = base_implementation_of(model.config.get_text_config(decoder=True)._attn_implementation)
-    if windows and attention not in MASKS:
-        return f"it has sliding windows, whose attention is known for {' and '.join(MASKS)}, not for {attention}"
+    attention = text_config(model)._attn_implementation
+    if windows and attention.startswith(PREFIX) and base_implementation_of(attention) not in MASKS:
+        return f"its sliding windows are known with attention by {' and '.join(MASKS)} only"
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, RuledLayer):
             policy = layer.rule.policy

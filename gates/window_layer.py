@@ -63,7 +63,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return torch.arange(max(0, start), stop, device=self.device) % self.sliding_window
 
     def reset(self) -> None:
-        super().reset()
+        self.cumulative_length = 0
         if self.is_initialized:
             self.seen.zero_()
 
