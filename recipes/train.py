@@ -23,8 +23,10 @@ if TYPE_CHECKING:  # importing these takes seconds, which --help should not
 
 RUN_FILE = "run.yaml"
 ADAPTER = "adapter"
-# What may be changed when a run is resumed: it has no effect on what is learnt.
+# What may be changed when a run is resumed: it has no effect on what is learnt. How rows are spread over ranks and
+# passes may, too: a checkpoint notes how many make a step, and no other number goes on from it.
 CHANGEABLE = ("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit")
+CHANGEABLE += ("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step", "ranks")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +48,7 @@ def main(options: argparse.Namespace) -> None:
     output_dir = Path(str(config.training.output_dir))
     if config.training.process_index == 0:  # before another rank could have written there
         check_run(output_dir, config)
+        check_checkpoint(output_dir, config)
     trainer, calibration_rows = build(config)
     if config.training.process_index == 0:
         claim_output(output_dir)
@@ -81,6 +84,16 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
             f"{output_dir} was started with other values of {', '.join(changed)} (see {RUN_FILE} there): resume with "
             "the same command, or start a new run in another training.output_dir."
         )
+
+
+def check_checkpoint(output_dir: Path, config: "RunConfig") -> None:
+    """Raises ValueError, before the model is loaded, if the run cannot go on from the checkpoint that is there."""
+    from retention_gates.trainers.checkpoint import last_checkpoint, read_manifest
+    from retention_gates.trainers.layout import check_same_run, run_facts
+
+    checkpoint = last_checkpoint(output_dir) if config.resume else None
+    if checkpoint is not None:
+        check_same_run(checkpoint, read_manifest(checkpoint), run_facts(config.training, config.model.name))
 
 
 def write_run(output_dir: Path, config: "RunConfig") -> None:

@@ -1,7 +1,7 @@
 """Trains the gates of a frozen model to forget what its own forecasts do not need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,12 @@ from retention_gates.trainers.checkpoint import (
 from retention_gates.trainers.checks import check_model, check_packing
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
+from retention_gates.trainers.layout import check_same_run, run_facts
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors [B, T], and the numbers of `RowCollator`
+Terms = dict[str, torch.Tensor]
 
 
 class RetentionTrainer(Trainer):
@@ -121,8 +123,31 @@ class RetentionTrainer(Trainer):
         self._averages.add(terms, inputs["input_ids"].numel())
         return distillation + self.args.capacity_weight * capacity.loss
 
-    def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
-        """kl_weight * KL(teacher, student) + next_token_weight * cross entropy."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """The batches of one optimiser step, each with its `shares`: by how much their means count in the step's.
+
+        Ranks and passes are averaged with equal weight, but documents end and targets fall where they do.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        totals = [sum(batch["counts"][i] for batch in batches) for i in range(2)]
+        passes = len(batches)
+        if self.accelerator.num_processes > 1:
+            counted = torch.tensor([*totals, passes], device=device)
+            *totals, passes = self.accelerator.reduce(counted, reduction="sum").tolist()
+        for batch in batches:
+            batch["shares"] = tuple(
+                count * passes / max(1, total) for count, total in zip(batch["counts"], totals, strict=True)
+            )
+        return batches, None
+
+    def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Terms]:
+        """kl_weight * KL(teacher, student) + next_token_weight * cross entropy.
+
+        Each is a mean over the positions of all rows of the optimiser step, whichever rank and pass they are in.
+        """
+        kl_share, next_token_share = inputs.get("shares", (1.0, 1.0))
         targets, counted = next_token_targets(inputs["labels"], packed_documents(inputs["position_ids"]))
         tokens = _tokens(inputs)
         with torch.no_grad(), self.model.disable_adapter():
@@ -139,14 +164,17 @@ class RetentionTrainer(Trainer):
             bias=head.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
-            kl_weight=self.args.kl_weight,
-            next_token_weight=self.args.next_token_weight,
+            kl_weight=self.args.kl_weight * kl_share,
+            next_token_weight=self.args.next_token_weight * next_token_share,
             chunk_size=self.args.loss_chunk_size,
         )
-        terms = {"forward_kl": distilled.forward_kl, "next_token_loss": distilled.next_token_loss}
+        terms = {
+            "forward_kl": distilled.forward_kl * kl_share,
+            "next_token_loss": distilled.next_token_loss * next_token_share,
+        }
         return distilled.total, recording, terms
 
-    def _match_layers(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
+    def _match_layers(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Terms]:
         """kl_weight * the mean over layers of the relative error of the attention output."""
         with record(model, layerwise=True) as recording:
             model(**_tokens(inputs))  # every layer passes on the teacher's output: no gradient leaves it
@@ -163,7 +191,7 @@ class RetentionTrainer(Trainer):
         return OutputHead.from_model(self.model)
 
     @torch.no_grad()
-    def _describe(self, recording: Recording, capacity: CapacityLoss) -> Batch:
+    def _describe(self, recording: Recording, capacity: CapacityLoss) -> Terms:
         """Mean retained mass, overall and per layer, in tokens, and the mean log of the half-life in tokens."""
         layers = find_gated_model(self.model).gated_layers
         terms = {"retained_mass": capacity.retained_mass.mean()}
@@ -229,10 +257,14 @@ class RetentionTrainer(Trainer):
                     "train(resume_from_checkpoint=True), or choose another output_dir."
                 )
             return super().train(None, *args, **kwargs)
-        checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            barrier = self.accelerator.wait_for_everyone
+            checkpoint = last_checkpoint(output_dir, is_writer=self.args.should_save, barrier=barrier)
+        else:
+            checkpoint = Path(resume_from_checkpoint)
         if checkpoint is None:
             raise ValueError(f"There is no checkpoint in {output_dir} to resume from: train without resuming.")
-        self._check_same_run(checkpoint, read_manifest(checkpoint))
+        check_same_run(checkpoint, read_manifest(checkpoint), self._run_facts())
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if 0 < self.args.max_steps <= state.global_step:  # transformers would train one more step
             self._load_from_checkpoint(str(checkpoint))
@@ -292,19 +324,8 @@ class RetentionTrainer(Trainer):
         for checkpoint in [c for c in checkpoints if str(c) not in kept][: max(0, surplus)]:
             remove_folder(checkpoint)
 
-    def _run_facts(self) -> dict[str, int]:
-        """What has to stay the same for a resumed run to see the same rows in the same order."""
-        ranks = self.accelerator.num_processes
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks
-        return {"ranks": ranks, "rows_per_step": rows, "seed": self.args.seed}
-
-    def _check_same_run(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        for name, value in self._run_facts().items():
-            if manifest[name] != value:
-                raise ValueError(
-                    f"{checkpoint} was written with {name} = {manifest[name]}, now it is {value}: the run would go on "
-                    "with other rows. Resume as it was started, or start anew in another output_dir."
-                )
+    def _run_facts(self) -> dict[str, Any]:
+        return run_facts(self.args, self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
 
 
 def _tokens(inputs: Batch) -> dict[str, Any]:

@@ -1,0 +1,25 @@
+"""Runs train commands one after the other, each on its number of gloo ranks; what they need is imported once.
+
+Called as a script: `run_ranks.py RUNS.json`, a list of `{"ranks": 2, "arguments": [...], "environment": {...}}`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from retention_gates.recipes.bench.kill_resume import run_until, start_ranks
+
+
+def main(runs_file: str) -> None:
+    output = Path(runs_file).with_suffix(".output")
+    for run in json.loads(Path(runs_file).read_text(encoding="utf-8")):
+        os.environ |= run.get("environment", {})
+        codes = run_until(start_ranks(run["arguments"], run["ranks"], output), lambda: False, 0, lambda: None)
+        for name in run.get("environment", {}):
+            del os.environ[name]
+        assert codes == [0] * run["ranks"], f"{run} failed with {codes}:\n{output.read_text()[-3000:]}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
