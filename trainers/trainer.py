@@ -96,6 +96,11 @@ class RetentionTrainer(Trainer):
             self.add_callback(ProgressLine())
         if not args.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
+        # DDP leaves the base alone: it is the same on all ranks, has no gradient, and no buffer that changes
+        model._ddp_params_and_buffers_to_ignore = [
+            *(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
+            *(name for name, _ in model.named_buffers()),
+        ]
         self._averages = Averages()
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 

@@ -53,12 +53,12 @@ PARTS = {
 Batch = dict[str, Tensor]
 
 
-def make_model(device: str, dtype: torch.dtype, **shape: Any) -> PeftModel:
+def make_model(device: str, dtype: torch.dtype, *, offload_checkpoints: bool = False, **shape: Any) -> PeftModel:
     """A model with random weights and gates, made where it stays, in training mode with gradient checkpointing."""
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=dtype, attn_implementation="sdpa")
     model = get_peft_model(base, RetentionGateConfig())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False}, offload=offload_checkpoints)
     return model.train()
 
 
