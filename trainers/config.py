@@ -192,15 +192,15 @@ class RetentionTrainingArguments(TrainingArguments):
         self.gradient_checkpointing = checkpointing
         if hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = checkpointing
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if not hasattr(self, name):
-                continue
-            given = getattr(self, name) or {}
-            if given.get("use_reentrant"):
-                raise ValueError(
-                    f"{name}={given!r}: the reentrant form would lose the gradient of what is recorded inside a layer. "
-                    "Leave use_reentrant out."
-                )
+        # an older and a newer name in transformers
+        names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(self, n)]
+        given = {key: value for name in names for key, value in (getattr(self, name) or {}).items()}
+        if given.get("use_reentrant"):
+            raise ValueError(
+                f"{names[0]}={given!r}: the reentrant form would lose the gradient of what is recorded inside a layer. "
+                "Leave use_reentrant out."
+            )
+        for name in names:
             setattr(self, name, {"use_reentrant": False, **given})
 
 

@@ -43,7 +43,8 @@ def accumulation_steps(rows_per_step: int, rows_per_pass: int, ranks: int) -> in
         near = max(1, round(rows_per_step / (rows_per_pass * ranks))) * rows_per_pass * ranks
         raise ValueError(
             f"rows_per_step={rows_per_step} rows can't be divided among {ranks} ranks with "
-            f"per_device_train_batch_size={rows_per_pass}: choose a multiple of {rows_per_pass * ranks}, such as {near}."
+            f"per_device_train_batch_size={rows_per_pass}: choose a multiple of {rows_per_pass * ranks}, such as "
+            f"{near}."
         )
     return steps
 
@@ -87,8 +88,8 @@ def check_same_run(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, 
         return
     if facts["engine"] == "deepspeed":
         raise ValueError(
-            f"{checkpoint} was written by {before} ranks, each with its part of DeepSpeed's state, now there are {now}: "
-            f"resume on {before}, or start anew in another output_dir."
+            f"{checkpoint} was written by {before} ranks, each with its part of DeepSpeed's state, now there are "
+            f"{now}: resume on {before}, or start anew in another output_dir."
         )
     logger.warning(
         "%s was written by %s ranks, now there are %s. Steps see the same rows in the same order. What changes: which "

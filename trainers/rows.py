@@ -13,7 +13,9 @@ COLUMNS = ("input_ids", "position_ids", "labels")
 class RowCollator:
     """Stacks rows of equal length into int64 [B, T] each of input_ids, position_ids and labels.
 
-    Beside them stands `counts`: how many positions KL counts in the batch, and how many the next-token loss. A row is full: there is no padding. position_ids start anew at 0 with every document packed into it; labels are the
+    Beside them stands `counts`: how many positions KL counts in the batch, and how many the next-token loss.
+
+    A row is full: there is no padding. position_ids start anew at 0 with every document packed into it; labels are the
     row's own tokens, -100 where a token is no target.
 
     Raises:

@@ -7,8 +7,8 @@
     python recipes/bench/train.py --case wire       # bytes that two gloo ranks exchange per step; runs on a CPU
 
 All but the last need a GPU; random weights. "step" and "long" run Qwen3-4B's shape in bf16 through RetentionTrainer's
-own step, with gradient checkpointing. The limit of "step" counts each matrix product of the teacher's forward pass, the
-student's, its recomputation and its backward pass once, at the rate that a large bf16 product reaches on the device.
+own step, with gradient checkpointing. The limit of "step" counts the matrix products of the teacher's forward pass,
+the student's, its recomputation and its backward pass, at the rate that a large bf16 product reaches on the device.
 `--offload` keeps checkpoints in the CPU's memory. Goals: step 0.45 of the limit, small 60 s, start 60 s.
 """
 
