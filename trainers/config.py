@@ -197,7 +197,7 @@ class RetentionTrainingArguments(TrainingArguments):
         given = {key: value for name in names for key, value in (getattr(self, name) or {}).items()}
         if given.get("use_reentrant"):
             raise ValueError(
-                f"{names[0]}={given!r}: the reentrant form would lose the gradient of what is recorded inside a layer. "
+                f"{names[0]}={given!r}: the reentrant form would lose the gradient of what is recorded in a layer. "
                 "Leave use_reentrant out."
             )
         for name in names:
