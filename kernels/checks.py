@@ -18,6 +18,13 @@ def check_same_device(reference_name: str, reference: torch.Tensor, **tensors: t
             )
 
 
+def may_look_at_values(tensor: torch.Tensor) -> bool:
+    """Whether numbers can be read now: not while a graph is traced, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def check_log_beta(log_beta: torch.Tensor, *, values: bool = True) -> None:
     """Raises ValueError unless log_beta is [B, H, T], fp32, finite and <= 0, with at least one token.
 
@@ -31,8 +38,7 @@ def check_log_beta(log_beta: torch.Tensor, *, values: bool = True) -> None:
             f"log_beta must be torch.float32, not {log_beta.dtype}: ages in the thousands multiply its rounding "
             "error. Compute it in fp32 rather than casting it here."
         )
-    # a value can't be looked at while a graph is traced
-    if values and not torch.compiler.is_compiling():
+    if values and may_look_at_values(log_beta):
         allowed = (log_beta <= 0) & log_beta.isfinite()
         if not bool(allowed.all()):
             raise ValueError(

@@ -36,6 +36,11 @@ def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
             raise ValueError(
                 f"{name}={min(sizes)} leaves no room beside {protected} protected tokens: at least {protected + 1}."
             )
+    if args.cuda_graph and (args.device.type != "cuda" or args.world_size > 1 or args.fp16):
+        raise ValueError(
+            f"cuda_graph=True on {args.device.type}, {args.world_size} processes, fp16={args.fp16}: it needs one "
+            "process on a CUDA GPU and no loss scaling. Leave it out, or load the base in bf16."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs, which transformers would drive with DataParallel: start the run "

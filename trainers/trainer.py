@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,11 @@ from retention_gates.trainers.evaluation import Contender, check_length, compare
 from retention_gates.trainers.layout import check_same_run, run_facts
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
+from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
 
 Batch = dict[str, Any]  # tensors [B, T], and the numbers of `RowCollator`
 Terms = dict[str, torch.Tensor]
+EVEN = (1.0, 1.0)
 
 
 class RetentionTrainer(Trainer):
@@ -102,6 +104,8 @@ class RetentionTrainer(Trainer):
             *(name for name, _ in model.named_buffers()),
         ]
         self._averages = Averages()
+        self._graph: StepGraph | None = None
+        self._eager_steps = 0
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
     # ---- the objective ----
@@ -112,6 +116,12 @@ class RetentionTrainer(Trainer):
         """Distillation from the model without gates, plus what retained mass above memory_size costs."""
         assert not return_outputs, "rows are scored by evaluate(), under real eviction"
         self._averages.start_clock()
+        loss, terms = self._objective(model, inputs)
+        self._averages.add(terms, inputs["input_ids"].numel())
+        return loss
+
+    def _objective(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Terms]:
+        """The loss, and what of it is logged."""
         for dropout in self._dropouts:
             dropout.eval()  # else teacher and student would differ by chance
         if self.args.objective == "layerwise":
@@ -125,8 +135,31 @@ class RetentionTrainer(Trainer):
             normalisation=self.args.capacity_normalisation,
         )
         terms |= {"capacity_loss": capacity.loss.detach()} | self._describe(recording, capacity)
+        return distillation + self.args.capacity_weight * capacity.loss, terms
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of one batch; with args.cuda_graph from the fourth one on as one graph."""
+        if not self.args.cuda_graph:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        if inputs.pop("shares", EVEN) != EVEN:  # numbers would be captured as they are
+            raise ValueError(
+                "cuda_graph=True with gradient_accumulation_steps needs passes that count equally many forecasts, and "
+                "in these rows documents end where they do: leave one of the two out."
+            )
+        del inputs["counts"]
+        if self._graph is None and self._eager_steps == WARM_UP_STEPS:
+            with self.compute_loss_context_manager():
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                self._graph = StepGraph(partial(self._objective, model), inputs, trained)
+        if self._graph is None or not self._graph.fits(inputs):  # the last batch of an epoch may be a short one
+            self._eager_steps += 1
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._averages.start_clock()
+        share = 1 / self.current_gradient_accumulation_steps
+        loss, terms = self._graph.run(inputs, share)
         self._averages.add(terms, inputs["input_ids"].numel())
-        return distillation + self.args.capacity_weight * capacity.loss
+        return loss * share
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -136,6 +169,8 @@ class RetentionTrainer(Trainer):
         Ranks and passes are averaged with equal weight, but documents end and targets fall where they do.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.objective == "layerwise":  # counts rows only
+            return batches, None
         totals = [sum(batch["counts"][i] for batch in batches) for i in range(2)]
         passes = len(batches)
         if self.accelerator.num_processes > 1:
@@ -152,7 +187,7 @@ class RetentionTrainer(Trainer):
 
         Each is a mean over the positions of all rows of the optimiser step, whichever rank and pass they are in.
         """
-        kl_share, next_token_share = inputs.get("shares", (1.0, 1.0))
+        kl_share, next_token_share = inputs.get("shares", EVEN)
         targets, counted = next_token_targets(inputs["labels"], packed_documents(inputs["position_ids"]))
         tokens = _tokens(inputs)
         with torch.no_grad(), self.model.disable_adapter():

@@ -2,7 +2,7 @@
 
 import torch
 
-from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.checks import check_same_device, check_shape, may_look_at_values
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.distill_loss import naive
 from retention_gates.kernels.distill_loss.naive import NO_TARGET, DistillLoss
@@ -73,7 +73,7 @@ def distill_loss(
             raise ValueError(f"{name} must be 0 or more, not {value}.")
     if kl_weight > 0 and teacher is None:
         raise ValueError(f"teacher is None but kl_weight is {kl_weight}: pass its hidden states, or kl_weight=0.")
-    if not torch.compiler.is_compiling():  # what follows looks at values
+    if may_look_at_values(targets):
         counted = _check_positions(targets, mask, vocabulary, kl_weight, next_token_weight)
         if mask is not None and 0 < counted <= WORTH_A_COPY * positions:
             # positions that no term counts come last in this order: no logits are made for them

@@ -2,7 +2,7 @@
 
 import torch
 
-from retention_gates.kernels.checks import check_document_ids, check_log_beta, check_same_device
+from retention_gates.kernels.checks import check_document_ids, check_log_beta, check_same_device, may_look_at_values
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.retention_sum import naive
 
@@ -56,8 +56,7 @@ def _sum(
 
 def _check_in_one_piece(document_ids: torch.Tensor | None) -> None:
     """Raises ValueError if a document's tokens don't lie side by side: kernels know a document by its two ends."""
-    # a value can't be looked at while a graph is traced
-    if document_ids is None or torch.compiler.is_compiling():
+    if document_ids is None or not may_look_at_values(document_ids):
         return
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids.diff(dim=-1) != 0

@@ -112,12 +112,12 @@ def _one_row(tokens: int, layers: int, offload: bool) -> tuple[Callable[[], Any]
     return partial(gated_step, trainer, batch), f"Qwen3-4B shape, {layers} layers, T={tokens} bf16{offloaded}"
 
 
-def small(steps: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> list[Measurement]:
+def small(steps: int) -> list[Measurement]:
     """Seconds of RetentionTrainer.train() with its own loader, optimiser and logs."""
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_SHAPE), dtype=dtype)
+    with torch.device("cuda"):
+        base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_SHAPE), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = small_trainer(get_peft_model(base, RetentionGateConfig()), steps, folder, use_cpu=device == "cpu")
+        trainer = small_trainer(get_peft_model(base, RetentionGateConfig()), steps, folder, cuda_graph=True)
         began = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - began
