@@ -25,8 +25,10 @@ RUN_FILE = "run.yaml"
 ADAPTER = "adapter"
 # What may be changed when a run is resumed: it has no effect on what is learnt. How rows are spread over ranks and
 # passes may, too: a checkpoint notes how many make a step, and no other number goes on from it.
-CHANGEABLE = ("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit")
-CHANGEABLE += ("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step", "ranks")
+CHANGEABLE = (
+    *("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step", "ranks"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -99,10 +100,9 @@ class RetentionTrainer(Trainer):
         if not args.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
         # DDP leaves the base alone: it is the same on all ranks, has no gradient, and no buffer that changes
-        model._ddp_params_and_buffers_to_ignore = [
-            *(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
-            *(name for name, _ in model.named_buffers()),
-        ]
+        base = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        base += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, base)
         self._averages = Averages()
         self._graph: StepGraph | None = None
         self._eager_steps = 0

@@ -23,8 +23,17 @@ from retention_gates.trainers.trainer import RetentionTrainer
 STEPS = 4
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 500}
 # As torch.distributed names them; DDP hands over its parameters in C++ when it is made, by the first.
-COLLECTIVES = ("_broadcast_coalesced", "broadcast", "all_reduce", "all_gather", "all_gather_into_tensor")
-COLLECTIVES += ("reduce", "reduce_scatter_tensor", "gather", "scatter")
+COLLECTIVES = (
+    "_broadcast_coalesced",
+    "broadcast",
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce",
+    "reduce_scatter_tensor",
+    "gather",
+    "scatter",
+)
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 
 
@@ -54,6 +63,7 @@ class GradientBytes(TrainerCallback):
 
     def _count(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         self.total += bucket.buffer().nbytes
+        assert dist.group.WORLD is not None
         return allreduce_hook(dist.group.WORLD, bucket)
 
 
