@@ -115,6 +115,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     from retention_gates.gates.model import find_gated_model
     from retention_gates.recipes.loading import load_base, load_tokenizer
     from retention_gates.trainers.evaluation import check_length
+    from retention_gates.trainers.layout import engine_of
     from retention_gates.trainers.trainer import RetentionTrainer
 
     args, data = config.training, config.data
@@ -141,7 +142,13 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     evaluation, calibration = config.evaluation, config.calibration
     eval_rows = windows(test_documents, evaluation.rows, evaluation.row_length) if evaluates else None
     calibration_rows = windows(train_documents, calibration.rows, calibration.row_length) if calibration.rows else None
-    base = load_base(config.model.name, gguf_file=config.model.gguf_file, device=args.device, dtype=config.model.dtype)
+    base = load_base(
+        config.model.name,
+        gguf_file=config.model.gguf_file,
+        device=args.device,
+        dtype=config.model.dtype,
+        stay=engine_of(args) != "replicated",
+    )
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused

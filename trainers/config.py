@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers import TrainingArguments
 
-from retention_gates.trainers.layout import accumulation_steps, check_launch
+from retention_gates.trainers.layout import accumulation_steps, check_launch, started_ranks
 from retention_gates.trainers.losses import CapacityNormalisation
 
 OBJECTIVES = ("end_to_end", "layerwise")
@@ -144,16 +144,16 @@ class RetentionTrainingArguments(TrainingArguments):
             raise ValueError("kl_weight and next_token_weight are both 0: only forgetting would be rewarded.")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = "agreement" in self.metric_for_best_model
+        self._settle_accumulation()
         super().__post_init__()
         check_launch(self.ranks, self.world_size)
-        self._settle_accumulation()
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
 
     def _settle_accumulation(self) -> None:
         if self.rows_per_step is None:
             return
-        steps = accumulation_steps(self.rows_per_step, self.train_batch_size, self.world_size)
+        steps = accumulation_steps(self.rows_per_step, self.per_device_train_batch_size, started_ranks())
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts rows_per_step="

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -25,11 +27,22 @@ def check_launch(wanted: int | None, ranks: int) -> None:
             "The launcher was asked for several processes and started this one alone, as accelerate launch does "
             "on a CPU: start the run with torchrun --nproc_per_node N, or with accelerate launch --num_processes 1."
         )
+    started = started_ranks()
+    if started not in (1, ranks):
+        raise ValueError(
+            f"The launcher started {started} processes, but each of them would run alone, as they do where the engine "
+            "they are launched for finds no accelerator: launch on GPUs, or plainly on a CPU with use_cpu."
+        )
     if wanted is not None and wanted != ranks:
         raise ValueError(
             f"ranks={wanted} processes are asked for and {ranks} run: start them with torchrun or accelerate launch "
             f"--num_processes {wanted}, or set ranks to {ranks} or leave it out."
         )
+
+
+def started_ranks() -> int:
+    """Processes that the launcher says it has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def accumulation_steps(rows_per_step: int, rows_per_pass: int, ranks: int) -> int:
@@ -56,6 +69,30 @@ def engine_of(args: TrainingArguments) -> str:
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return "fsdp"
     return "replicated"
+
+
+def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Raises ValueError if the engine that the launcher asked for is not the one that runs, or cannot train gates."""
+    wanted, runs = engine_of(args), accelerator.distributed_type
+    expected = {"deepspeed": DistributedType.DEEPSPEED, "fsdp": DistributedType.FSDP}.get(wanted, runs)
+    if runs != expected:
+        raise ValueError(
+            f"{wanted} was asked for, but Accelerate runs {runs.value}, as it does on a CPU and with one process "
+            "without a word: launch on GPUs, without use_cpu, or choose another file of recipes/accelerate."
+        )
+    if wanted == "fsdp":
+        if not accelerator.is_fsdp2:
+            raise ValueError("FSDP 1 flattens frozen weights and gates together: set fsdp_version: 2.")
+        if accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision={accelerator.mixed_precision!r} with FSDP would compute the gates in it, and they "
+                "need fp32: set mixed_precision: 'no' and choose the base's type with model.dtype."
+            )
+        if getattr(args, "objective", "end_to_end") == "layerwise":
+            raise ValueError(
+                "objective='layerwise' sends no gradient through the layers, on which FSDP waits to gather them for "
+                "the backward pass: use DDP or ZeRO-2, whose base is whole on every rank."
+            )
 
 
 def run_facts(args: TrainingArguments, base_model: str | None) -> dict[str, Any]:

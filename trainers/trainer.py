@@ -18,8 +18,9 @@ from transformers.trainer_utils import TrainOutput
 
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
-from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.recording import Recording, record
+from retention_gates.gates.sharding import gathered, whole
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import PER_LAYER, Averages, JsonLinesLog, LogWhenSaving, ProgressLine
@@ -35,7 +36,7 @@ from retention_gates.trainers.checkpoint import (
 from retention_gates.trainers.checks import check_model, check_packing
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
-from retention_gates.trainers.layout import check_same_run, run_facts
+from retention_gates.trainers.layout import check_engine, check_same_run, engine_of, run_facts
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
@@ -75,7 +76,8 @@ class RetentionTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         check_model(model, args)
-        if args.objective == "end_to_end":
+        self._sharded = engine_of(args) != "replicated"
+        if args.objective == "end_to_end" and not self._sharded:
             check_packing(model)
         collator = RowCollator(getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None))
         if len(train_dataset) == 0:
@@ -94,6 +96,7 @@ class RetentionTrainer(Trainer):
             callbacks=[LogWhenSaving(), JsonLinesLog(Path(str(args.output_dir))), *callbacks],
             optimizers=optimizers,
         )
+        check_engine(args, self.accelerator)
         self.model_accepts_loss_kwargs = False  # each forward pass gives a mean, to be divided by a step's passes
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine())
@@ -195,19 +198,20 @@ class RetentionTrainer(Trainer):
         with record(model) as recording:
             student_hidden = model(**tokens)  # [B, T, C]
         head = self._output_head
-        distilled = distill_loss(
-            student_hidden.flatten(0, 1),
-            teacher_hidden.flatten(0, 1),
-            head.weight,
-            targets.flatten(),
-            mask=counted.flatten(),
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            kl_weight=self.args.kl_weight * kl_share,
-            next_token_weight=self.args.next_token_weight * next_token_share,
-            chunk_size=self.args.loss_chunk_size,
-        )
+        with head.weights() as (weight, bias):  # the gradient is made in the forward pass
+            distilled = distill_loss(
+                student_hidden.flatten(0, 1),
+                teacher_hidden.flatten(0, 1),
+                weight,
+                targets.flatten(),
+                mask=counted.flatten(),
+                bias=bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                kl_weight=self.args.kl_weight * kl_share,
+                next_token_weight=self.args.next_token_weight * next_token_share,
+                chunk_size=self.args.loss_chunk_size,
+            )
         terms = {
             "forward_kl": distilled.forward_kl * kl_share,
             "next_token_loss": distilled.next_token_loss * next_token_share,
@@ -228,6 +232,8 @@ class RetentionTrainer(Trainer):
 
     @cached_property
     def _output_head(self) -> OutputHead:
+        if self._sharded:  # could not be checked before it was divided
+            check_packing(self.model)
         return OutputHead.from_model(self.model)
 
     @torch.no_grad()
@@ -257,7 +263,8 @@ class RetentionTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is no eval_dataset: give the trainer one, or evaluate(eval_dataset=...).")
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        # a sharded model is put together from all ranks in each pass: they pass through the same rows
+        mine = rows if self._sharded else rows[self.accelerator.process_index :: self.accelerator.num_processes]
         contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
         config = find_gated_model(self.model).active_config
         stored = config.budget_shares
@@ -265,7 +272,7 @@ class RetentionTrainer(Trainer):
             config.budget_shares = measure_shares(self.model, rows)
         records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
         config.budget_shares = stored
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self._sharded:
             records = gather_object(records)
         metrics: dict[str, float] = {}
         for size in self.args.eval_memory_sizes:
@@ -322,6 +329,14 @@ class RetentionTrainer(Trainer):
             folder, is_writer=self.args.should_save, barrier=self.accelerator.wait_for_everyone
         ) as staging:
             self.save_model(str(staging))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter, whole and in the same form whatever holds the model; every rank has to call."""
+        of_gates = f".{RetentionGateModel.prefix}."
+        gates = {name: parameter for name, parameter in self.model.named_parameters() if of_gates in name}
+        with gathered(gates.values()):
+            state = {name: whole(parameter).detach().cpu() for name, parameter in gates.items()}
+        self._save(output_dir, state_dict=state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         assert output_dir is not None

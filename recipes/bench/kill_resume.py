@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,7 +51,11 @@ def start_ranks(arguments: list[str], ranks: int, output: Path) -> list[int]:
             code = 1
             try:
                 code = cli.main(["train", *arguments])
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(code)
         pids.append(pid)
     return pids

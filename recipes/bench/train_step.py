@@ -106,7 +106,8 @@ def plain_step(model: PeftModel, head: OutputHead, batch: Batch) -> tuple[Tensor
             embeddings = find_gated_model(model).model.get_input_embeddings()(batch["input_ids"])
         embeddings.requires_grad_()
         student = model(inputs_embeds=embeddings, **tokens)
-        loss = distill_loss(student[0], teacher[0], head.weight, targets).total
+        with head.weights() as (weight, _):
+            loss = distill_loss(student[0], teacher[0], weight, targets).total
         loss.backward()
     assert embeddings.grad is not None
     return loss.detach(), embeddings.grad

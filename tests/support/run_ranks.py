@@ -1,12 +1,17 @@
 """Runs train commands one after the other, each on its number of gloo ranks; what they need is imported once.
 
-Called as a script: `run_ranks.py RUNS.json`, a list of `{"ranks": 2, "arguments": [...], "environment": {...}}`.
+Called as a script: `run_ranks.py RUNS.json [--sharded]`, a list of `{"ranks": 2, "arguments": [...], "environment":
+{...}}`. With --sharded, engines run that Accelerate only starts on accelerators: it is told that its processes have one
+each, and that it is the CPU. What shards, gathers and reduces is the engines' own code.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 
 from retention_gates.recipes.bench.kill_resume import run_until, start_ranks
 
@@ -22,4 +27,7 @@ def main(runs_file: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--sharded" in sys.argv:
+        PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     main(sys.argv[1])
