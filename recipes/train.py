@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # importing these takes seconds, which --help should not
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from retention_gates.data.reading import Reading
     from retention_gates.data.tokens import TokenDocument
     from retention_gates.recipes.run_config import RunConfig
     from retention_gates.trainers.trainer import RetentionTrainer
@@ -124,7 +125,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     evaluates = args.eval_strategy != "no"
     assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
-    train_documents, test_documents = load_documents_of(config, tokenizer)
+    train_documents, test_documents, readings = load_documents_of(config, tokenizer)
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = TrainingRows(
         train_documents, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
@@ -158,22 +159,28 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
 
 def load_documents_of(
     config: "RunConfig", tokenizer: "PreTrainedTokenizerBase"
-) -> "tuple[list[TokenDocument], list[TokenDocument]]":
-    """Token documents to train and to test on; the latter are empty where nothing is set aside."""
-    from retention_gates.data.sources import Document, load_documents, split_by_work
-    from retention_gates.data.tokens import tokenize_documents
+) -> "tuple[list[TokenDocument], list[TokenDocument], list[Reading]]":
+    """Token documents to train and to test on, the latter empty where nothing is set aside; and what was read."""
+    from retention_gates.data.reading import read_tokens
+    from retention_gates.data.sources import split_by_work
 
-    data = config.data
-    documents: list[Document] = []
+    data, is_first = config.data, config.training.process_index == 0
+    documents: list[TokenDocument] = []
+    readings = []
     for source in data.sources:
-        seed = config.training.seed if source.limit is not None else None
-        documents += load_documents(**vars(source), seed=seed)
-    train, test = documents, list[Document]()
-    if data.test_fraction is not None or data.test_works is not None:
-        train, test = split_by_work(
-            documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
-        )
-    return tokenize_documents(train, tokenizer), tokenize_documents(test, tokenizer) if test else []
+        drawn = source.limit is not None or source.token_budget is not None
+        seed = config.training.seed if drawn else None
+        found, reading = read_tokens(tokenizer=tokenizer, **vars(source), seed=seed, progress=is_first)
+        documents += found
+        readings.append(reading)
+        if is_first:
+            print(reading, file=sys.stderr)
+    if data.test_fraction is None and data.test_works is None:
+        return documents, [], readings
+    train, test = split_by_work(
+        documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
+    )
+    return train, test, readings
 
 
 if __name__ == "__main__":

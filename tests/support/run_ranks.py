@@ -1,8 +1,8 @@
 """Runs train commands one after the other, each on its number of gloo ranks; what they need is imported once.
 
 Called as a script: `run_ranks.py RUNS.json [--sharded]`, a list of `{"ranks": 2, "arguments": [...], "environment":
-{...}}`. With --sharded, engines run that Accelerate only starts on accelerators: it is told that its processes have one
-each, and that it is the CPU. What shards, gathers and reduces is the engines' own code.
+{...}}`. With --sharded, engines run that Accelerate only starts on accelerators: without use_cpu it is told that its
+processes have one each, and that it is the CPU. What shards, gathers and reduces is the engines' own code.
 """
 
 import json
@@ -26,8 +26,17 @@ def main(runs_file: str) -> None:
         assert codes == [0] * run["ranks"], f"{run} failed with {codes}:\n{output.read_text()[-3000:]}"
 
 
+def take_the_cpu_for_an_accelerator() -> None:
+    original = PartialState._prepare_backend
+
+    def prepare(self, cpu=False, *args, **kwargs):
+        return original(self, cpu, *args, **kwargs) if cpu else ("gloo", DistributedType.MULTI_GPU)
+
+    PartialState._prepare_backend = prepare
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+
 if __name__ == "__main__":
     if "--sharded" in sys.argv:
-        PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        take_the_cpu_for_an_accelerator()
     main(sys.argv[1])
