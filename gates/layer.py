@@ -153,9 +153,12 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
 
 
 def _relative_error(student: torch.Tensor, teacher: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-    """Squared error of the attention output [B, T, C] over its squared norm, padding left out."""
+    """Squared error of the attention output [B, T, C] over its squared norm, padding left out; the mean over rows.
+
+    Each row is relative to itself, so that it does not matter which rows are computed together.
+    """
     error = (student - teacher).float().square().sum(-1)
     size = teacher.float().square().sum(-1)
     if documents is not None:
         error, size = error * (documents >= 0), size * (documents >= 0)
-    return error.sum() / size.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return (error.sum(-1) / size.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()

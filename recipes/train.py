@@ -17,14 +17,19 @@ if TYPE_CHECKING:  # importing these takes seconds, which --help should not
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from retention_gates.data.reading import Reading
     from retention_gates.data.tokens import TokenDocument
     from retention_gates.recipes.run_config import RunConfig
     from retention_gates.trainers.trainer import RetentionTrainer
 
 RUN_FILE = "run.yaml"
 ADAPTER = "adapter"
-# What may be changed when a run is resumed: it has no effect on what is learnt.
-CHANGEABLE = ("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit")
+# What may be changed when a run is resumed: it has no effect on what is learnt. How rows are spread over ranks and
+# passes may, too: a checkpoint notes how many make a step, and no other number goes on from it.
+CHANGEABLE = (
+    *("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step", "ranks"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +51,7 @@ def main(options: argparse.Namespace) -> None:
     output_dir = Path(str(config.training.output_dir))
     if config.training.process_index == 0:  # before another rank could have written there
         check_run(output_dir, config)
+        check_checkpoint(output_dir, config)
     trainer, calibration_rows = build(config)
     if config.training.process_index == 0:
         claim_output(output_dir)
@@ -83,6 +89,16 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
         )
 
 
+def check_checkpoint(output_dir: Path, config: "RunConfig") -> None:
+    """Raises ValueError, before the model is loaded, if the run cannot go on from the checkpoint that is there."""
+    from retention_gates.trainers.checkpoint import last_checkpoint, read_manifest
+    from retention_gates.trainers.layout import check_same_run, run_facts
+
+    checkpoint = last_checkpoint(output_dir) if config.resume else None
+    if checkpoint is not None:
+        check_same_run(checkpoint, read_manifest(checkpoint), run_facts(config.training, config.model.name))
+
+
 def write_run(output_dir: Path, config: "RunConfig") -> None:
     import yaml
 
@@ -100,6 +116,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     from retention_gates.gates.model import find_gated_model
     from retention_gates.recipes.loading import load_base, load_tokenizer
     from retention_gates.trainers.evaluation import check_length
+    from retention_gates.trainers.layout import engine_of
     from retention_gates.trainers.trainer import RetentionTrainer
 
     args, data = config.training, config.data
@@ -108,7 +125,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     evaluates = args.eval_strategy != "no"
     assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
-    train_documents, test_documents = load_documents_of(config, tokenizer)
+    train_documents, test_documents, readings = load_documents_of(config, tokenizer)
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = TrainingRows(
         train_documents, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
@@ -126,7 +143,13 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     evaluation, calibration = config.evaluation, config.calibration
     eval_rows = windows(test_documents, evaluation.rows, evaluation.row_length) if evaluates else None
     calibration_rows = windows(train_documents, calibration.rows, calibration.row_length) if calibration.rows else None
-    base = load_base(config.model.name, gguf_file=config.model.gguf_file, device=args.device, dtype=config.model.dtype)
+    base = load_base(
+        config.model.name,
+        gguf_file=config.model.gguf_file,
+        device=args.device,
+        dtype=config.model.dtype,
+        stay=engine_of(args) != "replicated",
+    )
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused
@@ -136,22 +159,28 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
 
 def load_documents_of(
     config: "RunConfig", tokenizer: "PreTrainedTokenizerBase"
-) -> "tuple[list[TokenDocument], list[TokenDocument]]":
-    """Token documents to train and to test on; the latter are empty where nothing is set aside."""
-    from retention_gates.data.sources import Document, load_documents, split_by_work
-    from retention_gates.data.tokens import tokenize_documents
+) -> "tuple[list[TokenDocument], list[TokenDocument], list[Reading]]":
+    """Token documents to train and to test on, the latter empty where nothing is set aside; and what was read."""
+    from retention_gates.data.reading import read_tokens
+    from retention_gates.data.sources import split_by_work
 
-    data = config.data
-    documents: list[Document] = []
+    data, is_first = config.data, config.training.process_index == 0
+    documents: list[TokenDocument] = []
+    readings = []
     for source in data.sources:
-        seed = config.training.seed if source.limit is not None else None
-        documents += load_documents(**vars(source), seed=seed)
-    train, test = documents, list[Document]()
-    if data.test_fraction is not None or data.test_works is not None:
-        train, test = split_by_work(
-            documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
-        )
-    return tokenize_documents(train, tokenizer), tokenize_documents(test, tokenizer) if test else []
+        drawn = source.limit is not None or source.token_budget is not None
+        seed = config.training.seed if drawn else None
+        found, reading = read_tokens(tokenizer=tokenizer, **vars(source), seed=seed, progress=is_first)
+        documents += found
+        readings.append(reading)
+        if is_first:
+            print(reading, file=sys.stderr)
+    if data.test_fraction is None and data.test_works is None:
+        return documents, [], readings
+    train, test = split_by_work(
+        documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
+    )
+    return train, test, readings
 
 
 if __name__ == "__main__":

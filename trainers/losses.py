@@ -27,7 +27,8 @@ def capacity_loss(
 
     "length": the mean over layers, KV heads and steps of max(0, S_t - M) / t, t the step's 1-based position in its
     document (TRIM-KV, arXiv 2512.03324). "excess", as in the authors' released code: the mean of
-    max(0, S_t - M) / max(t - M, 1) over the steps where S_t > M only.
+    max(0, S_t - M) / max(t - M, 1) over the steps of a row where S_t > M only, and then over the rows, so that it does
+    not matter which rows are computed together.
 
     Args:
         log_beta: fp32 [B, H, T] of each gated layer, 0 at protected tokens.
@@ -44,9 +45,10 @@ def capacity_loss(
     if normalisation not in get_args(CapacityNormalisation):
         raise ValueError(f"normalisation must be one of {get_args(CapacityNormalisation)}, not {normalisation!r}.")
 
-    home = log_beta[0].device
-    total = torch.zeros((), device=home)
-    steps = torch.zeros((), dtype=torch.int64, device=home)
+    home, rows = log_beta[0].device, len(log_beta[0])
+    total = torch.zeros(rows, device=home)
+    steps = torch.zeros(rows, dtype=torch.int64, device=home)
+    is_row = torch.zeros(rows, dtype=torch.bool, device=home)
     mean_masses: dict[int, torch.Tensor] = {}
     for layers, mass, documents in retained_masses(log_beta, document_ids):  # [B, L, H, T], 0 at padding
         if documents is None:
@@ -54,14 +56,17 @@ def capacity_loss(
         is_step = (documents >= 0)[:, None, None, :]
         length = document_offsets(documents)[:, None, None, :] + 1  # t
         excess = (mass - memory_size).clamp(min=0)
+        is_row = is_row | is_step.flatten(1).any(1).to(home)
         counted = is_step.expand_as(mass)
         steps_of_layer = counted.sum((0, 2, 3)).clamp(min=1)
         mean_masses |= zip(layers, (mass.detach().sum((0, 2, 3)) / steps_of_layer).to(home).unbind(), strict=True)
         if normalisation == "excess":
             length = (length - memory_size).clamp(min=1)
             counted = excess > 0
-        total = total + (excess / length).sum().to(home)
-        steps = steps + counted.sum().to(home)
-    # without a single step, or a step above M, there is nothing to push down: 0 rather than 0 / 0
+        total = total + (excess / length).sum((1, 2, 3)).to(home)
+        steps = steps + counted.sum((1, 2, 3)).to(home)
     retained_mass = torch.stack([mean_masses[layer] for layer in range(len(log_beta))])
-    return CapacityLoss(total / steps.clamp(min=1), retained_mass)
+    # without a single step, or a step above M, there is nothing to push down: 0 rather than 0 / 0
+    if normalisation == "excess":
+        return CapacityLoss((total / steps.clamp(min=1)).sum() / is_row.sum().clamp(min=1), retained_mass)
+    return CapacityLoss(total.sum() / steps.sum().clamp(min=1), retained_mass)
