@@ -275,6 +275,31 @@ class BoundedCache(EvictingCache):
             layer.memory_bytes() if isinstance(layer, SlotLayer) else _storage_bytes(layer) for layer in self.layers
         )
 
+    def copy_row(self, row: int, other: "BoundedCache", other_row: int = 0) -> None:
+        """Overwrites one row of the batch by a row of another cache, whose text then goes on in this one.
+
+        Rows need not be equally long: the next token of each has its own position, which the caller passes as
+        position_ids. Both caches must have read something, so that their slots are allocated.
+
+        Raises:
+            ValueError: for caches that differ in model, budgets or what they protect, rows that do not exist, and
+                layers or policies of which a row cannot be taken by itself.
+        """
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            if type(layer) is not SlotLayer or type(source) is not SlotLayer:
+                raise ValueError(
+                    "copy_row takes rows of gated layers under a policy known ahead, such as retention; this cache "
+                    f"has a {type(layer).__name__}."
+                )
+            if layer.rule != source.rule or layer.owner() is not source.owner():
+                raise ValueError("copy_row wants two caches of one model, made and pinned in the same way.")
+            for name, index, cache_layer in (("row", row, layer), ("other_row", other_row, source)):
+                rows = cache_layer.batch_size if cache_layer.is_initialized else 0
+                if not 0 <= index < rows:
+                    raise ValueError(f"{name}={index} must be one of the cache's {rows} rows, from 0.")
+        for layer, source in zip(self.gated_layers, other.gated_layers, strict=True):
+            layer.copy_row(row, source, other_row)
+
 
 def _storage_bytes(layer: Any) -> int:
     """Bytes of all tensors that are attributes of a layer of transformers, or values of a dict that is one."""

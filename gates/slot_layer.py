@@ -280,6 +280,24 @@ class SlotLayer(RuledLayer):
             outputs.append(output)
         return torch.cat(outputs, dim=1)
 
+    def copy_row(self, row: int, other: "SlotLayer", other_row: int) -> None:
+        """Overwrites one row by another layer's, as if both had read their last token at the same step.
+
+        What this layer has read of other rows stays as it is. Nothing is allocated and nothing asked of the device.
+        """
+        ahead = (other.seen - self.seen).clamp(min=0)  # columns are counted from 0, so the other's must fit
+        self._shift_columns(slice(None), ahead)
+        self.seen += ahead
+        for name in self.row_state:
+            getattr(self, name)[row].copy_(getattr(other, name)[other_row])
+        self._shift_columns(slice(row, row + 1), self.seen - other.seen)
+        self.is_empty = False
+
+    def _shift_columns(self, rows: slice, columns: torch.Tensor) -> None:
+        held = self.slot_positions[rows]
+        held += columns.where(held >= 0, 0)
+        self.start[rows] += columns
+
     def positions(self, head: int) -> torch.Tensor:
         """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""
         if not 0 <= head < len(self.rule.budgets):
