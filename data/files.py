@@ -2,7 +2,7 @@
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ TABLE_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = TABLE_SUFFIXES + TEXT_SUFFIXES
 
+OnBadRow = Callable[[str], None]
 Record = tuple[str, dict[str, Any]]
 """The name of a record, unique in its source, and its columns."""
 
@@ -59,14 +60,18 @@ def find_files(source: str) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def read_records(root: Path, files: list[Path]) -> Iterator[Record]:
-    """Records of the files in order; a text file is one record whose only column is `text`."""
+def read_records(root: Path, files: list[Path], *, on_bad_row: OnBadRow | None = None) -> Iterator[Record]:
+    """Records of the files in order; a text file is one record whose only column is `text`.
+
+    Args:
+        on_bad_row: gets what is wrong with a line of JSON lines that is none, which is then skipped. None: an error.
+    """
     for file in files:
         name = file.relative_to(root).as_posix()
         if file.suffix in TEXT_SUFFIXES:
             yield file.relative_to(root).with_suffix("").as_posix(), {"text": _read_text(file)}
         else:
-            rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+            rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file, on_bad_row)
             for index, row in enumerate(rows):
                 yield f"{name}:{index}", row
 
@@ -87,23 +92,28 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _json_rows(file: Path, on_bad_row: OnBadRow | None) -> Iterator[dict[str, Any]]:
     """Rows of JSON lines, or of one JSON list (a `.json` file that starts with a bracket)."""
     with file.open(encoding="utf-8") as lines:
-        if file.suffix == ".json" and lines.read(1) == "[":
-            lines.seek(0)
+        is_list = file.suffix == ".json" and lines.read(1) == "["
+        lines.seek(0)
+        if is_list:
             rows: Iterator[tuple[int, Any]] = enumerate(_parse(lines.read(), file, 1), start=1)
-            place = "entry"
         else:
-            lines.seek(0)
-            rows = ((i, _parse(line, file, i)) for i, line in enumerate(lines, start=1) if line.strip())
-            place = "line"
+            rows = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
         for number, row in rows:
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{place} {number} of {str(file)!r} is a {type(row).__name__}; each must be an object such as "
-                    '{"text": "..."} or {"messages": [...]}'
-                )
+            try:
+                row = row if is_list else _parse(row, file, number)
+                if not isinstance(row, dict):
+                    raise ValueError(
+                        f"{'entry' if is_list else 'line'} {number} of {str(file)!r} is a {type(row).__name__}; each "
+                        'must be an object such as {"text": "..."} or {"messages": [...]}'
+                    )
+            except ValueError as error:
+                if on_bad_row is None:
+                    raise
+                on_bad_row(str(error))
+                continue
             yield row
 
 

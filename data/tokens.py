@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from retention_gates.data.chat import encode_chat
+from retention_gates.data.files import OnBadRow
 from retention_gates.data.sources import Document
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -51,20 +52,35 @@ def tokenize_documents(
     """
     if not documents:
         raise ValueError("there are no documents to tokenise: the data set is empty")
-    prefix = document_prefix(tokenizer)
     result: list[TokenDocument] = []
     with tqdm(total=len(documents), desc="tokenising", unit="doc", disable=not progress, delay=1) as bar:
         for start in range(0, len(documents), batch_size):
             batch = documents[start : start + batch_size]
-            texts = [document.text for document in batch if document.text is not None]
-            # verbose=False: a document longer than the model's positions is fine here, it is cut into rows later.
-            encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-            for document in batch:
-                if document.text is not None:
-                    result.append(TokenDocument(document.work, np.array(prefix + next(encoded), dtype=np.int32)))
-                else:
-                    assert document.messages is not None
-                    ids, targets = encode_chat(document.messages, tokenizer, name=document.work)
-                    result.append(TokenDocument(document.work, np.array(ids, dtype=np.int32), targets))
+            result += tokenize_batch(batch, tokenizer)
             bar.update(len(batch))
+    return result
+
+
+def tokenize_batch(
+    batch: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, on_bad_row: OnBadRow | None = None
+) -> list[TokenDocument]:
+    """As `tokenize_documents`, all at once; `on_bad_row` gets what is wrong with a chat that is then left out."""
+    prefix = document_prefix(tokenizer)
+    texts = [document.text for document in batch if document.text is not None]
+    # verbose=False: a document longer than the model's positions is fine here, it is cut into rows later.
+    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    result = []
+    for document in batch:
+        if document.text is not None:
+            result.append(TokenDocument(document.work, np.array(prefix + next(encoded), dtype=np.int32)))
+            continue
+        assert document.messages is not None
+        try:
+            ids, targets = encode_chat(document.messages, tokenizer, name=document.work)
+        except ValueError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(str(error))
+            continue
+        result.append(TokenDocument(document.work, np.array(ids, dtype=np.int32), targets))
     return result

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from retention_gates.gates.budgets import (
     BUDGETS,
@@ -16,6 +16,7 @@ from retention_gates.gates.budgets import (
     pyramid_budgets,
     uniform_budgets,
 )
+from retention_gates.gates.decode_graph import DecodeGraph
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
@@ -24,6 +25,7 @@ from retention_gates.gates.policies import FeedbackPolicy, Policy, as_feedback, 
 from retention_gates.gates.rotation import rotary_frequencies
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
+from retention_gates.gates.window_layer import WindowLayer
 
 
 class EvictingCache(Cache):
@@ -217,14 +219,50 @@ class BoundedCache(EvictingCache):
         reserved: spans with a budget of their own, (start, stop, entries): of the tokens start..stop-1, counted like
             pinned ones, every head keeps at least so many, the best ones, inside its budget. A prompt of several
             instructions can so be kept from forgetting one of them while all compete for the rest.
+        graph: whether `generate` replays its decoding steps as one CUDA graph, recorded at the third; no effect on
+            other devices.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
     """
 
+    def __init__(self, model: nn.Module, memory_size: int, *, graph: bool = True, **options: Any):
+        if not isinstance(graph, bool):
+            raise ValueError(f"graph={graph!r} must be True or False.")
+        super().__init__(model, memory_size, **options)
+        self.decode_graph = DecodeGraph() if graph else None
+        kinds = getattr(text_config(find_gated_model(model).model), "layer_types", None) or ()
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicSlidingWindowLayer and "chunked_attention" not in kinds:
+                self.layers[index] = WindowLayer(layer.sliding_window)
+
     @staticmethod
     def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
         return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for layer in self.layers:
+            states = _states(layer) if isinstance(layer, LinearAttentionLayer) else []
+            layer.reorder_cache(beam_idx)
+            for where, name, tensor in states:  # where a recorded step finds them
+                where[name] = tensor.copy_(where[name])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._forget_graph()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._forget_graph()
+
+    def pin(self, start: int, stop: int) -> None:
+        super().pin(start, stop)
+        self._forget_graph()
+
+    def _forget_graph(self) -> None:
+        """Frees a recording that reads slots or a rule of before."""
+        if self.decode_graph is not None:
+            self.decode_graph.forget()
 
     @property
     def slots(self) -> int:
@@ -237,6 +275,31 @@ class BoundedCache(EvictingCache):
             layer.memory_bytes() if isinstance(layer, SlotLayer) else _storage_bytes(layer) for layer in self.layers
         )
 
+    def copy_row(self, row: int, other: "BoundedCache", other_row: int = 0) -> None:
+        """Overwrites one row of the batch by a row of another cache, whose text then goes on in this one.
+
+        Rows need not be equally long: the next token of each has its own position, which the caller passes as
+        position_ids. Both caches must have read something, so that their slots are allocated.
+
+        Raises:
+            ValueError: for caches that differ in model, budgets or what they protect, rows that do not exist, and
+                layers or policies of which a row cannot be taken by itself.
+        """
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            if type(layer) is not SlotLayer or type(source) is not SlotLayer:
+                raise ValueError(
+                    "copy_row takes rows of gated layers under a policy known ahead, such as retention; this cache "
+                    f"has a {type(layer).__name__}."
+                )
+            if layer.rule != source.rule or layer.owner() is not source.owner():
+                raise ValueError("copy_row wants two caches of one model, made and pinned in the same way.")
+            for name, index, cache_layer in (("row", row, layer), ("other_row", other_row, source)):
+                rows = cache_layer.batch_size if cache_layer.is_initialized else 0
+                if not 0 <= index < rows:
+                    raise ValueError(f"{name}={index} must be one of the cache's {rows} rows, from 0.")
+        for layer, source in zip(self.gated_layers, other.gated_layers, strict=True):
+            layer.copy_row(row, source, other_row)
+
 
 def _storage_bytes(layer: Any) -> int:
     """Bytes of all tensors that are attributes of a layer of transformers, or values of a dict that is one."""
@@ -244,6 +307,12 @@ def _storage_bytes(layer: Any) -> int:
     held += [value for states in vars(layer).values() if isinstance(states, dict) for value in states.values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _states(layer: LinearAttentionLayer) -> list[tuple[dict, int, torch.Tensor]]:
+    """Where the layer keeps its tensors: dict, key and tensor."""
+    kinds = (layer.conv_states, layer.recurrent_states)
+    return [(states, key, state) for states in kinds for key, state in states.items() if state is not None]
 
 
 def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int) -> Budgets:

@@ -90,8 +90,10 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         layer = self.base_layer.layer_idx
         cache_layer = cache.layers[layer] if layer < len(cache.layers) else None
         if isinstance(cache_layer, GatedCacheLayer):
+            finishes = cache_layer.finishes_gate and hidden_states.shape[1] == 1 and gate.can_be_finished_elsewhere
             with torch.no_grad():
-                cache_layer.stage(self, gate(hidden_states), None if padding_mask is None else padding_mask.bool())
+                log_beta = gate.unfinished(hidden_states) if finishes else gate(hidden_states)
+                cache_layer.stage(self, log_beta, None if padding_mask is None else padding_mask.bool())
             return self.base_layer(hidden_states, *args, cache_layer=cache_layer, **kwargs)
         if any(isinstance(other, GatedCacheLayer) for other in cache.layers):
             raise ValueError(
@@ -151,9 +153,12 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
 
 
 def _relative_error(student: torch.Tensor, teacher: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-    """Squared error of the attention output [B, T, C] over its squared norm, padding left out."""
+    """Squared error of the attention output [B, T, C] over its squared norm, padding left out; the mean over rows.
+
+    Each row is relative to itself, so that it does not matter which rows are computed together.
+    """
     error = (student - teacher).float().square().sum(-1)
     size = teacher.float().square().sum(-1)
     if documents is not None:
         error, size = error * (documents >= 0), size * (documents >= 0)
-    return error.sum() / size.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return (error.sum(-1) / size.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()

@@ -96,7 +96,14 @@ class RetentionGateModel(BaseTuner):
                 "out (of model.generation_config too) and pass past_key_values=BoundedCache(model, memory_size=...), "
                 "or generate under model.disable_adapter()."
             )
-        return self.model.generate(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if (graph := getattr(cache, "decode_graph", None)) is None:
+            return self.model.generate(*args, **kwargs)
+        names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+        prompt = [*args[:1], *(kwargs.get(name) for name in names)]
+        columns = max((given.shape[1] for given in prompt if given is not None), default=1)
+        with graph.attached(self.model, cache, columns):
+            return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's, with the gates off."""

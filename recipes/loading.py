@@ -82,6 +82,7 @@ def load_base(
     revision: str | None = None,
     device: "str | torch.device | None" = None,
     dtype: str = "auto",
+    stay: bool = False,
 ) -> "PreTrainedModel":
     """A base model in eval mode on its device.
 
@@ -91,6 +92,7 @@ def load_base(
         revision: branch, tag or commit of a model of the Hub.
         device: cuda where there is one, if not given.
         dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own.
+        stay: leave the weights where they are loaded, for an engine that gives each device its part.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -109,7 +111,7 @@ def load_base(
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
     model.config._commit_hash = _commit_in_cache(name, revision)  # as older transformers note it: adapters record it
-    return model.to(place).eval()  # type: ignore[arg-type]
+    return (model if stay else model.to(place)).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":

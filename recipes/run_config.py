@@ -37,7 +37,7 @@ class ModelSection:
 
 @dataclass
 class Source:
-    """Where documents come from; the arguments of `data.sources.load_documents`."""
+    """Where documents come from; the arguments of `data.reading.read_tokens`."""
 
     source: str
     split: str | None = None
@@ -45,8 +45,11 @@ class Source:
     text_field: str | None = None
     chat_field: str | None = None
     work_field: str | None = None
-    limit: int | None = None
+    limit: int | None = None  # documents
     streaming: bool = False
+    revision: str | None = None
+    token_budget: int | None = None  # tokens after which no more is read; drawn at random, as with limit
+    skip_bad_rows: bool = False  # count rows that cannot be read and go on, instead of an error
 
 
 @dataclass

@@ -24,8 +24,12 @@ if TYPE_CHECKING:  # importing these takes seconds, which --help should not
 
 RUN_FILE = "run.yaml"
 ADAPTER = "adapter"
-# What may be changed when a run is resumed: it has no effect on what is learnt.
-CHANGEABLE = ("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit")
+# What may be changed when a run is resumed: it has no effect on what is learnt. How rows are spread over ranks and
+# passes may, too: a checkpoint notes how many make a step, and no other number goes on from it.
+CHANGEABLE = (
+    *("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step", "ranks"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +51,7 @@ def main(options: argparse.Namespace) -> None:
     output_dir = Path(str(config.training.output_dir))
     if config.training.process_index == 0:  # before another rank could have written there
         check_run(output_dir, config)
+        check_checkpoint(output_dir, config)
     trainer, calibration_rows = build(config)
     if config.training.process_index == 0:
         claim_output(output_dir)
@@ -84,6 +89,16 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
         )
 
 
+def check_checkpoint(output_dir: Path, config: "RunConfig") -> None:
+    """Raises ValueError, before the model is loaded, if the run cannot go on from the checkpoint that is there."""
+    from retention_gates.trainers.checkpoint import last_checkpoint, read_manifest
+    from retention_gates.trainers.layout import check_same_run, run_facts
+
+    checkpoint = last_checkpoint(output_dir) if config.resume else None
+    if checkpoint is not None:
+        check_same_run(checkpoint, read_manifest(checkpoint), run_facts(config.training, config.model.name))
+
+
 def write_run(output_dir: Path, config: "RunConfig") -> None:
     import yaml
 
@@ -115,6 +130,7 @@ def build(
     from retention_gates.gates.model import find_gated_model
     from retention_gates.recipes.loading import load_base
     from retention_gates.trainers.evaluation import check_length
+    from retention_gates.trainers.layout import engine_of
     from retention_gates.trainers.trainer import RetentionTrainer
 
     args, data = config.training, config.data
@@ -141,9 +157,13 @@ def build(
     evaluation, calibration = config.evaluation, config.calibration
     eval_rows = windows(texts.test, evaluation.rows, evaluation.row_length) if evaluates else None
     calibration_rows = windows(texts.train, calibration.rows, calibration.row_length) if calibration.rows else None
-    if base is None:
-        name, gguf_file = config.model.name, config.model.gguf_file
-        base = load_base(name, gguf_file=gguf_file, device=args.device, dtype=config.model.dtype)
+    base = base or load_base(
+        config.model.name,
+        gguf_file=config.model.gguf_file,
+        device=args.device,
+        dtype=config.model.dtype,
+        stay=engine_of(args) != "replicated",
+    )
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused
@@ -153,24 +173,27 @@ def build(
 
 def load_texts(config: "RunConfig") -> Texts:
     """Reads and tokenises what the run trains on, and what it sets aside."""
-    from retention_gates.data.sources import Document, load_documents, split_by_work
-    from retention_gates.data.tokens import tokenize_documents
+    from retention_gates.data.reading import read_tokens
+    from retention_gates.data.sources import split_by_work
     from retention_gates.recipes.loading import load_tokenizer
 
     assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
-    data = config.data
-    documents: list[Document] = []
+    data, is_first = config.data, config.training.process_index == 0
+    documents: list[TokenDocument] = []
     for source in data.sources:
-        seed = config.training.seed if source.limit is not None else None
-        documents += load_documents(**vars(source), seed=seed)
-    train, test = documents, list[Document]()
-    if data.test_fraction is not None or data.test_works is not None:
-        train, test = split_by_work(
-            documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
-        )
-    held_out = tokenize_documents(test, tokenizer) if test else []
-    return Texts(tokenizer, tokenize_documents(train, tokenizer), held_out)
+        drawn = source.limit is not None or source.token_budget is not None
+        seed = config.training.seed if drawn else None
+        found, reading = read_tokens(tokenizer=tokenizer, **vars(source), seed=seed, progress=is_first)
+        documents += found
+        if is_first:
+            print(reading, file=sys.stderr)
+    if data.test_fraction is None and data.test_works is None:
+        return Texts(tokenizer, documents, [])
+    train, test = split_by_work(
+        documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
+    )
+    return Texts(tokenizer, train, test)
 
 
 if __name__ == "__main__":

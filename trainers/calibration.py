@@ -20,7 +20,7 @@ def measure_shares(model: nn.Module, rows: torch.Tensor) -> list[list[float]]:
     mass = RetainedMass(first_step=rows.shape[1] // 2)
     for some in rows.to(device).split(ROWS_AT_A_TIME):
         with record(gated) as recording:
-            gated(input_ids=some, use_cache=False, last_hidden_state_only=True)
+            model(input_ids=some, use_cache=False, last_hidden_state_only=True)
         mass.add(recording.log_beta, recording.document_ids)
     gated.train(was_training)
     return mass.shares()

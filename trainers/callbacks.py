@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 LOG_NAME = "log.jsonl"
+# What two equal runs log differently, because it depends on the clock.
+UNREPEATABLE = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 PER_LAYER = "retained_mass/layer_"  # scalars by the dozen: for tensorboard and log.jsonl, not for the progress line
 
 

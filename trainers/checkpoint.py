@@ -1,6 +1,8 @@
 """Folders that are written as a whole or not at all, and the last checkpoint that is whole."""
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,7 +15,10 @@ from safetensors import SafetensorError
 
 STAGING = ".staging"
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+DAMAGED = ".damaged"
+
+logger = logging.getLogger(__name__)
 
 
 class SaveError(OSError, ValueError):
@@ -70,8 +75,9 @@ def remove_unfinished(output_dir: Path) -> None:
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """The last file of a checkpoint: the size in bytes of all others, and `facts` of the run that wrote it."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    """The last file of a checkpoint: size in bytes and SHA-256 of all others, and `facts` of the run that wrote it."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in paths}
     manifest = {"version": MANIFEST_VERSION, "files": files, **facts}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
@@ -80,25 +86,26 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint.
 
     Raises:
-        ValueError: if the folder is no checkpoint of ours, or a file of it is missing or cut short.
+        ValueError: if the folder is no checkpoint of ours, or a file of it is missing, cut short or altered.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint} is no checkpoint of ours: it has no readable {MANIFEST} ({error}).") from error
     if manifest.get("version") != MANIFEST_VERSION:
         raise ValueError(
             f"{checkpoint} is of version {manifest.get('version')!r}, this trainer reads version {MANIFEST_VERSION}: "
             "go on with the retention-gates that wrote it."
         )
-    for name, size in manifest["files"].items():
+    for name, written in manifest["files"].items():
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else "none"
-        if found != size:
+        if found != written["bytes"]:
             raise ValueError(
-                f"{path} should have {size} bytes and has {found}: the checkpoint is not whole. Remove {checkpoint} "
-                "to go on from the one before."
+                f"{path} should have {written['bytes']} bytes and has {found}: the checkpoint is not whole."
             )
+        if _digest(path) != written["sha256"]:
+            raise ValueError(f"{path} has the size it was written with and other content: the checkpoint is damaged.")
     return manifest
 
 
@@ -108,17 +115,40 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint of the latest step, None if there is none yet.
+def last_checkpoint(
+    output_dir: Path, *, is_writer: bool = True, barrier: Callable[[], Any] = lambda: None
+) -> Path | None:
+    """The checkpoint of the latest step that is whole, None if there is none at all.
+
+    This trainer leaves only whole ones, so somebody or something else changed one that is not. It is named in the log
+    and set aside under another name; the run goes on from the one before. Every rank calls; the writer renames.
 
     Raises:
-        ValueError: if it isn't whole; this trainer leaves none like that, so somebody else changed it.
+        ValueError: if there are checkpoints and none of them is whole.
     """
-    checkpoints = checkpoints_in(output_dir)
-    if not checkpoints:
-        return None
-    read_manifest(checkpoints[-1])
-    return checkpoints[-1]
+    checkpoints, problems = checkpoints_in(output_dir), []
+    for checkpoint in reversed(checkpoints):
+        try:
+            read_manifest(checkpoint)
+        except ValueError as error:
+            problems.append((checkpoint, str(error)))
+            continue
+        barrier()
+        for damaged, problem in problems if is_writer else ():
+            kept = damaged.with_name(damaged.name + DAMAGED)
+            shutil.rmtree(kept, ignore_errors=True)
+            os.replace(damaged, kept)
+            logger.warning("%s It is kept as %s; the run goes on from %s.", problem, kept.name, checkpoint.name)
+        barrier()
+        return checkpoint
+    if problems:
+        raise ValueError(" ".join(problem for _, problem in problems) + " There is no other checkpoint to go on from.")
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tidy(staging_root: Path) -> None:

@@ -9,6 +9,7 @@ from typing import get_args
 from transformers import TrainingArguments
 
 from retention_gates.gates.storage import DTYPES
+from retention_gates.trainers.layout import accumulation_steps, check_launch, started_ranks
 from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
 
 OBJECTIVES = ("end_to_end", "layerwise")
@@ -88,6 +89,11 @@ class RetentionTrainingArguments(TrainingArguments):
     # What TRIM-KV's loss wants of the optimiser, found by trying.
     max_steps: int = field(default=300, metadata={"help": "Optimiser steps."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per device and forward pass."})
+    rows_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Rows per optimiser step on all ranks; gradient_accumulation_steps follows from it."},
+    )
+    ranks: int | None = field(default=None, metadata={"help": "Processes the run must have; any number if not given."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Rows per device in evaluation."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -131,8 +137,9 @@ class RetentionTrainingArguments(TrainingArguments):
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
         _check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
         _check_count("memory_size", self.memory_size)
-        if self.loss_chunk_size is not None:
-            _check_count("loss_chunk_size", self.loss_chunk_size)
+        for name in ("loss_chunk_size", "rows_per_step", "ranks"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         if not self.eval_memory_sizes:
             raise ValueError("eval_memory_sizes=[] leaves nothing to evaluate: name at least one memory size.")
         for size in self.eval_memory_sizes:
@@ -154,9 +161,22 @@ class RetentionTrainingArguments(TrainingArguments):
             raise ValueError("kl_weight and next_token_weight are both 0: only forgetting would be rewarded.")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = "agreement" in self.metric_for_best_model
+        self._settle_accumulation()
         super().__post_init__()
+        check_launch(self.ranks, self.world_size)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
+
+    def _settle_accumulation(self) -> None:
+        if self.rows_per_step is None:
+            return
+        steps = accumulation_steps(self.rows_per_step, self.per_device_train_batch_size, started_ranks())
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts rows_per_step="
+                f"{self.rows_per_step}, which needs {steps}: leave gradient_accumulation_steps out."
+            )
+        self.gradient_accumulation_steps = steps
 
     def _check_length_of_run(self) -> None:
         default = TrainingArguments.num_train_epochs
@@ -202,10 +222,16 @@ class RetentionTrainingArguments(TrainingArguments):
         self.gradient_checkpointing = checkpointing
         if hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = checkpointing
-        # the reentrant form would lose the gradient of what is recorded inside a layer
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if hasattr(self, name) and getattr(self, name) is None:
-                setattr(self, name, {"use_reentrant": False})
+        # an older and a newer name in transformers
+        names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(self, n)]
+        given = {key: value for name in names for key, value in (getattr(self, name) or {}).items()}
+        if given.get("use_reentrant"):
+            raise ValueError(
+                f"{names[0]}={given!r}: the reentrant form would lose the gradient of what is recorded in a layer. "
+                "Leave use_reentrant out."
+            )
+        for name in names:
+            setattr(self, name, {"use_reentrant": False, **given})
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -136,8 +136,8 @@ def compare_rows(
     head = OutputHead.from_model(model)
     records: list[dict[str, Any]] = []
     for first in range(0, len(rows), batch_size):
-        ids = rows[first : first + batch_size].to(head.weight.device)
-        full, kept = _hidden_states(gated, ids, chosen, seed, progress)
+        ids = rows[first : first + batch_size].to(head.device)
+        full, kept = _hidden_states(model, ids, chosen, seed, progress)
         targets = ids[:, start + 1 :]
         scores = _score_text(head, full[:, start:], [hidden[:, start:] for hidden in kept], targets)
         for row in range(len(ids)):
@@ -194,9 +194,9 @@ def compare_answers(
     records: list[dict[str, Any]] = []
     for indices in _batches_of_equal_length(examples, batch_size):
         batch = [examples[i] for i in indices]
-        ids = torch.tensor([example.prompt_ids + example.answer_ids for example in batch], device=head.weight.device)
+        ids = torch.tensor([example.prompt_ids + example.answer_ids for example in batch], device=head.device)
         check_length(gated, ids.shape[1])
-        full, kept = _hidden_states(gated, ids, chosen, seed, progress, _pinned(batch[0]))
+        full, kept = _hidden_states(model, ids, chosen, seed, progress, _pinned(batch[0]))
         for contender, hidden in zip([None, *chosen], [full, *kept], strict=True):
             for row, index in enumerate(indices):
                 answer = slice(len(batch[row].prompt_ids), None)
@@ -238,7 +238,7 @@ def name_of(contender: Contender | None) -> dict[str, Any]:
 
 
 def _hidden_states(
-    gated: RetentionGateModel,
+    model: nn.Module,
     ids: torch.Tensor,
     chosen: Sequence[Contender],
     seed: int,
@@ -246,17 +246,18 @@ def _hidden_states(
     pinned: Sequence[tuple[int, int]] = (),
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What lm_head would get from the full cache and from each contender, [B, T, C] each."""
+    gated = find_gated_model(model)  # passes go through what it lies in, which may put a sharded model together
     was_training = gated.training
     gated.eval()
     try:
         with gates_off(gated):
-            full = gated(input_ids=ids, use_cache=False, last_hidden_state_only=True)
+            full = model(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         progress(len(ids))
         kept = []
         at_a_time = max(1, TOKENS_AT_A_TIME[ids.device.type == "cuda"] // ids.numel())
         for first in range(0, len(chosen), at_a_time):
             caches = [_cache_of(gated, contender, pinned, seed) for contender in chosen[first : first + at_a_time]]
-            hidden = gated(
+            hidden = model(
                 input_ids=ids.repeat(len(caches), 1),
                 past_key_values=SimulatedCache.side_by_side(caches),
                 use_cache=True,

@@ -29,7 +29,8 @@ def capacity_loss(
 
     "length": the mean over layers, KV heads and steps of max(0, S_t - M) / t, t the step's 1-based position in its
     document (TRIM-KV, arXiv 2512.03324). "excess", as in the authors' released code: the mean of
-    max(0, S_t - M) / max(t - M, 1) over the steps where S_t > M only.
+    max(0, S_t - M) / max(t - M, 1) over the steps of a row where S_t > M only, and then over the rows, so that it does
+    not matter which rows are computed together.
 
     With scope="model" there is one S_t for each step, the mean over all layers and KV heads: some may hold more than M
     where others hold less, as calibrated budgets let them.
@@ -51,14 +52,16 @@ def capacity_loss(
     if scope not in get_args(CapacityScope):
         raise ValueError(f"scope must be one of {get_args(CapacityScope)}, not {scope!r}.")
 
-    home = log_beta[0].device
-    total = torch.zeros((), device=home)
-    steps = torch.zeros((), dtype=torch.int64, device=home)
+    home, rows = log_beta[0].device, len(log_beta[0])
+    total = torch.zeros(rows, device=home)
+    steps = torch.zeros(rows, dtype=torch.int64, device=home)
+    is_row = torch.zeros(rows, dtype=torch.bool, device=home)
     mean_masses: dict[int, torch.Tensor] = {}
     pooled = torch.zeros(1, device=home)
     for layers, mass, documents in retained_masses(log_beta, document_ids):  # [B, L, H, T], 0 at padding
         if documents is None:
             documents = torch.zeros(mass.shape[0], mass.shape[3], dtype=torch.int64, device=mass.device)
+        is_row = is_row | (documents >= 0).any(1).to(home)
         steps_of_layer = ((documents >= 0).sum() * mass.shape[2]).clamp(min=1)
         mean_masses |= zip(layers, (mass.detach().sum((0, 2, 3)) / steps_of_layer).to(home).unbind(), strict=True)
         if scope == "model":
@@ -69,19 +72,21 @@ def capacity_loss(
     if scope == "model":
         heads = sum(layer.shape[1] for layer in log_beta)
         total, steps = _excess(pooled[:, None] / heads, memory_size, documents.to(home), normalisation)
-    # without a single step, or a step above M, there is nothing to push down: 0 rather than 0 / 0
     retained_mass = torch.stack([mean_masses[layer] for layer in range(len(log_beta))])
-    return CapacityLoss(total / steps.clamp(min=1), retained_mass)
+    # without a single step, or a step above M, there is nothing to push down: 0 rather than 0 / 0
+    if normalisation == "excess":
+        return CapacityLoss((total / steps.clamp(min=1)).sum() / is_row.sum().clamp(min=1), retained_mass)
+    return CapacityLoss(total.sum() / steps.sum().clamp(min=1), retained_mass)
 
 
 def _excess(
     mass: torch.Tensor, memory_size: int, documents: torch.Tensor, normalisation: CapacityNormalisation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of relative excesses over what is counted, and their number; mass is [B, N, T], documents [B, T]."""
+    """Sums of relative excesses and how many steps they are over, [B] each; mass is [B, N, T], documents [B, T]."""
     length = document_offsets(documents)[:, None] + 1  # t
     excess = (mass - memory_size).clamp(min=0)
     counted = (documents >= 0)[:, None].expand_as(mass)
     if normalisation == "excess":
         length = (length - memory_size).clamp(min=1)
         counted = excess > 0
-    return (excess / length).sum(), counted.sum()
+    return (excess / length).sum((1, 2)), counted.sum((1, 2))

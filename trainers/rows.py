@@ -13,6 +13,8 @@ COLUMNS = ("input_ids", "position_ids", "labels")
 class RowCollator:
     """Stacks rows of equal length into int64 [B, T] each of input_ids, position_ids and labels.
 
+    Beside them stands `counts`: how many positions KL counts in the batch, and how many the next-token loss.
+
     A row is full: there is no padding. position_ids start anew at 0 with every document packed into it; labels are the
     row's own tokens, -100 where a token is no target.
 
@@ -23,13 +25,17 @@ class RowCollator:
     def __init__(self, max_length: int | None):
         self.max_length = max_length
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for row in rows:
             self.check(row)
         lengths = sorted({len(row["input_ids"]) for row in rows})
         if len(lengths) > 1:
             raise ValueError(f"Rows of {lengths} tokens meet in one batch: pack all of them to the same length.")
-        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in COLUMNS}
+        batch: dict[str, Any] = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in COLUMNS}
+        targets, counted = next_token_targets(batch["labels"], packed_documents(batch["position_ids"]))
+        # plain numbers: on a device, reading them would wait for all that was launched before
+        batch["counts"] = (int(counted.sum()), int((targets != NO_TARGET).sum()))
+        return batch
 
     def check(self, row: dict[str, Any]) -> None:
         """Raises ValueError unless the row can be trained on."""

@@ -1,7 +1,7 @@
 """Trains the gates of a frozen model to forget what its own forecasts do not need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -17,8 +18,9 @@ from transformers.trainer_utils import TrainOutput
 
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
-from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.recording import Recording, record
+from retention_gates.gates.sharding import gathered, whole
 from retention_gates.gates.storage import store_as
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers.calibration import measure_shares
@@ -35,11 +37,14 @@ from retention_gates.trainers.checkpoint import (
 from retention_gates.trainers.checks import check_model, check_packing
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
+from retention_gates.trainers.layout import check_engine, check_same_run, engine_of, run_facts
 from retention_gates.trainers.losses import CapacityLoss, capacity_loss
 from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors [B, T], and the numbers of `RowCollator`
+Terms = dict[str, torch.Tensor]
+EVEN = (1.0, 1.0)
 
 
 class RetentionTrainer(Trainer):
@@ -72,7 +77,8 @@ class RetentionTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         check_model(model, args)
-        if args.objective == "end_to_end":
+        self._sharded = engine_of(args) != "replicated"
+        if args.objective == "end_to_end" and not self._sharded:
             check_packing(model)
         collator = RowCollator(getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None))
         if len(train_dataset) == 0:
@@ -91,11 +97,16 @@ class RetentionTrainer(Trainer):
             callbacks=[LogWhenSaving(), JsonLinesLog(Path(str(args.output_dir))), *callbacks],
             optimizers=optimizers,
         )
+        check_engine(args, self.accelerator)
         self.model_accepts_loss_kwargs = False  # each forward pass gives a mean, to be divided by a step's passes
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine())
         if not args.gradient_checkpointing:
             model.gradient_checkpointing_disable()  # an earlier run on this model may have left it on
+        # DDP leaves the base alone: it is the same on all ranks, has no gradient, and no buffer that changes
+        base = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        base += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, base)
         self._averages = Averages()
         self._graph: StepGraph | None = None
         self._eager_steps = 0
@@ -113,7 +124,7 @@ class RetentionTrainer(Trainer):
         self._averages.add(terms, inputs["input_ids"].numel())
         return loss
 
-    def _objective(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Batch]:
+    def _objective(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Terms]:
         """The loss, and what of it is logged."""
         for dropout in self._dropouts:
             dropout.eval()  # else teacher and student would differ by chance
@@ -136,6 +147,12 @@ class RetentionTrainer(Trainer):
         if not self.args.cuda_graph:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
+        if inputs.pop("shares", EVEN) != EVEN:  # numbers would be captured as they are
+            raise ValueError(
+                "cuda_graph=True with gradient_accumulation_steps needs passes that count equally many forecasts, and "
+                "in these rows documents end where they do: leave one of the two out."
+            )
+        del inputs["counts"]
         if self._graph is None and self._eager_steps == WARM_UP_STEPS:
             with self.compute_loss_context_manager():
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -149,8 +166,33 @@ class RetentionTrainer(Trainer):
         self._averages.add(terms, inputs["input_ids"].numel())
         return loss * share
 
-    def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
-        """kl_weight * KL(teacher, student) + next_token_weight * cross entropy."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """The batches of one optimiser step, each with its `shares`: by how much their means count in the step's.
+
+        Ranks and passes are averaged with equal weight, but documents end and targets fall where they do.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.objective == "layerwise":  # counts rows only
+            return batches, None
+        totals = [sum(batch["counts"][i] for batch in batches) for i in range(2)]
+        passes = len(batches)
+        if self.accelerator.num_processes > 1:
+            counted = torch.tensor([*totals, passes], device=device)
+            *totals, passes = self.accelerator.reduce(counted, reduction="sum").tolist()
+        for batch in batches:
+            batch["shares"] = tuple(
+                count * passes / max(1, total) for count, total in zip(batch["counts"], totals, strict=True)
+            )
+        return batches, None
+
+    def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Terms]:
+        """kl_weight * KL(teacher, student) + next_token_weight * cross entropy.
+
+        Each is a mean over the positions of all rows of the optimiser step, whichever rank and pass they are in.
+        """
+        kl_share, next_token_share = inputs.get("shares", EVEN)
         targets, counted = next_token_targets(inputs["labels"], packed_documents(inputs["position_ids"]))
         tokens = _tokens(inputs)
         with torch.no_grad(), self.model.disable_adapter():
@@ -158,23 +200,27 @@ class RetentionTrainer(Trainer):
         with record(model) as recording:
             student_hidden = model(**tokens)  # [B, T, C]
         head = self._output_head
-        distilled = distill_loss(
-            student_hidden.flatten(0, 1),
-            teacher_hidden.flatten(0, 1),
-            head.weight,
-            targets.flatten(),
-            mask=counted.flatten(),
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            kl_weight=self.args.kl_weight,
-            next_token_weight=self.args.next_token_weight,
-            chunk_size=self.args.loss_chunk_size,
-        )
-        terms = {"forward_kl": distilled.forward_kl, "next_token_loss": distilled.next_token_loss}
+        with head.weights() as (weight, bias):  # the gradient is made in the forward pass
+            distilled = distill_loss(
+                student_hidden.flatten(0, 1),
+                teacher_hidden.flatten(0, 1),
+                weight,
+                targets.flatten(),
+                mask=counted.flatten(),
+                bias=bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                kl_weight=self.args.kl_weight * kl_share,
+                next_token_weight=self.args.next_token_weight * next_token_share,
+                chunk_size=self.args.loss_chunk_size,
+            )
+        terms = {
+            "forward_kl": distilled.forward_kl * kl_share,
+            "next_token_loss": distilled.next_token_loss * next_token_share,
+        }
         return distilled.total, recording, terms
 
-    def _match_layers(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Batch]:
+    def _match_layers(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Terms]:
         """kl_weight * the mean over layers of the relative error of the attention output."""
         with record(model, layerwise=True) as recording:
             model(**_tokens(inputs))  # every layer passes on the teacher's output: no gradient leaves it
@@ -188,10 +234,12 @@ class RetentionTrainer(Trainer):
 
     @cached_property
     def _output_head(self) -> OutputHead:
+        if self._sharded:  # could not be checked before it was divided
+            check_packing(self.model)
         return OutputHead.from_model(self.model)
 
     @torch.no_grad()
-    def _describe(self, recording: Recording, capacity: CapacityLoss) -> Batch:
+    def _describe(self, recording: Recording, capacity: CapacityLoss) -> Terms:
         """Mean retained mass, overall and per layer, in tokens, and the mean log of the half-life in tokens."""
         layers = find_gated_model(self.model).gated_layers
         terms = {"retained_mass": capacity.retained_mass.mean()}
@@ -217,7 +265,8 @@ class RetentionTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is no eval_dataset: give the trainer one, or evaluate(eval_dataset=...).")
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        # a sharded model is put together from all ranks in each pass: they pass through the same rows
+        mine = rows if self._sharded else rows[self.accelerator.process_index :: self.accelerator.num_processes]
         contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
         config = find_gated_model(self.model).active_config
         stored = config.budget_shares
@@ -225,7 +274,7 @@ class RetentionTrainer(Trainer):
             config.budget_shares = measure_shares(self.model, rows)
         records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
         config.budget_shares = stored
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self._sharded:
             records = gather_object(records)
         metrics: dict[str, float] = {}
         for size in self.args.eval_memory_sizes:
@@ -257,10 +306,14 @@ class RetentionTrainer(Trainer):
                     "train(resume_from_checkpoint=True), or choose another output_dir."
                 )
             return super().train(None, *args, **kwargs)
-        checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+        if resume_from_checkpoint is True:
+            barrier = self.accelerator.wait_for_everyone
+            checkpoint = last_checkpoint(output_dir, is_writer=self.args.should_save, barrier=barrier)
+        else:
+            checkpoint = Path(resume_from_checkpoint)
         if checkpoint is None:
             raise ValueError(f"There is no checkpoint in {output_dir} to resume from: train without resuming.")
-        self._check_same_run(checkpoint, read_manifest(checkpoint))
+        check_same_run(checkpoint, read_manifest(checkpoint), self._run_facts())
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if 0 < self.args.max_steps <= state.global_step:  # transformers would train one more step
             self._load_from_checkpoint(str(checkpoint))
@@ -280,6 +333,14 @@ class RetentionTrainer(Trainer):
             self.save_model(str(staging))
             if self.args.should_save and self.args.adapter_dtype != "float32":
                 store_as(staging, self.args.adapter_dtype)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter, whole and in the same form whatever holds the model; every rank has to call."""
+        of_gates = f".{RetentionGateModel.prefix}."
+        gates = {name: parameter for name, parameter in self.model.named_parameters() if of_gates in name}
+        with gathered(gates.values()):
+            state = {name: whole(parameter).detach().cpu() for name, parameter in gates.items()}
+        self._save(output_dir, state_dict=state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         assert output_dir is not None
@@ -322,19 +383,8 @@ class RetentionTrainer(Trainer):
         for checkpoint in [c for c in checkpoints if str(c) not in kept][: max(0, surplus)]:
             remove_folder(checkpoint)
 
-    def _run_facts(self) -> dict[str, int]:
-        """What has to stay the same for a resumed run to see the same rows in the same order."""
-        ranks = self.accelerator.num_processes
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks
-        return {"ranks": ranks, "rows_per_step": rows, "seed": self.args.seed}
-
-    def _check_same_run(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        for name, value in self._run_facts().items():
-            if manifest[name] != value:
-                raise ValueError(
-                    f"{checkpoint} was written with {name} = {manifest[name]}, now it is {value}: the run would go on "
-                    "with other rows. Resume as it was started, or start anew in another output_dir."
-                )
+    def _run_facts(self) -> dict[str, Any]:
+        return run_facts(self.args, self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
 
 
 def _tokens(inputs: Batch) -> dict[str, Any]:

@@ -85,9 +85,7 @@ def losses_of(
             options: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "seed": 0}
             arguments = RetentionTrainingArguments(output_dir=folder, **(options | training))
             base: Any = make_base()
-            model = get_peft_model(
-                base.to(arguments.device), gate
-            )  # kernels run before training starts, too
+            model = get_peft_model(base.to(arguments.device), gate)  # kernels run before training starts, too
             trainer = LossesKept(model, arguments, rows)
             trainer.train()
         return trainer.losses

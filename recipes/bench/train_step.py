@@ -53,12 +53,12 @@ PARTS = {
 Batch = dict[str, Tensor]
 
 
-def make_model(device: str, dtype: torch.dtype, **shape: Any) -> PeftModel:
+def make_model(device: str, dtype: torch.dtype, *, offload_checkpoints: bool = False, **shape: Any) -> PeftModel:
     """A model with random weights and gates, made where it stays, in training mode with gradient checkpointing."""
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=dtype, attn_implementation="sdpa")
     model = get_peft_model(base, RetentionGateConfig())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False}, offload=offload_checkpoints)
     return model.train()
 
 
@@ -106,7 +106,8 @@ def plain_step(model: PeftModel, head: OutputHead, batch: Batch) -> tuple[Tensor
             embeddings = find_gated_model(model).model.get_input_embeddings()(batch["input_ids"])
         embeddings.requires_grad_()
         student = model(inputs_embeds=embeddings, **tokens)
-        loss = distill_loss(student[0], teacher[0], head.weight, targets).total
+        with head.weights() as (weight, _):
+            loss = distill_loss(student[0], teacher[0], weight, targets).total
         loss.backward()
     assert embeddings.grad is not None
     return loss.detach(), embeddings.grad

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("generate", "generate text with a bounded memory"),
     "calibrate": ("calibrate", "measure each head's share of the memory and store it in the adapter"),
     "inspect": ("inspect_gates", "draw what the gates have learnt"),
+    "serve": ("serve", "serve a model under the OpenAI API, each chat with a bounded memory"),
     "push": ("push", "upload an adapter and its model card to the Hub"),
     "convert": ("convert", "turn the authors' released gates into an adapter, or an adapter into their form"),
 }

@@ -11,6 +11,8 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from retention_gates.trainers.callbacks import UNREPEATABLE
+
 WORDS = "the a old new red blue ship sea storm king queen castle road river sings sleeps runs under over and".split()
 
 
@@ -76,5 +78,4 @@ def run_quietly(command: list[str], **options) -> subprocess.CompletedProcess:
 def logged(output_dir: Path) -> list[dict]:
     """The lines of log.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    timed = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return [{key: value for key, value in line.items() if key not in UNREPEATABLE} for line in lines]

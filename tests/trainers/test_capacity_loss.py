@@ -18,10 +18,10 @@ def random_layers(layers=3, heads=2, tokens=13, batch=3):
 
 
 def plain_python(log_beta, memory_size, document_ids, normalisation):
-    terms, masses = [], []
+    rows, masses = [[] for _ in document_ids], []
     for layer in log_beta:
         mass_of_layer = []
-        for row, documents in zip(layer.tolist(), document_ids.tolist(), strict=True):
+        for terms, row, documents in zip(rows, layer.tolist(), document_ids.tolist(), strict=True):
             for head in row:
                 for step, document in enumerate(documents):
                     if document < 0:
@@ -35,7 +35,10 @@ def plain_python(log_beta, memory_size, document_ids, normalisation):
                     elif mass > memory_size:
                         terms.append((mass - memory_size) / max(length - memory_size, 1))
         masses.append(sum(mass_of_layer) / len(mass_of_layer))
-    return sum(terms) / max(len(terms), 1), masses
+    if normalisation == "length":
+        every = [term for terms in rows for term in terms]
+        return sum(every) / max(len(every), 1), masses
+    return sum(sum(terms) / max(len(terms), 1) for terms in rows) / int((document_ids >= 0).any(1).sum()), masses
 
 
 def test_by_hand():
@@ -71,18 +74,23 @@ def test_the_models_capacity_is_that_of_its_mean_head(normalisation, memory_size
     layers = random_layers()
     masses = [retention_sum(layer, document_ids=DOCUMENTS) for layer in layers]
     mean = torch.cat(masses, dim=1).mean(1)  # [B, T]
-    terms = []
+    of_rows = []
     for row, documents in zip(mean.tolist(), DOCUMENTS.tolist(), strict=True):
+        terms = []
         for step, document in enumerate(documents):
-            if document >= 0:
-                length = step - documents.index(document) + 1
-                excess = max(0.0, row[step] - memory_size)
-                if normalisation == "length":
-                    terms.append(excess / length)
-                elif excess:
-                    terms.append(excess / max(length - memory_size, 1))
+            length = step - documents.index(document) + 1
+            excess = max(0.0, row[step] - memory_size)
+            if document >= 0 and normalisation == "length":
+                terms.append(excess / length)
+            elif document >= 0 and excess:
+                terms.append(excess / max(length - memory_size, 1))
+        of_rows.append(terms)
+    if normalisation == "length":
+        expected = sum(map(sum, of_rows)) / sum(map(len, of_rows))
+    else:  # the last row is padding
+        expected = sum(sum(terms) / max(len(terms), 1) for terms in of_rows[:2]) / 2
     loss, mass = capacity_loss(layers, memory_size, document_ids=DOCUMENTS, normalisation=normalisation, scope="model")
-    assert loss.item() == pytest.approx(sum(terms) / max(len(terms), 1), rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(mass, capacity_loss(layers, memory_size, document_ids=DOCUMENTS).retained_mass)
 
 
@@ -151,6 +159,15 @@ def test_padding_changes_nothing(normalisation):
     beside = capacity_loss(padded, 3, document_ids=documents, normalisation=normalisation)
     torch.testing.assert_close(alone.loss, beside.loss)
     torch.testing.assert_close(alone.retained_mass, beside.retained_mass)
+
+
+@pytest.mark.parametrize("normalisation", ["length", "excess"])
+def test_rows_of_one_length_may_be_computed_apart(normalisation):
+    """As they are on several ranks, or in several passes of one step."""
+    layers = random_layers(batch=4)
+    whole = capacity_loss(layers, 3, normalisation=normalisation).loss
+    halves = [capacity_loss([x[i : i + 2] for x in layers], 3, normalisation=normalisation).loss for i in (0, 2)]
+    torch.testing.assert_close(whole, torch.stack(halves).mean())
 
 
 def test_a_memory_that_holds_everything_costs_nothing():

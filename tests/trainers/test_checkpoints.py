@@ -1,6 +1,7 @@
 """What is saved, when the disk is full too, and what can be resumed from."""
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import trainer_of
 
-from retention_gates.trainers.checkpoint import STAGING, SaveError, checkpoints_in, last_checkpoint
+from retention_gates.trainers.checkpoint import STAGING, SaveError, checkpoints_in, last_checkpoint, read_manifest
+from retention_gates.trainers.layout import check_same_run
 
 
 def test_a_checkpoint_is_the_adapter_and_the_trainers_state(tmp_path: Path):
@@ -75,10 +77,55 @@ def test_resuming_is_refused_where_it_would_not_be_exact(tmp_path: Path):
         trainer_of(tmp_path, seed=7).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no checkpoint"):
         trainer_of(tmp_path / "new").train(resume_from_checkpoint=True)
-    optimiser = tmp_path / "out" / "checkpoint-6" / "optimizer.pt"
-    optimiser.write_bytes(optimiser.read_bytes()[:100])
-    with pytest.raises(ValueError, match="should have .* bytes and has 100: the checkpoint is not whole"):
+    with pytest.raises(ValueError, match="engine = replicated, now it is fsdp"):
+        check_same_run(tmp_path, manifest_of(tmp_path), manifest_of(tmp_path) | {"engine": "fsdp"})
+    with pytest.raises(ValueError, match="base_model = None, now it is other/model"):
+        check_same_run(tmp_path, manifest_of(tmp_path), manifest_of(tmp_path) | {"base_model": "other/model"})
+
+
+def manifest_of(folder: Path) -> dict:
+    return read_manifest(folder / "out" / "checkpoint-6")
+
+
+def test_other_ranks_keep_the_rows_and_are_told_what_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    trainer_of(tmp_path).train()
+    before = manifest_of(tmp_path)
+    check_same_run(tmp_path, before, before)
+    assert not caplog.messages
+    check_same_run(tmp_path, before, before | {"ranks": 2})
+    assert "was written by 1 ranks, now there are 2. Steps see the same rows in the same order." in caplog.text
+    with pytest.raises(ValueError, match=r"rows_per_step = 2, now it is 4.* On 2 ranks, training.rows_per_step=2"):
+        check_same_run(tmp_path, before, before | {"ranks": 2, "rows_per_step": 4})
+    with pytest.raises(ValueError, match="each with its part of DeepSpeed's state"):
+        check_same_run(tmp_path, before | {"engine": "deepspeed"}, before | {"engine": "deepspeed", "ranks": 2})
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def turn_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[200] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage, said", [(cut_short, "has 100: .*not whole"), (turn_a_bit, "is damaged")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, caplog, damage, said: str):
+    trainer_of(tmp_path).train()
+    output_dir = tmp_path / "out"
+    unbroken = load_file(output_dir / "checkpoint-6" / "adapter_model.safetensors")
+    damage(output_dir / "checkpoint-6" / "optimizer.pt")
+    resumed = trainer_of(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    (told,) = [message for message in caplog.messages if "checkpoint-6.damaged" in message]
+    assert re.search(said, told) and "the run goes on from checkpoint-3" in told
+    assert [path.name for path in checkpoints_in(output_dir)] == ["checkpoint-3", "checkpoint-6"]
+    again = load_file(output_dir / "checkpoint-6" / "adapter_model.safetensors")
+    assert all((again[key] == weights).all() for key, weights in unbroken.items())
+
+    for checkpoint in checkpoints_in(output_dir):
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint of ours.*There is no other checkpoint to go on from"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
-    (tmp_path / "out" / "checkpoint-6" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="no checkpoint of ours"):
-        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+    assert len(checkpoints_in(output_dir)) == 2  # left as they are

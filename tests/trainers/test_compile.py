@@ -75,7 +75,7 @@ def test_a_whole_step(monkeypatch, device: str, form: str, backend: str):
         with record(model) as recording:
             student = model(**tokens, last_hidden_state_only=True)[0]
         capacity = capacity_loss(recording.log_beta, 8, document_ids=recording.document_ids)
-        return distill_loss(student, teacher, head.weight, ids[0]).total + capacity.loss
+        return distill_loss(student, teacher, head.module.weight, ids[0]).total + capacity.loss
 
     gates = [p for layer in find_gated_model(model).gated_layers for p in layer.active_gate.parameters()]
     compare(step, gates, torch.compile(step, fullgraph=True, backend=backend))

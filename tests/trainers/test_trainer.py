@@ -12,6 +12,7 @@ from retention_gates import find_gated_model, record
 from retention_gates.kernels.retention_attention import retention_attention
 from retention_gates.trainers.evaluation import Contender, compare_rows
 from retention_gates.trainers.losses import capacity_loss
+from retention_gates.trainers.rows import COLUMNS
 from retention_gates.trainers.trainer import RetentionTrainer
 
 
@@ -91,7 +92,8 @@ def test_a_gate_that_is_not_a_number_stops_the_step(tmp_path: Path, objective: s
 @pytest.mark.parametrize("objective", ["end_to_end", "layerwise"])
 def test_a_packed_row_is_its_documents_apart(tmp_path: Path, objective: str):
     trainer = trainer_of(tmp_path, objective=objective, capacity_weight=0.0)
-    row = batch_of(trainer, 1)
+    batch = batch_of(trainer, 1)
+    row = {name: batch[name] for name in COLUMNS}
     changed = {name: column.clone() for name, column in row.items()}
     changed["input_ids"][:, :30] = changed["labels"][:, :30] = torch.randint(3, 97, (1, 30))
     apart = {name: column[:, 30:] for name, column in row.items()}

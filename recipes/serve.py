@@ -1,0 +1,98 @@
+"""Serves a model with gates under the OpenAI API: many chats in one batch, each with a memory of fixed size.
+
+retention-gates serve --adapter user/adapter --memory-size 512 --max-chats 32 --port 8000
+"""
+
+import argparse
+import sys
+from importlib.util import find_spec
+
+from retention_gates.recipes.loading import add_model_arguments, base_name, load_model, load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, adapter_required=True)
+    parser.add_argument(
+        "--memory-size",
+        type=int,
+        default=512,
+        metavar="M",
+        help="entries kept per KV head, in the mean (default: 512)",
+    )
+    parser.add_argument(
+        "--budgets", help="uniform, calibrated or pyramid (default: calibrated if the adapter has been, else uniform)"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--max-chats", type=int, metavar="N", help="chats decoded at a time (default: 16)")
+    size.add_argument("--cache-gib", type=float, metavar="GIB", help="as many as this memory has room for instead")
+    parser.add_argument("--max-waiting", type=int, default=256, metavar="N", help="chats that may wait (default: 256)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="of an answer, and if it says nothing (default: 1024)",
+    )
+    parser.add_argument(
+        "--prefill-chunk-size", type=int, default=512, metavar="T", help="tokens of a prompt read at a time (512)"
+    )
+    parser.add_argument("--max-body-kib", type=int, default=1024, metavar="KIB", help="of a request (default: 1024)")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a chat (default: 600)")
+    parser.add_argument("--name", help="of the model, for clients (default: the adapter's)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+
+
+def main(options: argparse.Namespace) -> None:
+    _check(options)
+    import uvicorn
+    from transformers import PreTrainedTokenizerFast
+
+    from retention_gates.recipes.serving.app import Limits, build_app
+    from retention_gates.recipes.serving.engine import Engine
+    from retention_gates.recipes.serving.rows import ChatRows
+
+    name = base_name(options.model, options.adapter)
+    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"The tokenizer of {name} is a {type(tokenizer).__name__}, and serving needs a fast one.")
+    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
+
+    def make_rows(count: int) -> ChatRows:
+        return ChatRows(
+            model, options.memory_size, rows=count, chunk_size=options.prefill_chunk_size, budgets=options.budgets
+        )
+
+    count = options.max_chats or 16
+    if options.cache_gib is not None:
+        count = int(options.cache_gib * 2**30 / make_rows(1).bytes_per_row) - 1  # one more reads prompts
+        if count < 1:
+            raise ValueError(f"--cache-gib {options.cache_gib} has no room for two rows: raise it.")
+    rows = make_rows(count)
+    ends = model.generation_config.eos_token_id
+    eos = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    engine = Engine(rows, count, tokenizer, eos=eos, most_waiting=options.max_waiting)
+    limits = Limits(rows.context, options.max_tokens, options.max_body_kib * 1024, options.timeout)
+    app = build_app(engine, tokenizer, options.name or options.adapter, limits)
+    print(
+        f"{count} chats at a time, {rows.bytes_per_row / 2**20:.2f} MiB each, however long; "
+        f"{rows.memory_bytes() / 2**20:.1f} MiB in all",
+        file=sys.stderr,
+    )
+    uvicorn.run(app, host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=10)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("memory_size", "max_chats", "max_tokens", "prefill_chunk_size", "max_body_kib", "max_waiting"):
+        least = 0 if name == "max_waiting" else 1
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {least} or more.")
+    for name in ("timeout", "cache_gib"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0, and finite.")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port {options.port} must be from 0 to 65535.")
+    if missing := [package for package in ("fastapi", "uvicorn", "prometheus_client") if find_spec(package) is None]:
+        raise ValueError(f"Serving needs {', '.join(missing)}: pip install 'retention-gates[serve]'.")

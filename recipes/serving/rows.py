@@ -1,0 +1,96 @@
+"""The model with room for a fixed number of chats: one cache, a row for each."""
+
+import torch
+from torch import nn
+
+from retention_gates.gates.cache import BoundedCache
+from retention_gates.gates.families import text_config
+from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.slot_layer import SlotLayer
+
+
+class ChatRows:
+    """Reads prompts one by one in a cache of their own, and decodes all rows together, one token each.
+
+    A step always computes all rows, also those that nobody uses, so that what a chat gets does not depend on how many
+    others there are. All memory is allocated here; none is later.
+
+    Args:
+        model: with retention gates in every layer.
+        rows: chats that can be decoded at a time.
+        chunk_size: tokens of a prompt that are read at a time.
+
+    Raises:
+        ValueError: for models with layers whose cache has no rows of fixed size.
+    """
+
+    def __init__(
+        self, model: nn.Module, memory_size: int, *, rows: int, chunk_size: int, budgets: str | None = None
+    ) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.chunk_size = chunk_size
+        self.context = _context(model)
+        self.prompt = BoundedCache(model, memory_size, budgets=budgets)
+        self.cache = BoundedCache(model, memory_size, budgets=budgets)
+        self._check()
+        self.steps = 0  # since the last reset
+        zeros = [0] * rows
+        self.step(zeros, zeros)
+        self.read([0], 0)
+        self.bytes_per_row = self.prompt.memory_bytes()
+        self.reset()
+
+    def _check(self) -> None:
+        others = sorted({type(layer).__name__ for layer in self.cache.layers if type(layer) is not SlotLayer})
+        if "FeedbackSlotLayer" in others:
+            raise ValueError(
+                f"budgets={self.cache.budgets_from!r} move between heads while text is read, which rows that come and "
+                "go cannot do: serve with uniform, calibrated or pyramid budgets."
+            )
+        if others:
+            raise ValueError(
+                f"{type(find_gated_model(self.model).model).__name__} has layers without a gate (their caches: "
+                f"{', '.join(others)}), and rows of those cannot join a batch that is under way: serve a model and an "
+                "adapter with a gate in every layer."
+            )
+
+    @torch.inference_mode()
+    def read(self, ids: list[int], start: int) -> torch.Tensor:
+        """Logits [1, V] after the next chunk of the one prompt that is being read, whose first token is `start`."""
+        if start == 0:
+            self.prompt.reset()
+        tokens = torch.tensor([ids], device=self.device)
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
+        return self._logits(tokens, positions, self.prompt)
+
+    @torch.inference_mode()
+    def place(self, row: int) -> None:
+        """Lets the prompt that was read go on in this row."""
+        self.cache.copy_row(row, self.prompt)
+
+    @torch.inference_mode()
+    def step(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
+        """Logits [rows, V] after one more token in every row, each at its own position."""
+        self.steps += 1
+        both = torch.tensor([tokens, positions], device=self.device)[:, :, None]
+        return self._logits(both[0], both[1], self.cache)
+
+    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, cache: BoundedCache) -> torch.Tensor:
+        output = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        return output.logits[:, -1].float()
+
+    def memory_bytes(self) -> int:
+        """Held by all rows and the prompt that is being read."""
+        return self.cache.memory_bytes() + self.prompt.memory_bytes()
+
+    def reset(self) -> None:
+        """Forgets all rows and the prompt; after an error too, when the layers do not agree."""
+        self.steps = 0
+        self.cache.reset()
+        self.prompt.reset()
+
+
+def _context(model: nn.Module) -> int:
+    """Tokens that the model's positions allow for, prompt and answer together."""
+    return getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None) or 2**24

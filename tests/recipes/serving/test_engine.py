@@ -1,0 +1,318 @@
+"""The engine without HTTP: what chats get in company, and what becomes of those that cannot be answered."""
+
+import queue
+import time
+
+import pytest
+import torch
+from gated_models import gated_model
+from tiny_adapter import make_files
+
+from retention_gates import BoundedCache
+from retention_gates.recipes.loading import load_model, load_tokenizer
+from retention_gates.recipes.serving.chat import Chat, Ended, Refused
+from retention_gates.recipes.serving.engine import Engine
+from retention_gates.recipes.serving.rows import ChatRows
+from retention_gates.recipes.serving.sampling import Sampling
+from retention_gates.recipes.serving.text import TextStream
+from retention_gates.recipes.serving.wishes import read_wish
+
+MEMORY, ROWS = 8, 4
+PROMPTS = ["king", "ship storm", "queen castle", "road " * 30, "the old ship sings over the sea and the storm"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(files):
+    return load_tokenizer(str(files.model))
+
+
+@pytest.fixture(scope="module")
+def rows(files):
+    return ChatRows(load_model(None, str(files.adapter)), MEMORY, rows=ROWS, chunk_size=16)
+
+
+@pytest.fixture
+def engine(rows, tokenizer):
+    rows.reset()
+    engine = Engine(rows, ROWS, tokenizer, eos={tokenizer.eos_token_id}, most_waiting=3)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+class Asked(Chat):
+    def __init__(self, tokenizer, prompt, timeout=60.0, **sampling):
+        self.events: queue.Queue = queue.Queue()
+        wish = Sampling(**({"max_tokens": 30, "temperature": 0.0} | sampling))
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        super().__init__(ids, wish, self.events.put, timeout=timeout)
+
+    def answer(self) -> tuple[str, Ended]:
+        text = ""
+        while not isinstance(one := self.events.get(timeout=20), Ended):
+            text += one
+        assert self.events.empty()
+        return text, one
+
+
+def ask(engine, prompt, **options):
+    chat = Asked(engine.tokenizer, prompt, **options)
+    engine.submit(chat)
+    return chat
+
+
+def slow_and_endless(engine, monkeypatch):
+    """No token ends a text, and a step takes 20 ms."""
+    step = engine.rows.step
+    monkeypatch.setattr(engine.rows, "step", lambda *arguments: time.sleep(0.02) or step(*arguments))
+    engine.eos = set()
+
+
+def wait_until(happens):
+    deadline = time.monotonic() + 10
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_alone_and_in_company_the_text_is_that_of_generate(engine, rows, tokenizer):
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+        cache = BoundedCache(rows.model, MEMORY)
+        output = rows.model.generate(
+            input_ids=ids, past_key_values=cache, max_new_tokens=30, do_sample=False, prefill_chunk_size=16
+        )[0, ids.shape[1] :]
+        expected.append((tokenizer.decode(output, skip_special_tokens=True), len(output), output.tolist()))
+    assert len({tuple(tokens) for _, _, tokens in expected}) == len(PROMPTS)
+    steps = []
+    for is_alone in (True, False):
+        before, answers, chats = engine.counts.steps, [], []
+        for prompt in PROMPTS:
+            chats.append(ask(engine, prompt))
+            if is_alone:
+                answers.append(chats[-1].answer())
+        answers = answers or [chat.answer() for chat in chats]
+        assert [(text, ended.completion_tokens) for text, ended in answers] == [one[:2] for one in expected]
+        assert [chat.text.ids for chat in chats] == [
+            [token for token in tokens if token not in engine.eos] for _, _, tokens in expected
+        ]
+        steps.append(engine.counts.steps - before)
+    assert steps[1] < 0.6 * steps[0]  # decoded together, not in turn
+
+
+def test_a_seed_gives_its_text_in_any_company(engine):
+    def texts(order):
+        chats = {n: ask(engine, PROMPTS[n], temperature=1.5, top_p=0.9, seed=n) for n in order}
+        return {n: chat.answer()[0] for n, chat in chats.items()}
+
+    alone = {n: texts([n])[n] for n in range(3)}
+    assert texts(range(3)) == texts([1, 2, 0]) == alone
+    assert ask(engine, PROMPTS[1], temperature=1.5, top_p=0.9, seed=77).answer()[0] != alone[1]
+    assert ask(engine, PROMPTS[1], temperature=1.0, top_p=1e-6).answer()[0] == ask(engine, PROMPTS[1]).answer()[0]
+
+
+def test_stop_strings_and_lengths(engine):
+    whole, ended = ask(engine, PROMPTS[1]).answer()
+    words = whole.split()
+    assert len(words) > 5 and ended.reason == "length" and ended.completion_tokens == 30
+    stop = f"{words[3]} {words[4]}"
+    text, ended = ask(engine, PROMPTS[1], stop=("no such text", stop)).answer()
+    assert text == whole[: whole.index(stop)] and ended.reason == "stop" and ended.completion_tokens < 30
+    text, ended = ask(engine, PROMPTS[1], max_tokens=1).answer()
+    assert ended.reason == "length" and ended.completion_tokens == 1 and ended.prompt_tokens == 2
+
+
+class Letters:
+    """A tokenizer of one character per token."""
+
+    @property
+    def backend_tokenizer(self):
+        from tokenizers import Tokenizer, decoders, models
+
+        tokenizer = Tokenizer(models.WordLevel({chr(n): n for n in range(128)}, unk_token="?"))
+        tokenizer.decoder = decoders.Fuse()
+        return tokenizer
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("abcabd", ("abd",), "abc"),
+        ("aaab", ("aab",), "a"),
+        ("xyz", ("z", "yz"), "x"),  # the one that begins first
+        ("abc", ("cd",), "abc"),  # never complete: given at the end
+        ("abc", (), "abc"),
+        ("abc", ("a",), ""),
+    ],
+)
+def test_nothing_of_a_stop_string_is_given(text, stop, expected):
+    stream = TextStream(Letters(), stop)
+    pieces = []
+    for letter in text:
+        pieces.append(stream.add(ord(letter)))
+        assert expected.startswith("".join(pieces))
+        if stream.is_stopped:
+            break
+    assert "".join(pieces) + stream.end() == expected
+    assert stream.is_stopped == (expected != text)
+
+
+def test_a_step_that_fails_ends_its_chats_and_nothing_else(engine, monkeypatch, caplog):
+    expected = ask(engine, PROMPTS[1]).answer()[0]
+    step, calls = engine.rows.step, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise RuntimeError("out of luck")
+        return step(*arguments)
+
+    monkeypatch.setattr(engine.rows, "step", failing)
+    _, ended = ask(engine, PROMPTS[1]).answer()
+    assert ended.reason == "error" and ended.error.status == 500 and "out of luck" in caplog.text
+    assert ask(engine, PROMPTS[1]).answer()[0] == expected and engine.is_healthy
+    monkeypatch.setattr(engine.rows, "read", lambda *_: 1 / 0)
+    assert ask(engine, PROMPTS[1]).answer()[1].error.status == 500
+    monkeypatch.undo()
+    monkeypatch.setattr(engine.rows, "step", lambda tokens, _: torch.full((len(tokens), 24), float("nan")))
+    assert ask(engine, PROMPTS[1]).answer()[1].error.message == "The model gave NaN."
+    monkeypatch.undo()
+    assert ask(engine, PROMPTS[1]).answer()[0] == expected
+
+
+def test_a_device_that_is_lost_shows(engine, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("device lost")
+
+    for name in ("step", "reset"):
+        monkeypatch.setattr(engine.rows, name, lost)
+    for _ in range(3):
+        assert engine.is_healthy
+        assert ask(engine, PROMPTS[0]).answer()[1].error.status == 500
+    wait_until(lambda: not engine.is_healthy)
+    assert engine._thread.is_alive()
+
+
+def test_those_that_find_no_place_are_refused_and_those_that_leave_make_room(engine, monkeypatch):
+    slow_and_endless(engine, monkeypatch)
+    chats = [ask(engine, "king", max_tokens=10_000, temperature=2.0) for _ in range(ROWS)]
+    wait_until(lambda: engine.active == ROWS)
+    waiting = [ask(engine, "queen") for _ in range(3)]
+    with pytest.raises(Refused) as refused:
+        ask(engine, "castle")
+    assert refused.value.status == 429 and refused.value.retry_after >= 1
+    assert all(chat.events.empty() for chat in waiting)
+    for chat in (waiting[1], *chats):
+        engine.cancel(chat)
+    first, third = waiting[0].answer(), waiting[2].answer()
+    assert first[1].reason == "length" and third == first
+    assert [chat.answer()[1].reason for chat in (waiting[1], *chats)] == ["cancelled"] * (ROWS + 1)
+    assert engine.active == len(engine.waiting) == 0 and engine.counts.refused == 1
+
+
+def test_late_chats_end_wherever_they_are(engine, monkeypatch):
+    slow_and_endless(engine, monkeypatch)
+    chats = [ask(engine, "king", max_tokens=10_000, temperature=2.0, timeout=0.4) for _ in range(ROWS + 1)]
+    for chat in chats:
+        _, ended = chat.answer()
+        assert ended.reason == "timeout" and ended.error.status == 504
+    assert chats[0].tokens > 0 == chats[-1].tokens  # the last one was waiting
+
+
+def test_closing_ends_all_chats(rows, tokenizer):
+    engine = Engine(rows, ROWS, tokenizer, eos=set(), most_waiting=3)
+    engine.start()
+    chats = [ask(engine, "king", max_tokens=100_000) for _ in range(ROWS + 2)]
+    engine.close()
+    assert [chat.answer()[1].error.status for chat in chats] == [503] * len(chats)
+    with pytest.raises(Refused) as refused:
+        ask(engine, "king")
+    assert refused.value.status == 503 and not engine.is_healthy
+
+
+def test_a_counter_that_runs_out_starts_anew(engine):
+    expected = ask(engine, PROMPTS[1]).answer()[0]
+    engine.rows.steps = 2**24 - 100
+    assert [chat.answer()[0] for chat in [ask(engine, PROMPTS[1]) for _ in range(3)]] == [expected] * 3
+    assert engine.rows.steps < 100
+
+
+def test_models_whose_rows_cannot_join_a_batch_are_refused():
+    for family in ("gemma2", "qwen3_next"):
+        with pytest.raises(ValueError, match="has layers without a gate"):
+            ChatRows(gated_model(family), MEMORY, rows=2, chunk_size=16)
+    with pytest.raises(ValueError, match="move between heads"):
+        ChatRows(gated_model(), MEMORY, rows=2, chunk_size=16, budgets="adaptive")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4", "granite"])
+def test_rows_of_other_families_go_on_as_if_alone(family):
+    model, ids = gated_model(family), list(range(3, 40))
+    rows = ChatRows(model, MEMORY, rows=3, chunk_size=16)
+    for start in range(0, 32, 16):
+        rows.read(ids[start : start + 16], start)
+    rows.place(1)
+    cache = BoundedCache(model, MEMORY)
+    with torch.no_grad():
+        for part in (ids[:16], ids[16:32], *([token] for token in ids[32:])):
+            expected = model(input_ids=torch.tensor([part]), past_key_values=cache).logits[0, -1]
+    for position in range(32, 37):
+        logits = rows.step([5, ids[position], 7], [0, position, 0])[1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ([], None),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0]"),
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 101}, "max_tokens"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"what": 1}}, "stream_options"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"top_k": 5}, "top_k"),
+        ({"model": "another"}, "model"),
+    ],
+)
+def test_wishes_that_are_refused_name_their_field(body, param):
+    message = {"messages": [{"role": "user", "content": "the sea"}]}
+    if isinstance(body, dict):
+        body = message | body
+    with pytest.raises(Refused) as refused:
+        read_wish(body, is_chat=True, model="tiny", most_tokens=100)
+    assert refused.value.param == param and refused.value.status == (404 if param == "model" else 400)
+
+
+def test_wishes_that_are_taken():
+    body = {"prompt": ["the sea"], "n": 1, "logprobs": None, "user": "u", "frequency_penalty": 0.0, "seed": -1}
+    wish = read_wish(body | {"stop": "x", "stream": True}, is_chat=False, model="tiny", most_tokens=100)
+    assert wish.prompt == "the sea" and wish.sampling == Sampling(100, 1.0, 1.0, 2**63 - 1, ("x",))
+    assert wish.is_streamed and not wish.wants_usage and not wish.has_own_length
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "sea"}]
+    body = {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]}
+    wish = read_wish(body | {"max_completion_tokens": 7}, is_chat=True, model="tiny", most_tokens=100)
+    assert wish.messages == [{"role": "system", "content": "x"}, {"role": "user", "content": "the sea"}]
+    assert wish.sampling.max_tokens == 7 and wish.has_own_length

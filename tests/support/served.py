@@ -1,0 +1,79 @@
+"""An endpoint in this process, on a free port of the loopback interface, and a client without a library."""
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tiny_adapter import Files
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}{{ raise_exception('system first') }}"
+    "{% endif %}{{ m['content'] }} {% endfor %}"
+)
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[Any]:
+        """The server-sent events, of which the last is [DONE] unless something failed."""
+        lines = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n") if line]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+class Client:
+    def __init__(self, port: int):
+        self.port = port
+
+    def open(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, data, headers)
+        return connection
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> Reply:
+        connection = self.open("GET" if body is None else "POST", path, body, **headers)
+        with contextlib.closing(connection):
+            response = connection.getresponse()
+            return Reply(response.status, dict(response.getheaders()), response.read())
+
+
+@contextlib.contextmanager
+def served(files: Files, *, rows: int, memory_size: int = 8, most_waiting: int = 300, **limits: Any):
+    """Gives a client and the engine behind the endpoint."""
+    import uvicorn
+
+    from retention_gates.recipes.loading import load_model, load_tokenizer
+    from retention_gates.recipes.serving.app import Limits, build_app
+    from retention_gates.recipes.serving.engine import Engine
+    from retention_gates.recipes.serving.rows import ChatRows
+
+    tokenizer = load_tokenizer(str(files.model))
+    tokenizer.chat_template = TEMPLATE
+    model = load_model(None, str(files.adapter))
+    chat_rows = ChatRows(model, memory_size, rows=rows, chunk_size=16)
+    engine = Engine(chat_rows, rows, tokenizer, eos=set(), most_waiting=most_waiting)
+    app = build_app(engine, tokenizer, "tiny", Limits(chat_rows.context, **({"most_tokens": 100} | limits)))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield Client(server.servers[0].sockets[0].getsockname()[1]), engine
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,45 @@
+"""How a run is spread over processes, before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+from tiny_training import arguments
+
+from retention_gates.trainers.layout import accumulation_steps, check_launch
+
+
+def test_a_launch_of_several_that_started_one_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """What accelerate launch --cpu --num_processes 2 leaves in the environment of its only process."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="asked for several processes and started this one alone.*torchrun"):
+        check_launch(None, 1)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc_per_node 1
+    check_launch(None, 1)
+
+
+def test_the_number_of_ranks_is_what_the_file_says(tmp_path: Path):
+    with pytest.raises(ValueError, match="ranks=2 processes are asked for and 1 run: start them with torchrun"):
+        arguments(tmp_path, ranks=2)
+    assert arguments(tmp_path, ranks=1).ranks == 1
+    with pytest.raises(ValueError, match="ranks=0 must be a whole number"):
+        arguments(tmp_path, ranks=0)
+
+
+def test_rows_per_step_decide_the_passes(tmp_path: Path):
+    assert arguments(tmp_path, rows_per_step=6).gradient_accumulation_steps == 3
+    assert arguments(tmp_path, rows_per_step=6, gradient_accumulation_steps=3).gradient_accumulation_steps == 3
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2 contradicts rows_per_step=6, which needs 3"):
+        arguments(tmp_path, rows_per_step=6, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="rows_per_step=7 rows can't be divided among 1 ranks.* a multiple of 2"):
+        arguments(tmp_path, rows_per_step=7)
+    assert accumulation_steps(64, 2, 8) == 4
+    with pytest.raises(ValueError, match="a multiple of 16, such as 16"):
+        accumulation_steps(8, 2, 8)
+
+
+def test_checkpoints_stay_non_reentrant_whatever_else_is_given(tmp_path: Path):
+    kept = arguments(tmp_path, gradient_checkpointing_kwargs={"offload": True}).gradient_checkpointing_kwargs
+    assert kept == {"use_reentrant": False, "offload": True}
+    with pytest.raises(ValueError, match="the reentrant form would lose the gradient"):
+        arguments(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
