@@ -190,9 +190,9 @@ def _made(recipe: Any, config: dict[str, Any]) -> bool:
     ):
         return False
     gate = recipe.get("gate") or {}
-    return recipe["model"].get("name") == config.get("base_model_name_or_path") and all(
-        config.get(name) == value for name, value in gate.items()
-    )
+    base, package = config.get("base_model_name_or_path") or "", recipe["model"].get("package")
+    is_base = recipe["model"].get("name") == base if package is None else Path(base).name == package
+    return is_base and all(config.get(name) == value for name, value in gate.items())
 
 
 def _portable(value: Any) -> Any:
