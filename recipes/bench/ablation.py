@@ -5,14 +5,15 @@
 
 A run trains gates as `retention-gates train` does, saves the adapter, loads it onto the base in fp32, and scores it on
 works that were set aside: KL to the full cache on text, and exact answers of a recall task. It ends as one line of
-results.jsonl in the output folder. Runs that have their line are not done again, those with --keep go on from their
-last checkpoint, and with --minutes none is started that would probably not be finished in time.
+results.jsonl in the output folder. Runs that have their line are not done again, those of a file that says
+`keep: true` go on from their last checkpoint, and with --minutes none is started that would probably end too late.
 
 All runs of all files share one process, one base and one set of texts: what is loaded and compiled once would take
 longer than a run. Processes side by side were no faster on one GPU.
 """
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -69,6 +70,7 @@ class Ablation:
     overrides: dict[str, Any] = field(default_factory=dict)  # of all variants
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     evaluation: Evaluation = field(default_factory=Evaluation)
+    keep: bool = False  # whether runs leave a folder each in the output, as train would
 
 
 def read_ablation(path: Path) -> Ablation:
@@ -139,7 +141,8 @@ class Bench:
         trainer.save_adapter(folder / train.ADAPTER)
         last = [log for log in trainer.state.log_history if "loss" in log][-1]
         trainer.model.unload()
-        del trainer  # and with it the memory of its CUDA graph
+        del trainer
+        gc.collect()  # it is part of circles; with it goes the memory of its CUDA graph
         return {
             "scores": self.score(folder / train.ADAPTER, evaluation),
             "train_seconds": round(seconds, 1),
@@ -190,7 +193,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/ablation"), help="folder (default: out/ablation)")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants (default: all)")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run that would probably end later")
-    parser.add_argument("--keep", action="store_true", help="keep what runs leave, in a folder for each in the output")
     parser.add_argument("--table", action="store_true", help="only print what results.jsonl has")
     options = parser.parse_args()
     began = time.monotonic()
@@ -208,12 +210,12 @@ def main() -> None:
             for run in runs
             if run.key not in done
         ]
-        run_all(todo, options.output, keep=options.keep, until=began + 60 * options.minutes)
+        run_all(todo, options.output, until=began + 60 * options.minutes)
     for ablation, runs in zip(ablations, wanted, strict=True):
         print(table(runs, read_results(options.output), ablation))
 
 
-def run_all(todo: list[tuple[Ablation, Run]], output: Path, *, keep: bool, until: float) -> None:
+def run_all(todo: list[tuple[Ablation, Run]], output: Path, *, until: float) -> None:
     """Args: until: on the monotonic clock; no run is started that would end later at the slowest pace so far."""
     claim_output(output)
     bench = None
@@ -221,7 +223,7 @@ def run_all(todo: list[tuple[Ablation, Run]], output: Path, *, keep: bool, until
     for ablation, run in todo:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
-            folder = output / f"{run.variant}-{run.seed}".replace(" ", "-") if keep else Path(scratch)
+            folder = output / f"{run.variant}-{run.seed}".replace(" ", "-") if ablation.keep else Path(scratch)
             config = load_config(ablation.recipe, [*run.overrides, f"training.output_dir={folder}"])
             if start + slowest * config.training.max_steps > until:
                 print(f"stopped before {run.variant}, seed {run.seed}: the time is up")

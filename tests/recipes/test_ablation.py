@@ -65,7 +65,8 @@ def test_the_table_has_means_and_deviations_of_what_is_there(path: Path, tmp_pat
 def test_a_run_ends_as_a_line_and_is_not_done_again(path: Path, tmp_path: Path, monkeypatch, capsys):
     output = tmp_path / "results"
     command = ["ablation", str(path), "--output", str(output), "--only", "shared"]
-    monkeypatch.setattr(sys, "argv", [*command, "--keep"])
+    path.write_text(path.read_text() + "keep: true\n")
+    monkeypatch.setattr(sys, "argv", command)
     bench.main()
     lines = (output / "results.jsonl").read_text().splitlines()
     results = [json.loads(line) for line in lines]
@@ -81,6 +82,7 @@ def test_a_run_ends_as_a_line_and_is_not_done_again(path: Path, tmp_path: Path, 
     bench.main()
     assert (output / "results.jsonl").read_text() == lines[0] + "\n"
     assert "stopped before shared, seed 4" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("keep: true", "keep: false"))
     monkeypatch.setattr(sys, "argv", command)
     bench.main()
     again = json.loads((output / "results.jsonl").read_text().splitlines()[1])
