@@ -71,7 +71,8 @@ def capacity_loss(
             total, steps = total + excess.to(home), steps + counted.to(home)
     if scope == "model":
         heads = sum(layer.shape[1] for layer in log_beta)
-        total, steps = _excess(pooled[:, None] / heads, memory_size, documents.to(home), normalisation)
+        ids = torch.zeros_like(pooled, dtype=torch.int64) if document_ids is None else document_ids.to(home)
+        total, steps = _excess(pooled[:, None] / heads, memory_size, ids, normalisation)
     retained_mass = torch.stack([mean_masses[layer] for layer in range(len(log_beta))])
     # without a single step, or a step above M, there is nothing to push down: 0 rather than 0 / 0
     if normalisation == "excess":
