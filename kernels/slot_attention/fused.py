@@ -14,7 +14,6 @@ from retention_gates.kernels.slot_attention.kernel import attend_parts, sum_part
 from retention_gates.kernels.slot_attention.parts import parts_of
 
 LARGEST_HEAD_DIM = 256
-MOST_ROWS = 64  # queries of one KV head that a program takes
 SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that are read at a time
 SUM_WARPS = 4
 SHORT_PART = 128  # slots
@@ -32,6 +31,13 @@ class Tile(NamedTuple):
 def block_for(head_dim: int, element_size: int) -> int:
     """Slots that parts are multiples of: 64 of 128 numbers of 16 bits are 16 KiB of keys and as much of values."""
     return max(16, min(64, 64 * 256 // (next_power_of_2(head_dim) * element_size)))
+
+
+def most_rows(head_dim: int, element_size: int) -> int:
+    """Queries of one KV head that a program takes: with more, outputs and products do not fit its registers."""
+    if element_size == 4:
+        return 16
+    return 64 if head_dim <= 128 else 32
 
 
 def tile_for(block: int, length: int, rows: int) -> Tile:
@@ -108,11 +114,12 @@ def _slot_attention(
     heads = len(head_offsets) - 1
     group = query_heads // heads
     rows = group * tokens
-    block_rows = max(16, min(MOST_ROWS, next_power_of_2(rows)))
+    size, widest = query.element_size(), max(head_dim, value_dim)
+    block_rows = max(16, min(most_rows(widest, size), next_power_of_2(rows)))
     row_blocks = cdiv(rows, block_rows)
     block_dim, block_value = (max(16, next_power_of_2(x)) for x in (head_dim, value_dim))
     is_run = new_key is not None
-    block = block_for(max(head_dim, value_dim), query.element_size())
+    block = block_for(widest, size)
     parts = parts_of(tuple(head_offsets), batch * row_blocks, block, query.device, is_run)
     tile = tile_for(block, parts.length, rows)
     is_uniform = parts.per_head > 0
