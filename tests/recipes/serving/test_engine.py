@@ -267,6 +267,24 @@ def test_rows_of_other_families_go_on_as_if_alone(family):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chats_on_a_gpu_get_the_same_in_any_company(files, tokenizer, dtype):
+    model = load_model(None, str(files.adapter), device="cuda").to(dtype)
+    rows = ChatRows(model, MEMORY, rows=ROWS, chunk_size=16)
+    engine = Engine(rows, ROWS, tokenizer, eos=set(), most_waiting=8)
+    engine.start()
+    try:
+        for options in ({}, {"temperature": 1.3, "top_p": 0.9, "seed": 5}):
+            alone = [ask(engine, prompt, **options).answer() for prompt in PROMPTS]
+            before = torch.cuda.memory_allocated()
+            chats = [ask(engine, prompt, **options) for prompt in PROMPTS]
+            assert [chat.answer() for chat in chats] == alone
+            assert torch.cuda.memory_allocated() <= before + 2**20
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize(
     "body, param",
     [
