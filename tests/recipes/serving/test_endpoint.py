@@ -152,7 +152,9 @@ def test_a_client_that_leaves_frees_its_row(endpoint, monkeypatch, stream):
     monkeypatch.setattr(engine.rows, "step", lambda *arguments: time.sleep(0.05) or step(*arguments))
     before = engine.counts.ended.get("cancelled", 0)
     connection = client.open("POST", CHAT, message("king", temperature=0, stream=stream))
+    deadline = time.monotonic() + 10
     while not engine.active:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     if stream:
         assert connection.getresponse().read(10)
@@ -208,9 +210,10 @@ def test_too_many_clients_are_told_when_to_come_again(endpoint, monkeypatch):
     step = engine.rows.step
     monkeypatch.setattr(engine.rows, "step", lambda *arguments: time.sleep(0.02) or step(*arguments))
     with ThreadPoolExecutor(12) as pool:
-        replies = list(pool.map(lambda _: client.ask(CHAT, message("king", **GREEDY)), range(12)))
+        body = message("king", temperature=0, max_tokens=60)  # more than a second, in which all have come
+        replies = list(pool.map(lambda _: client.ask(CHAT, body), range(12)))
     taken, refused = ([r for r in replies if r.status == status] for status in (200, 429))
-    assert len(taken) + len(refused) == 12 and ROWS <= len(taken) <= ROWS + 4
+    assert len(taken) + len(refused) == 12 and len(taken) >= ROWS and refused
     assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
     assert {reply.json["error"]["type"] for reply in refused} == {"rate_limit_error"}
 

@@ -186,6 +186,24 @@ def test_a_step_that_fails_ends_its_chats_and_nothing_else(engine, monkeypatch, 
     assert ask(engine, PROMPTS[1]).answer()[0] == expected
 
 
+def test_a_prompt_that_is_being_read_when_a_step_fails_is_read_again(engine, monkeypatch):
+    expected = ask(engine, PROMPTS[3]).answer()
+    step, calls = engine.rows.step, []
+
+    def failing(*arguments):
+        if engine.reading is not None and not calls:  # between the two chunks of the long prompt
+            calls.append(engine.reading.read)
+            raise RuntimeError("out of luck")
+        return step(*arguments)
+
+    monkeypatch.setattr(engine.rows, "step", failing)
+    engine.eos = set()
+    first = ask(engine, PROMPTS[1], max_tokens=10_000)
+    wait_until(lambda: engine.active == 1)
+    second = ask(engine, PROMPTS[3])
+    assert first.answer()[1].error.status == 500 and second.answer() == expected and calls == [16]
+
+
 def test_a_device_that_is_lost_shows(engine, monkeypatch):
     def lost(*_):
         raise RuntimeError("device lost")
@@ -218,7 +236,7 @@ def test_those_that_find_no_place_are_refused_and_those_that_leave_make_room(eng
 
 def test_late_chats_end_wherever_they_are(engine, monkeypatch):
     slow_and_endless(engine, monkeypatch)
-    chats = [ask(engine, "king", max_tokens=10_000, temperature=2.0, timeout=0.4) for _ in range(ROWS + 1)]
+    chats = [ask(engine, "king", max_tokens=10_000, temperature=2.0, timeout=1.5) for _ in range(ROWS + 1)]
     for chat in chats:
         _, ended = chat.answer()
         assert ended.reason == "timeout" and ended.error.status == 504
