@@ -75,7 +75,7 @@ def test_resume_without_a_run_starts_one(config: Path):
 
 def test_the_works_set_aside_are_not_trained_on(config: Path):
     run = load_config(config, [])
-    trainer, calibration_rows = train.build(run)
+    trainer, calibration_rows, _ = train.build(run)
     held_out = (config.parent / "texts" / "work3.txt").read_text()
     tokenizer = train_tokenizer(config)
 
