@@ -119,7 +119,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, 
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
     from retention_gates.gates.model import find_gated_model
-    from retention_gates.recipes.loading import load_base, load_tokenizer
+    from retention_gates.recipes.loading import check_dtype, load_base, load_tokenizer
     from retention_gates.trainers.evaluation import check_length
     from retention_gates.trainers.layout import engine_of
     from retention_gates.trainers.trainer import RetentionTrainer
@@ -129,6 +129,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, 
         raise ValueError(f"training.max_steps={args.max_steps} must be 1 or more: rows are drawn for so many steps.")
     evaluates = args.eval_strategy != "no"
     assert config.model.name is not None
+    check_dtype(config.model.dtype, args.device)
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
     train_documents, test_documents, readings = load_documents_of(config, tokenizer)
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers import TrainingArguments
 
-from retention_gates.trainers.layout import accumulation_steps, check_launch, started_ranks
+from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch, started_ranks
 from retention_gates.trainers.losses import CapacityNormalisation
 
 OBJECTIVES = ("end_to_end", "layerwise")
@@ -150,6 +150,7 @@ class RetentionTrainingArguments(TrainingArguments):
             raise ValueError("kl_weight and next_token_weight are both 0: only forgetting would be rewarded.")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = "agreement" in self.metric_for_best_model
+        check_devices(self.use_cpu, self.parallelism_config is not None)
         self._settle_accumulation()
         super().__post_init__()
         check_launch(self.ranks, self.world_size)

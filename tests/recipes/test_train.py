@@ -40,7 +40,7 @@ def test_a_run_leaves_an_adapter_with_budget_shares(config: Path, capsys: pytest
     assert command(changed(config, "data", task_share=0.5, tasks=["passage_repeat"], row_length=224)) == 0
     output_dir = config.parent / "out"
     assert {path.name for path in output_dir.iterdir()} == {
-        *(".retention-gates", "run.yaml", "log.jsonl", "adapter"),
+        *(".retention-gates", "run.yaml", "log.jsonl", "summary.md", "adapter"),
         *("checkpoint-6", "checkpoint-8"),
     }
     assert f"The adapter is in {output_dir / 'adapter'}" in capsys.readouterr().out
