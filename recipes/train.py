@@ -115,6 +115,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, 
     from peft import get_peft_model
     from transformers import set_seed
 
+    from retention_gates.data.balance import BalancedRows
     from retention_gates.data.mixture import TrainingRows
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
@@ -135,6 +136,12 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, 
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = TrainingRows(
         train_documents, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
+    )
+    balanced = BalancedRows(
+        rows,
+        rows_per_step=rows_needed // args.max_steps,
+        rows_per_pass=args.train_batch_size,
+        ranks=args.world_size,
     )
     args.train_sampling_strategy = "sequential"  # the rows come shuffled
 
@@ -160,7 +167,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, 
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused
         check_length(find_gated_model(model), calibration.row_length)
-    return RetentionTrainer(model, args, rows, eval_dataset=eval_rows), calibration_rows, readings
+    return RetentionTrainer(model, args, balanced, eval_dataset=eval_rows), calibration_rows, readings
 
 
 def load_documents_of(

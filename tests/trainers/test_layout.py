@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import arguments
+from tiny_training import arguments, trainer_of
 
 from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch
 
@@ -42,6 +42,8 @@ def test_rows_per_step_decide_the_passes(tmp_path: Path):
 def test_checkpoints_stay_non_reentrant_whatever_else_is_given(tmp_path: Path):
     kept = arguments(tmp_path, gradient_checkpointing_kwargs={"offload": True}).gradient_checkpointing_kwargs
     assert kept == {"use_reentrant": False, "offload": True}
+    with pytest.raises(ValueError, match="offload=True moves checkpoints from a GPU.*no GPU here"):
+        trainer_of(tmp_path, gradient_checkpointing_kwargs={"offload": True})
     with pytest.raises(ValueError, match="the reentrant form would lose the gradient"):
         arguments(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
 
