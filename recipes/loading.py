@@ -114,6 +114,17 @@ def load_base(
     return (model if stay else model.to(place)).eval()  # type: ignore[arg-type]
 
 
+def check_dtype(dtype: str, device: "torch.device") -> None:
+    """Raises ValueError for a type that the GPU has no arithmetic for, and would compute in another one."""
+    import torch
+
+    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"model.dtype=bfloat16 is not for {torch.cuda.get_device_name(device)}, which has no bf16 arithmetic: use "
+            "float16 or float32."
+        )
+
+
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     from retention_gates.gates.model import find_gated_model
     from retention_gates.recipes.run_config import load_config
+    from retention_gates.recipes.summary import SUMMARY, summarise
     from retention_gates.trainers.calibration import measure_shares
 
     config = load_config(options.config, options.overrides)
@@ -52,7 +53,7 @@ def main(options: argparse.Namespace) -> None:
     if config.training.process_index == 0:  # before another rank could have written there
         check_run(output_dir, config)
         check_checkpoint(output_dir, config)
-    trainer, calibration_rows = build(config)
+    trainer, calibration_rows, readings = build(config)
     if config.training.process_index == 0:
         claim_output(output_dir)
         write_run(output_dir, config)
@@ -63,7 +64,11 @@ def main(options: argparse.Namespace) -> None:
         find_gated_model(trainer.model).active_config.budget_shares = measure_shares(trainer.model, calibration_rows)
     trainer.save_adapter(output_dir / ADAPTER)
     if config.training.process_index == 0:
-        print(f"The adapter is in {output_dir / ADAPTER}; the run's log in {output_dir / 'log.jsonl'}.")
+        write_text(output_dir / SUMMARY, summarise(output_dir, config.given, readings, config.training.world_size))
+        print(
+            f"The adapter is in {output_dir / ADAPTER}, a summary in {output_dir / SUMMARY}, the run's log in "
+            f"{output_dir / 'log.jsonl'}."
+        )
 
 
 def check_run(output_dir: Path, config: "RunConfig") -> None:
@@ -105,16 +110,17 @@ def write_run(output_dir: Path, config: "RunConfig") -> None:
     write_text(output_dir / RUN_FILE, yaml.safe_dump(config.given, sort_keys=False))
 
 
-def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]":
-    """The trainer, with its data and model, and rows [R, T] to calibrate on; writes nothing."""
+def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, list[Reading]]":
+    """The trainer, with its data and model, rows [R, T] to calibrate on, and what was read; writes nothing."""
     from peft import get_peft_model
     from transformers import set_seed
 
+    from retention_gates.data.balance import BalancedRows
     from retention_gates.data.mixture import TrainingRows
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
     from retention_gates.gates.model import find_gated_model
-    from retention_gates.recipes.loading import load_base, load_tokenizer
+    from retention_gates.recipes.loading import check_dtype, load_base, load_tokenizer
     from retention_gates.trainers.evaluation import check_length
     from retention_gates.trainers.layout import engine_of
     from retention_gates.trainers.trainer import RetentionTrainer
@@ -124,11 +130,18 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
         raise ValueError(f"training.max_steps={args.max_steps} must be 1 or more: rows are drawn for so many steps.")
     evaluates = args.eval_strategy != "no"
     assert config.model.name is not None
+    check_dtype(config.model.dtype, args.device)
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
     train_documents, test_documents, readings = load_documents_of(config, tokenizer)
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = TrainingRows(
         train_documents, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
+    )
+    balanced = BalancedRows(
+        rows,
+        rows_per_step=rows_needed // args.max_steps,
+        rows_per_pass=args.train_batch_size,
+        ranks=args.world_size,
     )
     args.train_sampling_strategy = "sequential"  # the rows come shuffled
 
@@ -154,7 +167,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None]"
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused
         check_length(find_gated_model(model), calibration.row_length)
-    return RetentionTrainer(model, args, rows, eval_dataset=eval_rows), calibration_rows
+    return RetentionTrainer(model, args, balanced, eval_dataset=eval_rows), calibration_rows, readings
 
 
 def load_documents_of(

@@ -40,7 +40,7 @@ def test_a_run_leaves_an_adapter_with_budget_shares(config: Path, capsys: pytest
     assert command(changed(config, "data", task_share=0.5, tasks=["passage_repeat"], row_length=224)) == 0
     output_dir = config.parent / "out"
     assert {path.name for path in output_dir.iterdir()} == {
-        *(".retention-gates", "run.yaml", "log.jsonl", "adapter"),
+        *(".retention-gates", "run.yaml", "log.jsonl", "summary.md", "adapter"),
         *("checkpoint-6", "checkpoint-8"),
     }
     assert f"The adapter is in {output_dir / 'adapter'}" in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_resume_without_a_run_starts_one(config: Path):
 
 def test_the_works_set_aside_are_not_trained_on(config: Path):
     run = load_config(config, [])
-    trainer, calibration_rows = train.build(run)
+    trainer, calibration_rows, _ = train.build(run)
     held_out = (config.parent / "texts" / "work3.txt").read_text()
     tokenizer = train_tokenizer(config)
 
