@@ -131,6 +131,11 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, 
     evaluates = args.eval_strategy != "no"
     assert config.model.name is not None
     check_dtype(config.model.dtype, args.device)
+    if config.model.quantization is not None and engine_of(args) != "replicated":
+        raise ValueError(
+            f"model.quantization={config.model.quantization} with {engine_of(args)}: quantised weights stay whole on "
+            "each GPU. Use recipes/accelerate/ddp.yaml, or leave quantization out."
+        )
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
     train_documents, test_documents, readings = load_documents_of(config, tokenizer)
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -162,6 +167,7 @@ def build(config: "RunConfig") -> "tuple[RetentionTrainer, torch.Tensor | None, 
         device=args.device,
         dtype=config.model.dtype,
         stay=engine_of(args) != "replicated",
+        quantization=config.model.quantization,
     )
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
