@@ -73,17 +73,29 @@ class TrainingRows(Dataset[Row]):
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of {self._length}")
         tasks_before = int(index * self.task_share)
-        if int((index + 1) * self.task_share) > tasks_before:
+        if self._is_task(index):
             task = self.tasks[tasks_before % len(self.tasks)]
             return task.training_row(self._filler, self.row_length, self.seed, tasks_before)
-        return self._text_row(index - tasks_before)
+        rows, row = self._text_row(index - tasks_before)
+        return rows[row]
 
-    def _text_row(self, index: int) -> Row:
+    def cost(self, index: int) -> float:
+        """Sum of the squares of the lengths of a row's documents, which attention's time goes with."""
+        if self._is_task(index):
+            return float(self.row_length) ** 2
+        rows, row = self._text_row(index - int(index * self.task_share))
+        return float(sum((piece.stop - piece.start) ** 2 for piece in rows.pieces(row)))
+
+    def _is_task(self, index: int) -> bool:
+        return int((index + 1) * self.task_share) > int(index * self.task_share)
+
+    def _text_row(self, index: int) -> tuple[PackedRows, int]:
+        """The rows of an epoch, and which of them it is."""
         while index >= self._epoch_starts[-1]:
             self._plan_epoch()
         epoch = bisect_right(self._epoch_starts, index) - 1
         rows, order = self._epochs[epoch]
-        return rows[int(order[index - self._epoch_starts[epoch]])]
+        return rows, int(order[index - self._epoch_starts[epoch]])
 
     def _plan_epoch(self) -> None:
         # In a few chats, an unlucky order can leave every target in the remainder. A run must not end on that.

@@ -135,6 +135,7 @@ class RetentionGateModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, RetentionGateConfig)
+        _check_placement(model, loads_weights=peft_config.awaits_weights)
         full = full_attention_layers(model)
         config = text_config(model)
         wanted = peft_config.gated_layers if peft_config.gated_layers is not None else peft_config.layers_to_transform
@@ -356,6 +357,21 @@ def find_gated_model(model: nn.Module) -> RetentionGateModel:
         f"{type(model).__name__} has no retention gates: PeftModel.from_pretrained(base, adapter) loads trained ones, "
         "get_peft_model(base, RetentionGateConfig()) adds untrained ones (enough for policies that need none)."
     )
+
+
+def _check_placement(model: nn.Module, *, loads_weights: bool) -> None:
+    """Raises ValueError for a base model that lies where gates cannot follow."""
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"{type(model).__name__} is tensor parallel over {model.tp_size} processes (tp_plan), each of which has "
+            "some of the heads, while gates, budgets and caches are of all heads: load it without tp_plan and, if one "
+            'GPU is too small, with device_map="auto".'
+        )
+    if loads_weights and "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ValueError(
+            f"Parts of {type(model).__name__} are offloaded to the disk (hf_device_map), and PEFT cannot load gates "
+            "beside those: give device_map more memory (max_memory=), or a smaller or quantised base model."
+        )
 
 
 def _compare(name: str, adapter: Any, base: Any) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # importing these takes seconds, which a command's --help sho
     from retention_gates.gates.config import RetentionGateConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("8bit", "4bit")
 DOCUMENTS_AT_A_TIME, PASSAGES_TO_CHOOSE_FROM = 64, 4
 
 
@@ -83,6 +84,7 @@ def load_base(
     device: "str | torch.device | None" = None,
     dtype: str = "auto",
     stay: bool = False,
+    quantization: str | None = None,
 ) -> "PreTrainedModel":
     """A base model in eval mode on its device.
 
@@ -93,6 +95,7 @@ def load_base(
         device: cuda where there is one, if not given.
         dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own.
         stay: leave the weights where they are loaded, for an engine that gives each device its part.
+        quantization: "8bit" or "4bit": linear layers as bitsandbytes holds them, made from whole weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -109,9 +112,48 @@ def load_base(
         options["revision"] = revision
     if gguf_file is not None:  # weights left in their blocks could not be trained through
         options["quantization_config"] = GgufConfig(dequantize=True)
+    if quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32 if place.type == "cpu" else torch.bfloat16,
+        )
+        options["device_map"] = {"": place}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
     model.config._commit_hash = _commit_in_cache(name, revision)  # as older transformers note it: adapters record it
-    return (model if stay else model.to(place)).eval()  # type: ignore[arg-type]
+    placed = stay or quantization is not None
+    return (model if placed else model.to(place)).eval()  # type: ignore[arg-type]
+
+
+def check_quantization(quantization: str | None, gguf_file: str | None) -> None:
+    """Raises ValueError unless base weights can be held like that."""
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"model.quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}: leave it out."
+        )
+    if gguf_file is not None:
+        raise ValueError(
+            f"model.quantization={quantization} is for whole weights, and {gguf_file} is quantised already: leave it "
+            "out."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"model.quantization={quantization} needs bitsandbytes: pip install bitsandbytes.")
+
+
+def check_dtype(dtype: str, device: "torch.device") -> None:
+    """Raises ValueError for a type that the GPU has no arithmetic for, and would compute in another one."""
+    import torch
+
+    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"model.dtype=bfloat16 is not for {torch.cuda.get_device_name(device)}, which has no bf16 arithmetic: use "
+            "float16 or float32."
+        )
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":

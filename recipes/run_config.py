@@ -6,6 +6,7 @@ from typing import Any
 
 from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.recipes.config_file import build, check_count, check_mapping, override, read, unknown
+from retention_gates.recipes.loading import check_quantization
 from retention_gates.recipes.packaged_models import settle_model
 from retention_gates.trainers.config import RetentionTrainingArguments
 
@@ -28,9 +29,11 @@ class ModelSection:
     gguf_file: str | None = None  # the file in that folder with the weights, if they are GGUF
     package: str | None = None  # instead of both: an installed Python package that holds a GGUF file
     dtype: str = "auto"  # float32 on a CPU, else the model's own
+    quantization: str | None = None  # 8bit or 4bit, by bitsandbytes
 
     def __post_init__(self) -> None:
         self.name, self.gguf_file = settle_model("model", self.name, self.gguf_file, self.package)
+        check_quantization(self.quantization, self.gguf_file)
         if self.name is None:
             raise ValueError("model.name is missing: name a model of the Hub, or the folder of one.")
 

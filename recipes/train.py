@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # importing these takes seconds, which --help should not
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from retention_gates.data.reading import Reading
     from retention_gates.data.tokens import TokenDocument
     from retention_gates.recipes.run_config import RunConfig
     from retention_gates.trainers.trainer import RetentionTrainer
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     from retention_gates.gates.model import find_gated_model
     from retention_gates.recipes.run_config import load_config
+    from retention_gates.recipes.summary import SUMMARY, summarise
     from retention_gates.trainers.calibration import measure_shares
 
     config = load_config(options.config, options.overrides)
@@ -52,7 +54,7 @@ def main(options: argparse.Namespace) -> None:
     if config.training.process_index == 0:  # before another rank could have written there
         check_run(output_dir, config)
         check_checkpoint(output_dir, config)
-    trainer, calibration_rows = build(config)
+    trainer, calibration_rows, readings = build(config)
     if config.training.process_index == 0:
         claim_output(output_dir)
         write_run(output_dir, config)
@@ -63,7 +65,11 @@ def main(options: argparse.Namespace) -> None:
         find_gated_model(trainer.model).active_config.budget_shares = measure_shares(trainer.model, calibration_rows)
     trainer.save_adapter(output_dir / ADAPTER)
     if config.training.process_index == 0:
-        print(f"The adapter is in {output_dir / ADAPTER}; the run's log in {output_dir / 'log.jsonl'}.")
+        write_text(output_dir / SUMMARY, summarise(output_dir, config.given, readings, config.training.world_size))
+        print(
+            f"The adapter is in {output_dir / ADAPTER}, a summary in {output_dir / SUMMARY}, the run's log in "
+            f"{output_dir / 'log.jsonl'}."
+        )
 
 
 def check_run(output_dir: Path, config: "RunConfig") -> None:
@@ -107,28 +113,30 @@ def write_run(output_dir: Path, config: "RunConfig") -> None:
 
 @dataclass
 class Texts:
-    """Token documents to train and to test on; the latter are empty where nothing is set aside."""
+    """Token documents to train and to test on, the latter empty where nothing is set aside; and what was read."""
 
     tokenizer: "PreTrainedTokenizerBase"
     train: "list[TokenDocument]"
     test: "list[TokenDocument]"
+    readings: "list[Reading]"
 
 
 def build(
     config: "RunConfig", texts: Texts | None = None, base: "PreTrainedModel | None" = None
-) -> "tuple[RetentionTrainer, torch.Tensor | None]":
-    """The trainer, with its data and model, and rows [R, T] to calibrate on; writes nothing.
+) -> "tuple[RetentionTrainer, torch.Tensor | None, list[Reading]]":
+    """The trainer, with its data and model, rows [R, T] to calibrate on, and what was read; writes nothing.
 
     Several runs may share `texts` and, one after the other, a `base` without gates; both are loaded if not given.
     """
     from peft import get_peft_model
     from transformers import set_seed
 
+    from retention_gates.data.balance import BalancedRows
     from retention_gates.data.mixture import TrainingRows
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
     from retention_gates.gates.model import find_gated_model
-    from retention_gates.recipes.loading import load_base
+    from retention_gates.recipes.loading import check_dtype, load_base
     from retention_gates.trainers.evaluation import check_length
     from retention_gates.trainers.layout import engine_of
     from retention_gates.trainers.trainer import RetentionTrainer
@@ -138,11 +146,23 @@ def build(
         raise ValueError(f"training.max_steps={args.max_steps} must be 1 or more: rows are drawn for so many steps.")
     evaluates = args.eval_strategy != "no"
     assert config.model.name is not None
+    check_dtype(config.model.dtype, args.device)
+    if config.model.quantization is not None and engine_of(args) != "replicated":
+        raise ValueError(
+            f"model.quantization={config.model.quantization} with {engine_of(args)}: quantised weights stay whole on "
+            "each GPU. Use recipes/accelerate/ddp.yaml, or leave quantization out."
+        )
     texts = texts or load_texts(config)
     tokenizer = texts.tokenizer
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = TrainingRows(
         texts.train, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
+    )
+    balanced = BalancedRows(
+        rows,
+        rows_per_step=rows_needed // args.max_steps,
+        rows_per_pass=args.train_batch_size,
+        ranks=args.world_size,
     )
     args.train_sampling_strategy = "sequential"  # the rows come shuffled
 
@@ -163,12 +183,13 @@ def build(
         device=args.device,
         dtype=config.model.dtype,
         stay=engine_of(args) != "replicated",
+        quantization=config.model.quantization,
     )
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused
         check_length(find_gated_model(model), calibration.row_length)
-    return RetentionTrainer(model, args, rows, eval_dataset=eval_rows), calibration_rows
+    return RetentionTrainer(model, args, balanced, eval_dataset=eval_rows), calibration_rows, texts.readings
 
 
 def load_texts(config: "RunConfig") -> Texts:
@@ -181,19 +202,21 @@ def load_texts(config: "RunConfig") -> Texts:
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
     data, is_first = config.data, config.training.process_index == 0
     documents: list[TokenDocument] = []
+    readings = []
     for source in data.sources:
         drawn = source.limit is not None or source.token_budget is not None
         seed = config.training.seed if drawn else None
         found, reading = read_tokens(tokenizer=tokenizer, **vars(source), seed=seed, progress=is_first)
         documents += found
+        readings.append(reading)
         if is_first:
             print(reading, file=sys.stderr)
     if data.test_fraction is None and data.test_works is None:
-        return Texts(tokenizer, documents, [])
+        return Texts(tokenizer, documents, [], readings)
     train, test = split_by_work(
         documents, test_fraction=data.test_fraction, test_works=data.test_works, seed=data.split_seed
     )
-    return Texts(tokenizer, train, test)
+    return Texts(tokenizer, train, test, readings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a run tells while it goes: a progress line, log.jsonl, and averages over the steps between two logs."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -10,9 +11,21 @@ import torch
 from accelerate import Accelerator
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from retention_gates.gates.model import RetentionGateModel
+from retention_gates.gates.recording import Recording
+from retention_gates.trainers.losses import CapacityLoss
+from retention_gates.trainers.phases import MEMORY, TIME
+
 LOG_NAME = "log.jsonl"
-# What two equal runs log differently, because it depends on the clock.
-UNREPEATABLE = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+# How the names begin of what two equal runs log differently, because it depends on clock and machine.
+UNREPEATABLE = (
+    "tokens_per_second",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    TIME,
+    MEMORY,
+)
 PER_LAYER = "retained_mass/layer_"  # scalars by the dozen: for tensorboard and log.jsonl, not for the progress line
 
 
@@ -31,7 +44,8 @@ class ProgressLine(ProgressCallback):
     """transformers' progress bar, without what is logged per layer."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
-        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(PER_LAYER)}
+        hidden = (PER_LAYER, TIME, MEMORY)
+        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(hidden)}
         super().on_log(args, state, control, logs=shown, **kwargs)
 
 
@@ -60,6 +74,19 @@ class JsonLinesLog(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+@torch.no_grad()
+def describe(gated: RetentionGateModel, recording: Recording, capacity: CapacityLoss) -> dict[str, torch.Tensor]:
+    """Mean retained mass, overall and per layer, in tokens, and the mean log of the half-life in tokens."""
+    terms = {"retained_mass": capacity.retained_mass.mean()}
+    for layer, mass in zip(gated.gated_layers, capacity.retained_mass, strict=True):
+        terms[f"{PER_LAYER}{layer.base_layer.layer_idx:02d}"] = mass
+    log_beta = torch.stack([layer.to(recording.log_beta[0].device) for layer in recording.log_beta])
+    decays = log_beta < 0
+    logs = (-log_beta).clamp(min=torch.finfo(log_beta.dtype).tiny).log() * decays
+    terms["log_half_life"] = math.log(math.log(2.0)) - logs.sum() / decays.sum().clamp(min=1)
+    return terms
 
 
 class Averages:

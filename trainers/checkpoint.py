@@ -146,6 +146,15 @@ def last_checkpoint(
     return None
 
 
+def drop_old(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints above `limit`; the last one and `best` stay."""
+    checkpoints = checkpoints_in(output_dir)
+    kept = {str(checkpoints[-1]), best} - {None}
+    surplus = len(checkpoints) - max(limit or len(checkpoints), len(kept))
+    for checkpoint in [c for c in checkpoints if str(c) not in kept][: max(0, surplus)]:
+        remove_folder(checkpoint)
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -41,6 +41,9 @@ def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
             f"cuda_graph=True on {args.device.type}, {args.world_size} processes, fp16={args.fp16}: it needs one "
             "process on a CUDA GPU and no loss scaling. Leave it out, or load the base in bf16."
         )
+    kwargs = args.gradient_checkpointing_kwargs
+    if args.device.type == "cpu" and isinstance(kwargs, dict) and kwargs.get("offload"):
+        raise ValueError("offload=True moves checkpoints from a GPU to the CPU's memory, and there is no GPU here.")
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs, which transformers would drive with DataParallel: start the run "

@@ -9,7 +9,7 @@ from typing import get_args
 from transformers import TrainingArguments
 
 from retention_gates.gates.storage import DTYPES
-from retention_gates.trainers.layout import accumulation_steps, check_launch, started_ranks
+from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch, started_ranks
 from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
 
 OBJECTIVES = ("end_to_end", "layerwise")
@@ -122,6 +122,10 @@ class RetentionTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Pin the memory of rows; yes where there is an accelerator."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+    divergence_ratio: float = field(
+        default=10.0,
+        metadata={"help": "Stop at a loss worse than at first and so many times the lowest one."},
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN."})
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
@@ -157,10 +161,13 @@ class RetentionTrainingArguments(TrainingArguments):
         self._settle_objective()
         for name in ("capacity_weight", "kl_weight", "next_token_weight", "learning_rate", "weight_decay"):
             _check_weight(name, getattr(self, name))
+        if not self.divergence_ratio > 1:
+            raise ValueError(f"divergence_ratio={self.divergence_ratio!r} must be above 1, such as 10.")
         if self.kl_weight == 0 and self.next_token_weight == 0:
             raise ValueError("kl_weight and next_token_weight are both 0: only forgetting would be rewarded.")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = "agreement" in self.metric_for_best_model
+        check_devices(self.use_cpu, self.parallelism_config is not None)
         self._settle_accumulation()
         super().__post_init__()
         check_launch(self.ranks, self.world_size)

@@ -5,9 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
+
+SPLITS = ("SP", "CP", "TP")  # sequence (Ulysses), context (ring) and tensor parallelism, as Accelerate calls them
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,23 @@ def check_launch(wanted: int | None, ranks: int) -> None:
         raise ValueError(
             f"ranks={wanted} processes are asked for and {ranks} run: start them with torchrun or accelerate launch "
             f"--num_processes {wanted}, or set ranks to {ranks} or leave it out."
+        )
+
+
+def check_devices(use_cpu: bool, has_parallelism: bool) -> None:
+    """Raises ValueError, before anything is set up, for more processes than GPUs, or rows split between ranks."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if not use_cpu and 0 < gpus < here:
+        raise ValueError(
+            f"{here} processes were started on a machine with {gpus} GPUs: launch with --num_processes {gpus} (for "
+            "each machine), or with use_cpu."
+        )
+    split = [name for name in SPLITS if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) > 1]
+    if split or has_parallelism:
+        raise ValueError(
+            f"parallelism_config ({', '.join(split) or 'given'}) would split rows or layers between ranks. Retained "
+            "mass and ages are summed over whole rows, each on one rank: leave it out. Long rows fit with "
+            "gradient_checkpointing_kwargs={offload: true}, and large bases with FSDP2 or ZeRO-3."
         )
 
 

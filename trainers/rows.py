@@ -82,3 +82,13 @@ def next_token_targets(labels: torch.Tensor, documents: torch.Tensor) -> tuple[t
     counted[:, :-1] = documents[:, 1:] == documents[:, :-1]
     targets = labels.roll(-1, dims=-1).masked_fill(~counted, NO_TARGET)
     return targets, counted
+
+
+def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a gated model is called with, to give hidden states [B, T, C]."""
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,
+        "last_hidden_state_only": True,
+    }

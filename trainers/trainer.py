@@ -24,22 +24,25 @@ from retention_gates.gates.sharding import gathered, whole
 from retention_gates.gates.storage import store_as
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers.calibration import measure_shares
-from retention_gates.trainers.callbacks import PER_LAYER, Averages, JsonLinesLog, LogWhenSaving, ProgressLine
+from retention_gates.trainers.callbacks import Averages, JsonLinesLog, LogWhenSaving, ProgressLine, describe
 from retention_gates.trainers.checkpoint import (
     checkpoints_in,
+    drop_old,
     last_checkpoint,
     read_manifest,
-    remove_folder,
     remove_unfinished,
     whole_folder,
     write_manifest,
 )
 from retention_gates.trainers.checks import check_model, check_packing
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
+from retention_gates.trainers.divergence import check_progress, diverged
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
 from retention_gates.trainers.layout import check_engine, check_same_run, engine_of, run_facts
-from retention_gates.trainers.losses import CapacityLoss, capacity_loss
-from retention_gates.trainers.rows import RowCollator, next_token_targets, packed_documents
+from retention_gates.trainers.losses import capacity_loss
+from retention_gates.trainers.phases import PhaseClock, peak_memory
+from retention_gates.trainers.portrait import portray, show
+from retention_gates.trainers.rows import RowCollator, forward_arguments, next_token_targets, packed_documents
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
 
 Batch = dict[str, Any]  # tensors [B, T], and the numbers of `RowCollator`
@@ -108,6 +111,7 @@ class RetentionTrainer(Trainer):
         base += [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, base)
         self._averages = Averages()
+        self._clock = PhaseClock()
         self._graph: StepGraph | None = None
         self._eager_steps = 0
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -139,11 +143,23 @@ class RetentionTrainer(Trainer):
             normalisation=self.args.capacity_normalisation,
             scope=self.args.capacity_scope,
         )
-        terms |= {"capacity_loss": capacity.loss.detach()} | self._describe(recording, capacity)
+        terms |= {"capacity_loss": capacity.loss.detach()} | describe(
+            find_gated_model(self.model), recording, capacity
+        )
         return distillation + self.args.capacity_weight * capacity.loss, terms
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward pass of one batch; with args.cuda_graph from the fourth one on as one graph."""
+        """Forward and backward pass of one batch."""
+        try:
+            with self._clock.phase("forward_and_backward"):
+                return self._pass(model, inputs, num_items_in_batch)
+        except ValueError as error:
+            if all(gate.isfinite().all() for gate in model.parameters() if gate.requires_grad):
+                raise
+            raise diverged("gates are no numbers", self.state.global_step + 1, self._output_dir) from error
+
+    def _pass(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        """As Trainer.training_step; with args.cuda_graph from the fourth one on as one graph."""
         if not self.args.cuda_graph:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -173,7 +189,8 @@ class RetentionTrainer(Trainer):
 
         Ranks and passes are averaged with equal weight, but documents end and targets fall where they do.
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self._clock.phase("rows"):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.objective == "layerwise":  # counts rows only
             return batches, None
         totals = [sum(batch["counts"][i] for batch in batches) for i in range(2)]
@@ -194,7 +211,7 @@ class RetentionTrainer(Trainer):
         """
         kl_share, next_token_share = inputs.get("shares", EVEN)
         targets, counted = next_token_targets(inputs["labels"], packed_documents(inputs["position_ids"]))
-        tokens = _tokens(inputs)
+        tokens = forward_arguments(inputs)
         with torch.no_grad(), self.model.disable_adapter():
             teacher_hidden = self.model(**tokens)  # [B, T, C]
         with record(model) as recording:
@@ -223,7 +240,7 @@ class RetentionTrainer(Trainer):
     def _match_layers(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Terms]:
         """kl_weight * the mean over layers of the relative error of the attention output."""
         with record(model, layerwise=True) as recording:
-            model(**_tokens(inputs))  # every layer passes on the teacher's output: no gradient leaves it
+            model(**forward_arguments(inputs))  # every layer passes on the teacher's output: no gradient leaves it
         layer_error = torch.stack(recording.layer_losses).mean()
         return self.args.kl_weight * layer_error, recording, {"layer_error": layer_error.detach()}
 
@@ -238,24 +255,14 @@ class RetentionTrainer(Trainer):
             check_packing(self.model)
         return OutputHead.from_model(self.model)
 
-    @torch.no_grad()
-    def _describe(self, recording: Recording, capacity: CapacityLoss) -> Terms:
-        """Mean retained mass, overall and per layer, in tokens, and the mean log of the half-life in tokens."""
-        layers = find_gated_model(self.model).gated_layers
-        terms = {"retained_mass": capacity.retained_mass.mean()}
-        for layer, mass in zip(layers, capacity.retained_mass, strict=True):
-            terms[f"{PER_LAYER}{layer.base_layer.layer_idx:02d}"] = mass
-        log_beta = torch.stack([layer.to(recording.log_beta[0].device) for layer in recording.log_beta])
-        decays = log_beta < 0
-        logs = (-log_beta).clamp(min=torch.finfo(log_beta.dtype).tiny).log() * decays
-        terms["log_half_life"] = math.log(math.log(2.0)) - logs.sum() / decays.sum().clamp(min=1)
-        return terms
-
     # ---- what a run tells ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a log of training steps, not of an evaluation or of the whole run
             logs = logs | self._averages.drain(self.accelerator)
+            history, ratio = self.state.log_history, self.args.divergence_ratio
+            check_progress(self.state.global_step, logs, history, ratio=ratio, output_dir=self._output_dir)
+            logs |= self._clock.shares() | peak_memory(self.args.device)
         super().log(logs, start_time)
 
     def evaluate(
@@ -265,6 +272,13 @@ class RetentionTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is no eval_dataset: give the trainer one, or evaluate(eval_dataset=...).")
+        with self._clock.phase("evaluation"):
+            metrics = self._evaluate_rows(rows, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_rows(self, rows: torch.Tensor, metric_key_prefix: str) -> dict[str, float]:
         # a sharded model is put together from all ranks in each pass: they pass through the same rows
         mine = rows if self._sharded else rows[self.accelerator.process_index :: self.accelerator.num_processes]
         contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
@@ -274,6 +288,9 @@ class RetentionTrainer(Trainer):
             config.budget_shares = measure_shares(self.model, rows)
         records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
         config.budget_shares = stored
+        portrait = portray(self.model, rows[0])
+        if self.args.should_save:
+            show(portrait, self.callback_handler.callbacks, self.state.global_step)
         if self.accelerator.num_processes > 1 and not self._sharded:
             records = gather_object(records)
         metrics: dict[str, float] = {}
@@ -281,8 +298,6 @@ class RetentionTrainer(Trainer):
             scores = [record for record in records if record["memory_size"] == size]
             for name in EVAL_METRICS:
                 metrics[f"{metric_key_prefix}_{name}_{size}"] = sum(score[name] for score in scores) / len(scores)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # ---- checkpoints ----
@@ -350,6 +365,10 @@ class RetentionTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._clock.phase("saving"):
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         self.store_flos()
         output_dir, state = self._output_dir, self.state
         target = output_dir / f"checkpoint-{state.global_step}"
@@ -377,20 +396,7 @@ class RetentionTrainer(Trainer):
             self._drop_old_checkpoints()
 
     def _drop_old_checkpoints(self) -> None:
-        checkpoints = checkpoints_in(self._output_dir)
-        kept = {str(checkpoints[-1]), self.state.best_model_checkpoint} - {None}
-        surplus = len(checkpoints) - max(self.args.save_total_limit or len(checkpoints), len(kept))
-        for checkpoint in [c for c in checkpoints if str(c) not in kept][: max(0, surplus)]:
-            remove_folder(checkpoint)
+        drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _run_facts(self) -> dict[str, Any]:
         return run_facts(self.args, self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
-
-
-def _tokens(inputs: Batch) -> dict[str, Any]:
-    return {
-        "input_ids": inputs["input_ids"],
-        "position_ids": inputs["position_ids"],
-        "use_cache": False,
-        "last_hidden_state_only": True,
-    }

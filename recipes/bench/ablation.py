@@ -131,7 +131,7 @@ class Bench:
         dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
         if dtype not in self.bases:
             self.bases[dtype] = in_dtype(self.bases["float32"], getattr(torch, dtype))
-        trainer, calibration_rows = train.build(config, self.texts, self.bases[dtype])
+        trainer, calibration_rows, _ = train.build(config, self.texts, self.bases[dtype])
         train.write_run(folder, config)
         trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
         seconds = time.monotonic() - began
@@ -177,7 +177,9 @@ class Bench:
 def _texts_of(config: RunConfig) -> list[Any]:
     """What decides which documents there are, and which of them are for tests."""
     data = config.data
-    return [*(vars(source) for source in data.sources), data.test_fraction, data.test_works, data.split_seed]
+    drawn = any(source.limit is not None or source.token_budget is not None for source in data.sources)
+    seed = config.training.seed if drawn else None
+    return [*(vars(source) for source in data.sources), seed, data.test_fraction, data.test_works, data.split_seed]
 
 
 def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

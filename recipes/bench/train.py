@@ -2,7 +2,7 @@
 
     python recipes/bench/train.py --case step       # tokens/s at T = 16,384 and its share of the matrix limit
     python recipes/bench/train.py --case long       # one row of 131,072 tokens: seconds and peak memory
-    python recipes/bench/train.py --case small      # SmolLM2-135M's shape, 1,200 steps of 4 x 1,024 tokens
+    python recipes/bench/train.py --case small --steps 1200   # SmolLM2-135M's shape, steps of 4 x 1,024 tokens
     python recipes/bench/train.py --case start      # from the start of Python to the end of the first step, 4B
     python recipes/bench/train.py --case wire       # bytes that two gloo ranks exchange per step; runs on a CPU
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, TrainerCallback
 
 from retention_gates import RetentionGateConfig
 from retention_gates.recipes.bench.harness import Measurement, matrix_tflops, report, time_ms
@@ -45,6 +45,7 @@ from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.trainer import RetentionTrainer
 
 BENCH = "train"
+START_STEPS = 10
 SMALL_SHAPE: dict[str, Any] = {  # SmolLM2-135M
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -55,6 +56,10 @@ SMALL_SHAPE: dict[str, Any] = {  # SmolLM2-135M
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 class RandomRows(Dataset[dict[str, torch.Tensor]]):
@@ -74,7 +79,9 @@ class RandomRows(Dataset[dict[str, torch.Tensor]]):
 def step(tokens: int, layers: int, offload: bool) -> list[Measurement]:
     """Tokens per second of a whole step."""
     run, where = _one_row(tokens, layers, offload)
+    say("first steps, which compile")
     milliseconds, spread = time_ms(run, warmup=2, repeats=5)
+    say(f"{milliseconds:.0f} ms a step")
     rate = 1000 * tokens / milliseconds
     limit = 1000 * tokens / least_ms(tokens, layers, matrix_tflops())
     _, above = peak_memory(run)
@@ -86,10 +93,12 @@ def long(tokens: int, layers: int, offload: bool) -> list[Measurement]:
     run, where = _one_row(tokens, layers, offload)
     limit = least_ms(tokens, layers, matrix_tflops()) / 1000
     short, _ = _one_row(2048, 1, offload)
+    say("a short step, which compiles")
     short()  # kernels are compiled, and the allocator is warm, before the clock starts
     del short
     gc.collect()
     torch.cuda.empty_cache()
+    say(f"the step, at least {limit:.0f} s")
     began = time.monotonic()
     peak, above = peak_memory(run)
     seconds = time.monotonic() - began
@@ -98,6 +107,7 @@ def long(tokens: int, layers: int, offload: bool) -> list[Measurement]:
 
 
 def _one_row(tokens: int, layers: int, offload: bool) -> tuple[Callable[[], Any], str]:
+    say("making the model")
     model = make_model(
         "cuda",
         torch.bfloat16,
@@ -112,16 +122,51 @@ def _one_row(tokens: int, layers: int, offload: bool) -> tuple[Callable[[], Any]
     return partial(gated_step, trainer, batch), f"Qwen3-4B shape, {layers} layers, T={tokens} bf16{offloaded}"
 
 
+class Progress(TrainerCallback):
+    """Tells how long steps take; those of the start, which compile and warm up, stand apart."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.start_up = self.steady = 0.0  # seconds until the steps of the start are done, and of the others
+        self.steps = 0  # of the others
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == START_STEPS:
+            self._wait()
+            self.start_up = time.monotonic() - self.began
+            say(f"start-up and {START_STEPS} steps: {self.start_up:.1f} s")
+        elif state.global_step > START_STEPS and (
+            state.global_step % 100 == 0 or state.global_step == state.max_steps
+        ):
+            self._wait()
+            self.steps = state.global_step - START_STEPS
+            self.steady = time.monotonic() - self.began - self.start_up
+            say(f"step {state.global_step}: {1000 * self.steady / self.steps:.1f} ms a step since then")
+
+    @staticmethod
+    def _wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
 def small(steps: int) -> list[Measurement]:
-    """Seconds of RetentionTrainer.train() with its own loader, optimiser and logs."""
+    """Seconds of RetentionTrainer.train() with its own loader, optimiser and logs; ms of a step after the start."""
+    say("making the model")
     with torch.device("cuda"):
         base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_SHAPE), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         trainer = small_trainer(get_peft_model(base, RetentionGateConfig()), steps, folder, cuda_graph=True)
-        began = time.monotonic()
+        progress = Progress()
+        trainer.add_callback(progress)
         trainer.train()
-        seconds = time.monotonic() - began
-    return [Measurement(f"SmolLM2-135M shape, {steps} steps of 4 x 1024", "ours", seconds, "s")]
+        seconds = time.monotonic() - progress.began
+    where = "SmolLM2-135M shape, 4 x 1024"
+    return [
+        Measurement(f"{where}, {steps} steps with start-up", "ours", seconds, "s"),
+        Measurement(
+            f"{where}, a step after the first {START_STEPS}", "ours", 1000 * progress.steady / progress.steps, "ms"
+        ),
+    ]
 
 
 def small_trainer(model: Any, steps: int, folder: str, **changes: Any) -> RetentionTrainer:
@@ -183,11 +228,13 @@ def main() -> None:
     parser.add_argument("--first-step", metavar="FOLDER", help=argparse.SUPPRESS)  # what "start" runs and times
     parser.add_argument("--tokens", type=int, help="default: 16,384 for step, 131,072 for long")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--steps", type=int, default=1200, help="of small")
+    parser.add_argument("--steps", type=int, default=210, help="of small (default: 210; the goal is for 1200)")
     parser.add_argument("--offload", action="store_true", help="checkpoints of step and long in the CPU's memory")
     options = parser.parse_args()
     if options.case is None and options.first_step is None:
         parser.error("name a case, such as --case step")
+    if options.steps <= START_STEPS:
+        parser.error(f"--steps {options.steps} must be above {START_STEPS}, the steps of the start")
     if options.case != "wire" and not torch.cuda.is_available():
         raise SystemExit(f"--case {options.case} measures a GPU, and there is none here; --case wire runs on a CPU.")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows of one length, other shapes

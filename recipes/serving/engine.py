@@ -230,8 +230,8 @@ class Engine:
         self.failed_steps += 1
         for chat in [chat for chat in self.running if chat is not None]:
             self._end(chat, "error", _failure(error))
-        if self.reading is not None:  # its cache is forgotten with the others
-            self._end(self.reading, "error", _failure(error))
+        if self.reading is not None:  # what was read of it is forgotten with the others
+            self.reading.read = 0
         try:
             self.rows.reset()
         except Exception:  # a device that is lost: what comes next fails as well, and is_healthy says so

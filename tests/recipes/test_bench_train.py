@@ -25,12 +25,17 @@ def test_only_gradients_of_gates_cross_the_wire():
     assert measured.base_parameters > 10 * measured.gate_parameters
 
 
-def test_the_base_has_no_gradient_and_no_optimiser_state(tmp_path: Path):
+def test_the_base_has_no_gradient_and_no_optimiser_state(tmp_path: Path, monkeypatch, capsys):
     tiny = LlamaConfig(**wire.SHAPE | {"max_position_embeddings": 1024, "vocab_size": train.SMALL_SHAPE["vocab_size"]})
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_config(tiny), RetentionGateConfig(gate_width=16))
-    trainer = train.small_trainer(model, 1, str(tmp_path), use_cpu=True, per_device_train_batch_size=1)
+    monkeypatch.setattr(train, "START_STEPS", 1)
+    trainer = train.small_trainer(model, 2, str(tmp_path), use_cpu=True, per_device_train_batch_size=1)
+    progress = train.Progress()
+    trainer.add_callback(progress)
     trainer.train()
+    assert progress.start_up > 0 and progress.steady > 0 and progress.steps == 1
+    assert "step 2: " in capsys.readouterr().err
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
     moments = [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]

@@ -85,3 +85,13 @@ def test_a_recipe_runs_on_files_of_the_same_form(tmp_path: Path, name: str, caps
     assert "3 bad rows skipped, the first: " in said or "2 bad rows" in said or "1 bad rows" in said
     assert any("eval_kl_8" in line for line in logged(tmp_path / "out"))
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    for part in (
+        "- steps: 2",
+        "bad rows skipped",
+        "| step | loss |",
+        "| step | KL at 8 |",
+        "| forward_and_backward |",
+    ):
+        assert part in summary
+    assert "- tokens per second: " in summary and "- most memory (process): " in summary

@@ -42,7 +42,7 @@ def test_a_run_leaves_an_adapter_with_budget_shares(config: Path, capsys: pytest
     assert command(changed(config, "data", task_share=0.5, tasks=["passage_repeat"], row_length=224)) == 0
     output_dir = config.parent / "out"
     assert {path.name for path in output_dir.iterdir()} == {
-        *(".retention-gates", "run.yaml", "log.jsonl", "adapter"),
+        *(".retention-gates", "run.yaml", "log.jsonl", "summary.md", "adapter"),
         *("checkpoint-6", "checkpoint-8"),
     }
     assert f"The adapter is in {output_dir / 'adapter'}" in capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_resume_without_a_run_starts_one(config: Path):
 
 def test_the_works_set_aside_are_not_trained_on(config: Path):
     run = load_config(config, [])
-    trainer, calibration_rows = train.build(run)
+    trainer, calibration_rows, _ = train.build(run)
     held_out = (config.parent / "texts" / "work3.txt").read_text()
     tokenizer = train_tokenizer(config)
 
@@ -209,3 +209,26 @@ def test_a_folder_that_is_not_ours_is_left_alone(config: Path, capsys: pytest.Ca
         assert command(config, *overrides) == 2
         assert "was not written by retention-gates" in capsys.readouterr().err
     assert [path.name for path in theirs.parent.iterdir()] == ["thesis.tex"]
+
+
+# ---- quantised bases ----
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantised_base_trains(tmp_path: Path, quantization: str):
+    pytest.importorskip("bitsandbytes")
+    config = changed(
+        make_run(tmp_path, layers=2, max_steps=2, objective="end_to_end"), "model", quantization=quantization
+    )
+    assert command(config) == 0
+    losses = [line["loss"] for line in logged(tmp_path / "out") if "loss" in line]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+def test_a_quantisation_that_cannot_be_is_refused(config: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    assert command(config, "model.quantization=3bit") == 2
+    assert "model.quantization='3bit' is not one of 8bit, 4bit" in capsys.readouterr().err
+    monkeypatch.setattr("retention_gates.recipes.loading.find_spec", lambda name: None)
+    assert command(config, "model.quantization=4bit") == 2
+    assert "needs bitsandbytes: pip install bitsandbytes" in capsys.readouterr().err
+    assert not (config.parent / "out").exists()

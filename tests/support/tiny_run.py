@@ -78,4 +78,4 @@ def run_quietly(command: list[str], **options) -> subprocess.CompletedProcess:
 def logged(output_dir: Path) -> list[dict]:
     """The lines of log.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in UNREPEATABLE} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(UNREPEATABLE)} for line in lines]

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tiny_training import arguments
+import torch
+from tiny_training import arguments, trainer_of
 
-from retention_gates.trainers.layout import accumulation_steps, check_launch
+from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch
 
 
 def test_a_launch_of_several_that_started_one_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -41,5 +42,31 @@ def test_rows_per_step_decide_the_passes(tmp_path: Path):
 def test_checkpoints_stay_non_reentrant_whatever_else_is_given(tmp_path: Path):
     kept = arguments(tmp_path, gradient_checkpointing_kwargs={"offload": True}).gradient_checkpointing_kwargs
     assert kept == {"use_reentrant": False, "offload": True}
+    with pytest.raises(ValueError, match="offload=True moves checkpoints from a GPU.*no GPU here"):
+        trainer_of(tmp_path, gradient_checkpointing_kwargs={"offload": True})
     with pytest.raises(ValueError, match="the reentrant form would lose the gradient"):
         arguments(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 processes were started on a machine with 2 GPUs: launch with --num_proc"):
+        check_devices(use_cpu=False, has_parallelism=False)
+    check_devices(use_cpu=True, has_parallelism=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_devices(use_cpu=False, has_parallelism=False)
+
+
+def test_processes_that_would_each_run_alone_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """What Accelerate makes of DeepSpeed on a machine with no accelerator."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started 2 processes, but each of them would run alone"):
+        check_launch(None, 1)
+
+
+@pytest.mark.parametrize("name", ["SP", "CP", "TP"])
+def test_rows_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
+    with pytest.raises(ValueError, match=rf"parallelism_config \({name}\) would split rows .*offload: true"):
+        arguments(tmp_path)

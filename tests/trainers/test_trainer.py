@@ -111,6 +111,20 @@ def test_a_packed_row_is_its_documents_apart(tmp_path: Path, objective: str):
         assert losses[0] == pytest.approx((29 * losses[1] + 17 * losses[2]) / 46, rel=1e-5)
 
 
+@pytest.mark.gpu
+def test_checkpoints_in_the_memory_of_the_cpu_change_no_gradient(tmp_path: Path):
+    trainer = trainer_of(tmp_path, use_cpu=False)
+    batch = batch_of(trainer)
+    inputs = {name: batch[name].cuda() for name in COLUMNS}
+    there = {}
+    for offload in (False, True):
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False}, offload=offload)
+        trainer.model.train()
+        there[offload] = gradients(trainer, inputs)
+    assert there[True].keys() == there[False].keys()
+    assert all(torch.equal(there[True][name], gradient) for name, gradient in there[False].items())
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path):
     with_it, without = trainer_of(tmp_path), trainer_of(tmp_path, gradient_checkpointing=False)
     assert with_it.args.gradient_checkpointing and not without.args.gradient_checkpointing

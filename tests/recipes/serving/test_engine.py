@@ -186,6 +186,24 @@ def test_a_step_that_fails_ends_its_chats_and_nothing_else(engine, monkeypatch, 
     assert ask(engine, PROMPTS[1]).answer()[0] == expected
 
 
+def test_a_prompt_that_is_being_read_when_a_step_fails_is_read_again(engine, monkeypatch):
+    expected = ask(engine, PROMPTS[3]).answer()
+    step, calls = engine.rows.step, []
+
+    def failing(*arguments):
+        if engine.reading is not None and not calls:  # between the two chunks of the long prompt
+            calls.append(engine.reading.read)
+            raise RuntimeError("out of luck")
+        return step(*arguments)
+
+    monkeypatch.setattr(engine.rows, "step", failing)
+    engine.eos = set()
+    first = ask(engine, PROMPTS[1], max_tokens=10_000)
+    wait_until(lambda: engine.active == 1)
+    second = ask(engine, PROMPTS[3])
+    assert first.answer()[1].error.status == 500 and second.answer() == expected and calls == [16]
+
+
 def test_a_device_that_is_lost_shows(engine, monkeypatch):
     def lost(*_):
         raise RuntimeError("device lost")
@@ -218,7 +236,8 @@ def test_those_that_find_no_place_are_refused_and_those_that_leave_make_room(eng
 
 def test_late_chats_end_wherever_they_are(engine, monkeypatch):
     slow_and_endless(engine, monkeypatch)
-    chats = [ask(engine, "king", max_tokens=10_000, temperature=2.0, timeout=0.4) for _ in range(ROWS + 1)]
+    chats = [ask(engine, "king", max_tokens=10_000, timeout=1.5) for _ in range(ROWS)]
+    chats.append(ask(engine, "king", timeout=0.5))  # before there is a row for it
     for chat in chats:
         _, ended = chat.answer()
         assert ended.reason == "timeout" and ended.error.status == 504
@@ -265,6 +284,24 @@ def test_rows_of_other_families_go_on_as_if_alone(family):
     for position in range(32, 37):
         logits = rows.step([5, ids[position], 7], [0, position, 0])[1]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chats_on_a_gpu_get_the_same_in_any_company(files, tokenizer, dtype):
+    model = load_model(None, str(files.adapter), device="cuda").to(dtype)
+    rows = ChatRows(model, MEMORY, rows=ROWS, chunk_size=16)
+    engine = Engine(rows, ROWS, tokenizer, eos=set(), most_waiting=8)
+    engine.start()
+    try:
+        for options in ({}, {"temperature": 1.3, "top_p": 0.9, "seed": 5}):
+            alone = [ask(engine, prompt, **options).answer() for prompt in PROMPTS]
+            before = torch.cuda.memory_allocated()
+            chats = [ask(engine, prompt, **options) for prompt in PROMPTS]
+            assert [chat.answer() for chat in chats] == alone
+            assert torch.cuda.memory_allocated() <= before + 2**20
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize(
