@@ -1,5 +1,8 @@
 """The caches to pass as past_key_values: one of fixed size, and what it shares with the simulated one."""
 
+import copy
+import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +22,7 @@ from retention_gates.gates.budgets import (
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
+from retention_gates.gates.memory_file import load_memory, save_memory
 from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.policies import FeedbackPolicy, Policy, as_feedback, find_policy
 from retention_gates.gates.rotation import rotary_frequencies
@@ -61,7 +65,8 @@ class EvictingCache(Cache):
         self.budgets_from: str | Budgets
         self.budgets_from = ("calibrated" if config.budget_shares else "uniform") if budgets is None else budgets
         assert config.num_key_value_heads is not None
-        self._shares = config.budget_shares
+        self.budget_shares = config.budget_shares
+        self._model = weakref.ref(gated)  # a copy of the cache must not copy the model
         self._shape = (len(owners), config.num_key_value_heads)
         self.protected: tuple[Span, ...] = ((0, protected_tokens),)
         is_shared = self.budgets_from == "adaptive"
@@ -107,13 +112,13 @@ class EvictingCache(Cache):
         if self.budgets_from == "pyramid":
             return pyramid_budgets(layers, heads, self.memory_size, least)
         if self.budgets_from == "calibrated":
-            if not self._shares:
+            if not self.budget_shares:
                 raise ValueError(
                     'budgets="calibrated" needs budget shares, which the adapter does not have: run `retention-gates '
                     'calibrate` on it, or choose budgets="uniform".'
                 )
             floor = max(least, min(LEAST_CALIBRATED, self.memory_size))
-            return calibrated_budgets(self._shares, self.memory_size, floor)
+            return calibrated_budgets(self.budget_shares, self.memory_size, floor)
         if not isinstance(self.budgets_from, list) or not all(isinstance(row, list) for row in self.budgets_from):
             raise ValueError(
                 f"budgets={self.budgets_from!r} is unknown: choose {', '.join(map(repr, BUDGETS))} or lists "
@@ -236,6 +241,46 @@ class BoundedCache(EvictingCache):
         return sum(
             layer.memory_bytes() if isinstance(layer, SlotLayer) else _storage_bytes(layer) for layer in self.layers
         )
+
+    def fork(self) -> "BoundedCache":
+        """A copy of its own, so that one memory can be asked many questions: ask each of another fork."""
+        return copy.deepcopy(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the memory to one safetensors file, which names the model, the adapter and the rule of the cache.
+
+        Raises:
+            ValueError: if nothing has been read, for a policy of your own, for a model whose other layers cannot be
+                saved, and for a path that cannot be a file.
+        """
+        gated = self._model()
+        if gated is None:
+            raise ValueError("The model of this cache is gone, and a memory file must name it: save before it goes.")
+        save_memory(self, gated, path)
+
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module,
+        path: str | os.PathLike,
+        *,
+        memory_size: int | None = None,
+        policy: str | None = None,
+        budgets: str | None = None,
+    ) -> "BoundedCache":
+        """The cache that was saved in the file; it goes on as if the text had been read just now.
+
+        Nothing of the file is run, and all of it is checked before it is used.
+
+        Args:
+            model: the model that the memory was made with, its gates included.
+            memory_size, policy, budgets: what the memory must have been made with; None takes what it was.
+
+        Raises:
+            ValueError: for a memory of another model, other gates, other budgets or another dtype, naming both; and
+                for a file that is damaged or says what cannot be.
+        """
+        return load_memory(cls, model, path, memory_size=memory_size, policy=policy, budgets_from=budgets)
 
 
 def _storage_bytes(layer: Any) -> int:

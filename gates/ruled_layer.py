@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from retention_gates.gates.cache_layer import GatedCacheLayer
-from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.eviction_rule import MOST_TOKENS, EvictionRule
 from retention_gates.gates.policies import FeedbackPolicy
 
 
@@ -28,6 +28,7 @@ class RuledLayer(GatedCacheLayer):
         self.staged: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.adapter = getattr(owner, "active_gate_name", None)
         self.passes = 0  # forward passes begun, counted without asking the device
+        self.columns = 0  # read so far, counted like that
 
     def set_rule(self, budgets: tuple[int, ...], protected: tuple[tuple[int, int], ...]) -> None:
         """Changes what the rule protects and, while the layer is empty, the budgets."""
@@ -49,6 +50,11 @@ class RuledLayer(GatedCacheLayer):
             raise ValueError(
                 "The last forward pass with this cache broke off in the middle, so that its layers do not agree: call "
                 "cache.reset() and start the sequence again."
+            )
+        if self.columns + log_beta.shape[2] > MOST_TOKENS:
+            raise ValueError(
+                f"This cache has read {self.columns} tokens, and {log_beta.shape[2]} more would pass {MOST_TOKENS}, "
+                "beyond which ages are no whole numbers in fp32: call cache.reset() and start a new sequence."
             )
         self.staged = (log_beta, padding_mask)
 
@@ -79,7 +85,7 @@ class RuledLayer(GatedCacheLayer):
 
     def reset(self) -> None:
         """Forgets all tokens; what is allocated and what is pinned stay."""
-        self.is_empty, self.is_attending, self.staged, self.passes = True, False, None, 0
+        self.is_empty, self.is_attending, self.staged, self.passes, self.columns = True, False, None, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:

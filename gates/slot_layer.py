@@ -73,6 +73,7 @@ class SlotLayer(RuledLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         log_beta, padding_mask = self.take_staged()
+        self.columns += key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
@@ -231,6 +232,15 @@ class SlotLayer(RuledLayer):
             )
             outputs.append(output)
         return torch.cat(outputs, dim=1)
+
+    def restore(self, state: dict[str, torch.Tensor], columns: int) -> None:
+        """Takes over the tensors of `row_state`, of any number of rows, as after so many columns read in one pass."""
+        for name, tensor in state.items():
+            setattr(self, name, tensor)
+        self.batch_size = len(self.start)
+        self.seen.fill_(columns)
+        self.columns, self.passes = columns, 1
+        self.is_empty = self.is_attending = False
 
     def positions(self, head: int) -> torch.Tensor:
         """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""
