@@ -18,6 +18,7 @@ from retention_gates.gates.families import full_attention_layers, key_value_head
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
 
+LONG_PROMPT, CHUNK = 32_768, 4096  # tokens: a longer prompt is read so many at a time, unless the caller says
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
     "prompt_lookup_num_tokens": "prompt-lookup decoding",
@@ -73,7 +74,11 @@ class RetentionGateModel(BaseTuner):
         return self.model.get_decoder()(*args, **kwargs)[0]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's generate; refuses what cannot work with a cache that forgets."""
+        """As the base model's generate; refuses what cannot work with a cache that forgets.
+
+        With a bounded cache a prompt of more than 32,768 tokens is read in chunks of 4,096, each attending to what is
+        kept and to itself, so that memory does not grow with the prompt. `prefill_chunk_size` decides otherwise.
+        """
         configs = [kwargs.get("generation_config", *args[1:2]), self.model.generation_config]  # its second argument
 
         def option(name: str) -> Any:
@@ -96,6 +101,9 @@ class RetentionGateModel(BaseTuner):
                 "out (of model.generation_config too) and pass past_key_values=BoundedCache(model, memory_size=...), "
                 "or generate under model.disable_adapter()."
             )
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", next(iter(args), None)))
+        if bounded and isinstance(prompt, torch.Tensor) and option("prefill_chunk_size") is None:
+            kwargs["prefill_chunk_size"] = default_chunk(prompt.shape[1])
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -334,6 +342,11 @@ class RetentionGateModel(BaseTuner):
         self.delete_adapter(adapter_name)
         if not self.peft_config:
             self.unload()
+
+
+def default_chunk(tokens: int) -> int | None:
+    """Tokens of a prompt to read at a time, or None to read all of it at once."""
+    return CHUNK if tokens > LONG_PROMPT else None
 
 
 def find_gated_model(model: nn.Module) -> RetentionGateModel:

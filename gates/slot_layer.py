@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from retention_gates.gates.chunk_attention import attend_in_blocks, attend_without_mask, even_counts
 from retention_gates.gates.eviction_rule import EvictionRule, Span
-from retention_gates.gates.masked_attention import masked_attention
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.kernels.gate_evict import chunk_evict, gate_evict
@@ -209,29 +209,20 @@ class SlotLayer(RuledLayer):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Each token attends to all held entries, and to the chunk up to itself."""
-        heads, tokens = key.shape[1:3]
-        group = query.shape[1] // heads
-        if self.is_empty and not is_padded and softcap is None and sinks is None:
+        is_plain = not is_padded and softcap is None and sinks is None
+        if self.is_empty and is_plain:
             # what transformers does without a cache, so that a prompt gives what it gives there
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril()
-        visible_chunk = causal & (positions >= 0)[:, None, None]  # [B, 1, T, T]
-        outputs = []
-        for head in range(heads):  # one at a time: budgets differ
-            own = slice(0, 0) if self.is_empty else slice(self.head_offsets[head], self.head_offsets[head + 1])
-            held = (self.slot_positions[:, own] >= 0)[:, None, None].expand(-1, -1, tokens, -1)
-            queries = slice(head * group, (head + 1) * group)
-            output = masked_attention(
-                query[:, queries],
-                torch.cat([self.keys[:, None, own], key[:, head : head + 1]], dim=2),
-                torch.cat([self.values[:, None, own], value[:, head : head + 1]], dim=2),
-                torch.cat([held, visible_chunk], dim=3),
-                scale=scale,
-                softcap=softcap,
-                sinks=None if sinks is None else sinks[queries],
+            enable_gqa = query.shape[1] > key.shape[1]
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
             )
-            outputs.append(output)
-        return torch.cat(outputs, dim=1)
+        slots = None if self.is_empty else (self.keys, self.values, self.slot_positions)
+        chunk = key, value, positions
+        if slots is not None and is_plain and query.is_cuda:
+            counts = even_counts(self.slot_positions, self.head_offsets)
+            if counts is not None:
+                return attend_without_mask(query, slots, chunk, self.head_offsets, counts, scale=scale)
+        return attend_in_blocks(query, slots, chunk, self.head_offsets, scale=scale, softcap=softcap, sinks=sinks)
 
     def restore(self, state: dict[str, torch.Tensor], columns: int) -> None:
         """Takes over the tensors of `row_state`, of any number of rows, as after so many columns read in one pass."""

@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="uniform, calibrated, pyramid or adaptive (default: calibrated if the adapter has been, else uniform)",
     )
     parser.add_argument(
-        "--prefill-chunk-size", type=int, metavar="T", help="tokens of the prompt read at a time (default: all)"
+        "--prefill-chunk-size",
+        type=int,
+        metavar="T",
+        help="tokens of the prompt read at a time (default: all, or 4096 beyond 32768)",
     )
     parser.add_argument(
         "--memory", metavar="FILE", help="a memory to go on from, of the same model and adapter; it brings its options"
@@ -99,24 +102,19 @@ def main(options: argparse.Namespace) -> None:
         is_answered=options.save_memory is None,
     )
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
-    asked = {"memory_size": options.memory_size, "policy": options.policy, "budgets": options.budgets}
     if options.memory is not None:
+        asked = {"memory_size": options.memory_size, "policy": options.policy, "budgets": options.budgets}
         cache = BoundedCache.load(model, options.memory, **asked)
     else:
-        asked |= {"memory_size": options.memory_size or MEMORY_SIZE, "policy": policy}
-        cache = BoundedCache(model, seed=options.seed, **asked)
+        size = MEMORY_SIZE if options.memory_size is None else options.memory_size
+        cache = BoundedCache(model, size, policy=policy, budgets=options.budgets, seed=options.seed)
     past = int(cache.get_seq_length())
     inputs = torch.tensor([ids], device=model.device)
     if options.save_memory is not None:
-        step = options.prefill_chunk_size or len(ids)
-        with torch.no_grad():
-            for chunk in inputs.split(step, dim=1):
-                model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
+        read_text(model, cache, inputs, options.prefill_chunk_size)
         cache.save(options.save_memory)
-        print(
-            f"{options.save_memory} holds {past + len(ids)} tokens read; {_held(cache, past + len(ids))}",
-            file=sys.stderr,
-        )
+        seen = past + len(ids)
+        print(f"{options.save_memory} holds {seen} tokens read; {_held(cache, seen)}", file=sys.stderr)
         return
     settings: dict[str, Any] = {**GREEDY}
     if options.temperature > 0:
@@ -173,11 +171,11 @@ def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_s
     """Lets the cache read tokens [B, T], some at a time, without making any."""
     import torch
 
-    from retention_gates.gates.model import find_gated_model
+    from retention_gates.gates.model import default_chunk, find_gated_model
 
-    gated = find_gated_model(model)
+    gated, tokens = find_gated_model(model), inputs.shape[1]
     with torch.no_grad():
-        for chunk in inputs.split(chunk_size or inputs.shape[1], dim=1):
+        for chunk in inputs.split(chunk_size or default_chunk(tokens) or tokens, dim=1):
             gated(input_ids=chunk, past_key_values=cache, use_cache=True, last_hidden_state_only=True)
 
 
