@@ -204,6 +204,11 @@ class BoundedCache(EvictingCache):
     Every KV head keeps the entries that its gate gives the longest life, in slots allocated at the first token and
     never more. One cache serves one batch, over as many calls as a conversation has turns; `reset` starts anew.
 
+    A sequence may have 2^24 tokens, evicted ones included; the next is refused. Positions go on counting, and RoPE
+    with them: transformers computes its angles for any position in fp32, off by up to position * frequency / 2^24
+    radians (0.06 after a million tokens), and as the model's rope_type says beyond the lengths it was trained on. Keys
+    stay turned as they were when they entered.
+
     Method: TRIM-KV, "Cache What Lasts", arXiv 2512.03324.
 
     Args:

@@ -19,6 +19,7 @@ from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
 
 LONG_PROMPT, CHUNK = 32_768, 4096  # tokens: a longer prompt is read so many at a time, unless the caller says
+DROPS_CACHE = ("phi3", "phi4_multimodal")  # whose generate forgets the cache where RoPE changes its frequencies
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
     "prompt_lookup_num_tokens": "prompt-lookup decoding",
@@ -102,9 +103,22 @@ class RetentionGateModel(BaseTuner):
                 "or generate under model.disable_adapter()."
             )
         prompt = kwargs.get("input_ids", kwargs.get("inputs", next(iter(args), None)))
-        if bounded and isinstance(prompt, torch.Tensor) and option("prefill_chunk_size") is None:
-            kwargs["prefill_chunk_size"] = default_chunk(prompt.shape[1])
+        if bounded and isinstance(prompt, torch.Tensor):
+            new = option("max_new_tokens") or max((option("max_length") or 0) - prompt.shape[1], 20)
+            self._refuse_dropped_cache(prompt.shape[1] + new)
+            if option("prefill_chunk_size") is None:
+                kwargs["prefill_chunk_size"] = default_chunk(prompt.shape[1])
         return self.model.generate(*args, **kwargs)
+
+    def _refuse_dropped_cache(self, tokens: int) -> None:
+        config = text_config(self.model)
+        limit = getattr(config, "original_max_position_embeddings", None)
+        if config.model_type in DROPS_CACHE and limit is not None and tokens > limit:
+            raise ValueError(
+                f"{tokens} tokens, prompt and new ones, pass {limit}, where generate of {config.model_type} models "
+                "drops the cache to read the text again; a bounded cache has evicted it. Generate fewer, or call "
+                "model(input_ids=..., past_key_values=cache) in a loop of your own."
+            )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's, with the gates off."""
