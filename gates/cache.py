@@ -24,7 +24,9 @@ from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
 from retention_gates.gates.memory_file import load_memory, save_memory
 from retention_gates.gates.model import find_gated_model
-from retention_gates.gates.policies import FeedbackPolicy, Policy, as_feedback, find_policy
+from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, as_feedback, find_policy
+from retention_gates.gates.pool import Pool
+from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.rotation import rotary_frequencies
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
@@ -69,7 +71,7 @@ class EvictingCache(Cache):
         self._model = weakref.ref(gated)  # a copy of the cache must not copy the model
         self._shape = (len(owners), config.num_key_value_heads)
         self.protected: tuple[Span, ...] = ((0, protected_tokens),)
-        is_shared = self.budgets_from == "adaptive"
+        is_shared, is_pooled = self.budgets_from == "adaptive", self.budgets_from == "global"
         if is_shared or reserved:
             chosen = as_feedback(chosen)
         needs_rotation = isinstance(chosen, FeedbackPolicy) and chosen.needs_rotation
@@ -77,10 +79,23 @@ class EvictingCache(Cache):
         layers: list[Any] = DynamicCache(config=text_config(gated.model)).layers
         for (layer, owner), row in zip(owners.items(), self._budgets(self.protected), strict=True):
             rule = EvictionRule(
-                chosen, tuple(row), buffer_size, self.protected, seed, layer, frequencies, is_shared, self.reserved
+                chosen,
+                tuple(row),
+                buffer_size,
+                self.protected,
+                seed,
+                layer,
+                frequencies,
+                is_shared,
+                self.reserved,
+                is_pooled,
             )
             layers[layer] = self.make_layer(rule, owner)
             _check_heads(rule)
+        if is_pooled and isinstance(chosen, ScoredPolicy):
+            pool = Pool(*self._shape, memory_size, buffer_size, chosen.linear_in_age)
+            for index, layer in enumerate(owners):
+                layers[layer].join(pool, index)
         super().__init__(layers=layers)
 
     @property
@@ -107,7 +122,7 @@ class EvictingCache(Cache):
                 f"memory_size={self.memory_size} must be at least {least}, for {least - 1} protected tokens and one "
                 "more: raise it, or protect, pin and reserve fewer tokens."
             )
-        if self.budgets_from in ("uniform", "adaptive"):
+        if self.budgets_from in ("uniform", "adaptive", "global"):
             return uniform_budgets(layers, heads, self.memory_size)
         if self.budgets_from == "pyramid":
             return pyramid_budgets(layers, heads, self.memory_size, least)
@@ -218,7 +233,8 @@ class BoundedCache(EvictingCache):
         budgets: "uniform"; "calibrated" (by the adapter's budget shares); "pyramid" (PyramidKV, less and less from the
             first layer to the last); "adaptive" (AdaKV: the KV heads of a layer hold memory_size entries each in the
             mean, divided anew at every eviction by who has the lowest priorities, and room is allocated for every
-            division); or the entries of every gated layer and KV head, [layers][heads]. None: "calibrated" if the
+            division); "global" (DBTrimKV: as adaptive, of all layers, in one pool with room for the mean; for policies
+            known ahead); or the entries of every gated layer and KV head, [layers][heads]. None: "calibrated" if the
             adapter has shares, else "uniform".
         protected_tokens: leading tokens of each row that are never evicted, counted in every head's budget. None: as
             many as the adapter was trained with, and none for the policy "sliding_window".
@@ -234,6 +250,8 @@ class BoundedCache(EvictingCache):
 
     @staticmethod
     def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        if rule.is_pooled:
+            return PoolLayer(rule, owner)
         return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
 
     @property
@@ -244,7 +262,8 @@ class BoundedCache(EvictingCache):
     def memory_bytes(self) -> int:
         """Bytes held now, by the slots and by the layers that transformers keeps."""
         return sum(
-            layer.memory_bytes() if isinstance(layer, SlotLayer) else _storage_bytes(layer) for layer in self.layers
+            layer.memory_bytes() if isinstance(layer, SlotLayer | PoolLayer) else _storage_bytes(layer)
+            for layer in self.layers
         )
 
     def fork(self) -> "BoundedCache":
@@ -312,7 +331,12 @@ def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int
 
 
 def _check_heads(rule: EvictionRule) -> None:
-    """Raises ValueError if the policy makes all heads of a layer evict alike and their budgets do not allow it."""
+    """Raises ValueError for budgets that the policy does not allow."""
+    if rule.is_pooled and not isinstance(rule.policy, ScoredPolicy):
+        raise ValueError(
+            f'budgets="global" compares the entries of all layers by a score known ahead, and policy='
+            f'{rule.policy.name!r} has none, or spans are reserved: choose budgets="uniform" or "adaptive".'
+        )
     if not isinstance(rule.policy, FeedbackPolicy) or not rule.policy.same_for_all_heads:
         return
     if rule.is_shared or len(set(rule.budgets)) > 1:

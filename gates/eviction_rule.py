@@ -30,6 +30,7 @@ class EvictionRule:
     frequencies: tuple[float, ...] = ()  # of the model's rotary embedding, for policies that need it
     is_shared: bool = False  # whether the heads of the layer move their budgets between them as they go
     reserved: tuple[Reserve, ...] = ()  # needs a policy that looks at what is held
+    is_pooled: bool = False  # whether the heads of all layers move their budgets between them
 
     def __post_init__(self) -> None:
         assert min(self.budgets) > self.kept_count, "a head must be able to hold a token beside those that it must"

@@ -15,6 +15,7 @@ import torch
 
 from retention_gates.gates.adapter_checks import HEADER_BYTES_PER_TENSOR, MOST_CONFIG_BYTES, read_header, shown
 from retention_gates.gates.eviction_rule import MOST_TOKENS
+from retention_gates.gates.pool import Pool
 
 FORMAT = 1
 METADATA_KEY = "retention_gates_memory"
@@ -131,14 +132,39 @@ def check_numbers(name: str, tensor: torch.Tensor) -> list[str]:
     return [f"{name} has NaN or infinite values"] if bool(wrong.any()) else []
 
 
-def check_slots(name: str, state: dict[str, torch.Tensor], offsets: Sequence[int], tokens: int) -> list[str]:
-    """What is wrong with where the entries of a layer are said to stand, `tokens` columns having been read."""
+def _check_columns(name: str, state: dict[str, torch.Tensor], tokens: int) -> list[str]:
     positions, start = state["slot_positions"], state["start"]  # [B, N], [B]
     if bool(((positions < -1) | (positions >= tokens)).any()):
         return [f"{name}.slot_positions are not all from -1 to {tokens - 1}"]
     if bool(((start < 0) | (start > tokens)).any()):
         return [f"{name}.start is not from 0 to {tokens}"]
-    held = positions.masked_fill(state["pending"], -1)
+    return []
+
+
+def check_pool(name: str, state: dict[str, torch.Tensor], pool: Pool, tokens: int) -> list[str]:
+    """What is wrong with where the entries of a pool are said to stand, `tokens` columns having been read."""
+    positions, owner = state["slot_positions"], state["owner"]  # [B, P]
+    problems = _check_columns(name, state, tokens)
+    owners = pool.layers * pool.heads
+    if problems or bool(((owner < 0) | (owner >= owners)).any()):
+        return problems or [f"{name}.owner is not from 0 to {owners - 1}"]
+    free = (positions < 0).sum(1)
+    of_layer = torch.where(positions >= 0, owner // pool.heads, pool.layers)
+    counts = torch.stack([(of_layer == layer).sum(1) for layer in range(pool.layers)])
+    if bool((free < owners).any()) or bool((counts > pool.most).any()):
+        return [f"{name} holds more entries than there is room for"]
+    entries = (positions * owners + owner).masked_fill(positions < 0, -1).sort(dim=1).values
+    if bool(((entries[:, 1:] == entries[:, :-1]) & (entries[:, 1:] >= 0)).any()):
+        return [f"{name} has a head that holds a position twice"]
+    return []
+
+
+def check_slots(name: str, state: dict[str, torch.Tensor], offsets: Sequence[int], tokens: int) -> list[str]:
+    """What is wrong with where the entries of a layer are said to stand, `tokens` columns having been read."""
+    problems = _check_columns(name, state, tokens)
+    if problems:
+        return problems
+    held = state["slot_positions"].masked_fill(state["pending"], -1)
     for first, stop in pairwise(offsets):
         own = held[:, first:stop].sort(dim=1).values
         if bool((own[:, 0] >= 0).any()):

@@ -25,6 +25,7 @@ from retention_gates.gates.memory_checks import (
     METADATA_KEY,
     Description,
     check_numbers,
+    check_pool,
     check_shapes,
     check_slots,
     read_memory_header,
@@ -32,11 +33,13 @@ from retention_gates.gates.memory_checks import (
 )
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.policies import POLICIES, as_feedback
+from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.slot_layer import SlotLayer
 
 if TYPE_CHECKING:
     from retention_gates.gates.cache import BoundedCache
 
+OURS = (SlotLayer, PoolLayer)
 OF_TRANSFORMERS = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)  # the layers whose state is known
 
 
@@ -109,7 +112,7 @@ def _describe(cache: "BoundedCache", gated: RetentionGateModel) -> Description:
             "There is no whole memory to save: nothing has been read with this cache, or the last forward pass broke "
             "off. Read a text with it first, after cache.reset()."
         )
-    others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, SlotLayer)}
+    others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, OURS)}
     unknown = others - {kind.__name__ for kind in OF_TRANSFORMERS}
     if unknown:
         raise ValueError(
@@ -171,7 +174,7 @@ def _empty_like(
     kind: type["BoundedCache"], model: Any, said: Description, path: Any, header: dict[str, Any]
 ) -> "BoundedCache":
     """An empty cache as described, if the file is large enough for it."""
-    named = said.budgets_from == "adaptive"
+    named = said.budgets_from in ("adaptive", "global")
     cache = kind(
         model,
         said.memory_size,
@@ -188,7 +191,7 @@ def _empty_like(
         cache.budgets_from = said.budgets_from
     if cache.budgets != said.budgets:
         raise ValueError(f"{path} has budgets that {said.budgets_from!r} does not give: {AGAIN}.")
-    for layer in cache.gated_layers:  # before anything of that size is allocated
+    for layer in (one for one in cache.gated_layers if one.row_state):  # before anything of that size is allocated
         key = f"layers.{layer.rule.layer}.slot_positions"
         entry = header.get(key)
         if not isinstance(entry, dict) or entry.get("shape") != [said.rows, layer.slots] or entry["dtype"] != "I64":
@@ -212,8 +215,8 @@ def _state(cache: "BoundedCache") -> Iterator[tuple[str, torch.Tensor, Any]]:
 
 
 def _state_of(layer: Any) -> dict[str, torch.Tensor]:
-    if isinstance(layer, SlotLayer):
-        return {name: getattr(layer, name) for name in layer.row_state}
+    if isinstance(layer, OURS):
+        return layer.saved_state()
     found: dict[str, Any] = {name: getattr(layer, name, None) for name in ("keys", "values")}
     for name in ("conv_states", "recurrent_states"):
         states = getattr(layer, name, None)
@@ -238,9 +241,11 @@ def _fill(layer: Any, name: str, file: Any, said: Description, path: Any) -> Non
     problems = [problem for key, tensor in state.items() for problem in check_numbers(f"{name}.{key}", tensor)]
     if isinstance(layer, SlotLayer):
         problems += check_slots(name, state, layer.head_offsets, said.tokens)
+    if isinstance(layer, PoolLayer) and state:
+        problems += check_pool(name, state, layer.pool, said.tokens)
     refuse_memory(path, problems)
     state = {key: tensor.to(places[key], copy=True) for key, tensor in state.items()}
-    if isinstance(layer, SlotLayer):
+    if isinstance(layer, OURS):
         layer.restore(state, said.tokens)
         return
     for key, tensor in state.items():

@@ -166,6 +166,11 @@ class SimulatedCache(EvictingCache):
 
     @staticmethod
     def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        if rule.is_pooled:
+            raise ValueError(
+                'budgets="global" moves entries between layers, which a simulation layer by layer cannot follow: use '
+                'BoundedCache, or choose budgets="calibrated".'
+            )
         return SimulatedLayer(rule, owner)
 
     def __init__(self, *args: Any, **kwargs: Any):

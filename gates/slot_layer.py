@@ -224,6 +224,9 @@ class SlotLayer(RuledLayer):
                 return attend_without_mask(query, slots, chunk, self.head_offsets, counts, scale=scale)
         return attend_in_blocks(query, slots, chunk, self.head_offsets, scale=scale, softcap=softcap, sinks=sinks)
 
+    def saved_state(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self.row_state}
+
     def restore(self, state: dict[str, torch.Tensor], columns: int) -> None:
         """Takes over the tensors of `row_state`, of any number of rows, as after so many columns read in one pass."""
         for name, tensor in state.items():

@@ -117,6 +117,26 @@ def test_every_policy_comes_back(policy, model, tmp_path):
         assert torch.equal(one.positions(0), other.positions(0)) and torch.equal(one.positions(1), other.positions(1))
 
 
+def test_a_pool_comes_back_and_is_checked(model, tmp_path):
+    cache, path = read(model, budgets="global"), tmp_path / "memory"
+    cache.save(path)
+    loaded = BoundedCache.load(model, path, budgets="global")
+    for message, change in {
+        "owner is not from 0 to 7": put("layers.0.owner", (0, 0), 8),
+        "slot_positions are not all from": put("layers.0.slot_positions", (0, 0), 60),
+        "more entries than there is room for": lambda t, s: t["layers.0.slot_positions"][0].copy_(
+            torch.arange(104) // 2
+        ),
+        "holds a position twice": lambda t, s: (
+            t["layers.0.slot_positions"][0, :2].fill_(1),
+            t["layers.0.owner"].zero_(),
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            BoundedCache.load(model, changed(path, tmp_path, change))
+    assert torch.equal(answer(model, loaded), answer(model, cache))
+
+
 def test_left_padding_and_reserved_spans_come_back(model, tmp_path):
     cache = BoundedCache(model, memory_size=12, reserved=[(2, 9, 3)])
     mask = torch.ones(2, 30, dtype=torch.int64)
