@@ -27,6 +27,7 @@ from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, as_feedback, find_policy
 from retention_gates.gates.pool import Pool
 from retention_gates.gates.pool_layer import PoolLayer
+from retention_gates.gates.quantized_slots import STORED, QuantizedSlotLayer
 from retention_gates.gates.rotation import rotary_frequencies
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
@@ -35,8 +36,7 @@ from retention_gates.gates.slot_layer import SlotLayer
 class EvictingCache(Cache):
     """A cache whose gated layers evict by a rule; every other layer has the cache that transformers gives it."""
 
-    @staticmethod
-    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
         """The cache layer that follows the rule for the gated attention module `owner`."""
         raise NotImplementedError
 
@@ -51,6 +51,7 @@ class EvictingCache(Cache):
         buffer_size: int = 1,
         seed: int = 0,
         reserved: Sequence[Reserve] = (),
+        cache_dtype: str | None = None,
     ):
         gated = find_gated_model(model)
         config = gated.active_config
@@ -63,6 +64,7 @@ class EvictingCache(Cache):
         _check_integer("buffer_size", buffer_size, least=1)
         _check_integer("seed", seed, least=0, most=2**32 - 1)
         self.reserved = _checked_reserves(reserved)
+        self.cache_dtype = cache_dtype
         self.memory_size = memory_size
         self.budgets_from: str | Budgets
         self.budgets_from = ("calibrated" if config.budget_shares else "uniform") if budgets is None else budgets
@@ -90,8 +92,8 @@ class EvictingCache(Cache):
                 self.reserved,
                 is_pooled,
             )
-            layers[layer] = self.make_layer(rule, owner)
             _check_heads(rule)
+            layers[layer] = self.make_layer(rule, owner)
         if is_pooled and isinstance(chosen, ScoredPolicy):
             pool = Pool(*self._shape, memory_size, buffer_size, chosen.linear_in_age)
             for index, layer in enumerate(owners):
@@ -243,13 +245,27 @@ class BoundedCache(EvictingCache):
         reserved: spans with a budget of their own, (start, stop, entries): of the tokens start..stop-1, counted like
             pinned ones, every head keeps at least so many, the best ones, inside its budget. A prompt of several
             instructions can so be kept from forgetting one of them while all compete for the rest.
+        cache_dtype: "int8" or "fp8" (e4m3) holds keys and values in 8 bits, each entry with a scale of its own; for
+            policies known ahead. None: as the model makes them.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
     """
 
-    @staticmethod
-    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        if self.cache_dtype is not None:
+            if self.cache_dtype not in STORED:
+                raise ValueError(
+                    f"cache_dtype={self.cache_dtype!r} is unknown: choose {' or '.join(map(repr, STORED))}, or None "
+                    "for keys and values as the model makes them."
+                )
+            if rule.is_pooled or not isinstance(rule.policy, ScoredPolicy):
+                raise ValueError(
+                    f"cache_dtype={self.cache_dtype!r} goes with policies known ahead and budgets of each head, not "
+                    f"with policy={rule.policy.name!r} and budgets={self.budgets_from!r}, or reserved spans: leave it "
+                    "out."
+                )
+            return QuantizedSlotLayer(rule, owner, self.cache_dtype)
         if rule.is_pooled:
             return PoolLayer(rule, owner)
         return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
@@ -291,6 +307,7 @@ class BoundedCache(EvictingCache):
         memory_size: int | None = None,
         policy: str | None = None,
         budgets: str | None = None,
+        cache_dtype: str | None = None,
     ) -> "BoundedCache":
         """The cache that was saved in the file; it goes on as if the text had been read just now.
 
@@ -298,13 +315,15 @@ class BoundedCache(EvictingCache):
 
         Args:
             model: the model that the memory was made with, its gates included.
-            memory_size, policy, budgets: what the memory must have been made with; None takes what it was.
+            memory_size, policy, budgets, cache_dtype: what the memory must have been made with; None takes what it
+                was, so that a cache_dtype of None is not asked for.
 
         Raises:
             ValueError: for a memory of another model, other gates, other budgets or another dtype, naming both; and
                 for a file that is damaged or says what cannot be.
         """
-        return load_memory(cls, model, path, memory_size=memory_size, policy=policy, budgets_from=budgets)
+        wanted = {"memory_size": memory_size, "policy": policy, "budgets_from": budgets, "cache_dtype": cache_dtype}
+        return load_memory(cls, model, path, **wanted)
 
 
 def _storage_bytes(layer: Any) -> int:

@@ -21,7 +21,8 @@ FORMAT = 1
 METADATA_KEY = "retention_gates_memory"
 AGAIN = "read the text and save the memory again"
 MOST_TENSORS = 20_000
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+DTYPES |= {torch.bool: "BOOL", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Description:
     buffer_size: int
     seed: int
     layers: list[int]  # indices of the gated ones
-    dtype: str  # of keys and values
+    dtype: str  # of keys and values, as the model makes them
+    cache_dtype: str | None  # how they are stored, if otherwise
     rows: int
     tokens: int  # columns read
     format: int = FORMAT

@@ -34,6 +34,7 @@ from retention_gates.gates.memory_checks import (
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.policies import POLICIES, as_feedback
 from retention_gates.gates.pool_layer import PoolLayer
+from retention_gates.gates.quantized_slots import QuantizedSlotLayer
 from retention_gates.gates.slot_layer import SlotLayer
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _describe(cache: "BoundedCache", gated: RetentionGateModel) -> Description:
         seed=rule.seed,
         layers=[layer.rule.layer for layer in cache.gated_layers],
         dtype=str(first.dtype),
+        cache_dtype=cache.cache_dtype,
         rows=first.batch_size,
         tokens=first.columns,
     )
@@ -183,6 +185,7 @@ def _empty_like(
         protected_tokens=said.protected[0][1],
         buffer_size=said.buffer_size,
         seed=said.seed,
+        cache_dtype=said.cache_dtype,
         reserved=[cast(Any, tuple(one)) for one in said.reserved],
     )
     for span in said.protected[1:]:
@@ -239,6 +242,9 @@ def _fill(layer: Any, name: str, file: Any, said: Description, path: Any) -> Non
     places = {key: tensor.device for key, tensor in _state_of(layer).items()}
     state = {key: file.get_tensor(f"{name}.{key}") for key in places}
     problems = [problem for key, tensor in state.items() for problem in check_numbers(f"{name}.{key}", tensor)]
+    if isinstance(layer, QuantizedSlotLayer):
+        entries = {key: layer.read_back(state[key]) for key in ("keys", "values")}
+        problems += [problem for key, tensor in entries.items() for problem in check_numbers(f"{name}.{key}", tensor)]
     if isinstance(layer, SlotLayer):
         problems += check_slots(name, state, layer.head_offsets, said.tokens)
     if isinstance(layer, PoolLayer) and state:

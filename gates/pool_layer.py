@@ -40,6 +40,11 @@ class PoolLayer(RuledLayer):
         self.is_empty = self.is_attending = False
 
     @property
+    def entry_numbers(self) -> int:
+        """Numbers of an entry's key and value together."""
+        return self.pool.keys.shape[-1] + self.pool.values.shape[-1]
+
+    @property
     def slots(self) -> int:
         """The pool's, of which the first layer tells."""
         return self.pool.size if self.index == 0 else 0

@@ -185,8 +185,8 @@ class SlotLayer(RuledLayer):
             self.values,
             self.score,
             self.slot_positions,
-            key,
-            value,
+            self.to_store(key),
+            self.to_store(value),
             score,
             positions,
             self.seen - 1,
@@ -216,7 +216,9 @@ class SlotLayer(RuledLayer):
             return F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
             )
-        slots = None if self.is_empty else (self.keys, self.values, self.slot_positions)
+        slots = None
+        if not self.is_empty:
+            slots = self.read_back(self.keys), self.read_back(self.values), self.slot_positions
         chunk = key, value, positions
         if slots is not None and is_plain and query.is_cuda:
             counts = even_counts(self.slot_positions, self.head_offsets)
@@ -235,6 +237,19 @@ class SlotLayer(RuledLayer):
         self.seen.fill_(columns)
         self.columns, self.passes = columns, 1
         self.is_empty = self.is_attending = False
+
+    def to_store(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values [..., D] as the slots hold them."""
+        return x
+
+    def read_back(self, stored: torch.Tensor) -> torch.Tensor:
+        """The keys or values that slots hold, [..., D]."""
+        return stored
+
+    @property
+    def entry_numbers(self) -> int:
+        """Numbers of an entry's key and value together."""
+        return self.keys.shape[-1] + self.values.shape[-1]
 
     def positions(self, head: int) -> torch.Tensor:
         """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""

@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="uniform, calibrated, pyramid or adaptive (default: calibrated if the adapter has been, else uniform)",
     )
     parser.add_argument(
+        "--cache-dtype", metavar="KIND", help="int8 or fp8: keys and values in 8 bits (default: as the model has them)"
+    )
+    parser.add_argument(
         "--prefill-chunk-size",
         type=int,
         metavar="T",
@@ -103,11 +106,13 @@ def main(options: argparse.Namespace) -> None:
     )
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     if options.memory is not None:
-        asked = {"memory_size": options.memory_size, "policy": options.policy, "budgets": options.budgets}
-        cache = BoundedCache.load(model, options.memory, **asked)
+        names = ("memory_size", "policy", "budgets", "cache_dtype")
+        cache = BoundedCache.load(model, options.memory, **{name: getattr(options, name) for name in names})
     else:
         size = MEMORY_SIZE if options.memory_size is None else options.memory_size
-        cache = BoundedCache(model, size, policy=policy, budgets=options.budgets, seed=options.seed)
+        cache = BoundedCache(
+            model, size, policy=policy, budgets=options.budgets, seed=options.seed, cache_dtype=options.cache_dtype
+        )
     past = int(cache.get_seq_length())
     inputs = torch.tensor([ids], device=model.device)
     if options.save_memory is not None:
@@ -183,7 +188,7 @@ def full_cache_bytes(cache: "BoundedCache", tokens: int) -> int:
     """Keys and values that a full cache would hold after so many tokens of each row, other layers as they are."""
     size = cache.memory_bytes()
     for layer in cache.gated_layers:
-        widths = (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size()
+        widths = layer.entry_numbers * layer.dtype.itemsize
         size += layer.batch_size * tokens * len(layer.rule.budgets) * widths - layer.memory_bytes()
     return size
 
