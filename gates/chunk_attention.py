@@ -90,15 +90,17 @@ def attend_without_mask(
     held = (table.by_head(slots[2]) >= 0) & table.exists  # [B, H, S]
     in_order = (~held).to(torch.uint8).argsort(dim=2, stable=True)  # held ones first
     place = table.slot.expand_as(held).gather(2, in_order)  # [B, H, S]
+    rows = torch.arange(len(key), device=key.device)[:, None, None]
+    kept = [tensor[rows, place] for tensor in slots[:2]]  # [B, H, S, D]
     by_count: dict[int, list[int]] = {}
     for head, count in enumerate(counts):
         by_count.setdefault(count, []).append(head)
     output = query.new_empty(*query.shape[:3], value.shape[3])
     for count, members in by_count.items():
         own = slice(members[0], members[-1] + 1) if members == [*range(members[0], members[-1] + 1)] else members
-        index = place[:, own, :count].flatten(1)[..., None]  # [B, h * count, 1]
-        kept = [t.gather(1, index.expand(-1, -1, t.shape[2])).unflatten(1, (len(members), count)) for t in slots[:2]]
-        keys, values = (torch.cat([old, new[:, own]], dim=2) for old, new in zip(kept, (key, value), strict=True))
+        keys, values = (
+            torch.cat([old[:, own, :count], new[:, own]], dim=2) for old, new in zip(kept, (key, value), strict=True)
+        )
         queries = query.unflatten(1, (heads, group))[:, own].flatten(1, 2)  # [B, h * G, T, D]
         mask = causal_lower_right(queries.shape[2], keys.shape[2])
         found = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=group > 1)

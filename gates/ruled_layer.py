@@ -51,12 +51,20 @@ class RuledLayer(GatedCacheLayer):
                 "The last forward pass with this cache broke off in the middle, so that its layers do not agree: call "
                 "cache.reset() and start the sequence again."
             )
-        if self.columns + log_beta.shape[2] > MOST_TOKENS:
-            raise ValueError(
-                f"This cache has read {self.columns} tokens, and {log_beta.shape[2]} more would pass {MOST_TOKENS}, "
-                "beyond which ages are no whole numbers in fp32: call cache.reset() and start a new sequence."
-            )
         self.staged = (log_beta, padding_mask)
+
+    def count(self, tokens: int) -> None:
+        """Counts the columns of a pass on the host, where nobody has to wait for the device.
+
+        Raises:
+            ValueError: if the cache cannot count so far.
+        """
+        if self.columns + tokens > MOST_TOKENS:
+            raise ValueError(
+                f"This cache has read {self.columns} tokens, and {tokens} more would pass {MOST_TOKENS}, beyond which "
+                "ages are no whole numbers in fp32: call cache.reset() and start a new sequence."
+            )
+        self.columns += tokens
 
     def take_staged(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """log_beta [B, H, T] and the padding mask [B, S] or None of this forward pass; its last T columns are new.

@@ -4,8 +4,9 @@
     python recipes/bench/streaming.py --device cpu --tokens 50000  # a tiny model; about 4 minutes on one core
 
 Random weights; every token is the likeliest after the one before, one at a time. Each tenth of the stream is timed as
-a whole (on a CPU in CPU time), after a warm-up of a hundredth; "last" over "first" is the figure that has to stay at 1. Memory is what the
-cache holds and, on CUDA, what is allocated at most during the tenth; on a CPU, the peak of the process.
+a whole (on a CPU in CPU time), after a warm-up of a hundredth; "last" over "first" is the figure that has to stay at
+1. Memory is what the cache holds and, on CUDA, what is allocated at most during the tenth; on a CPU, the peak of the
+process.
 """
 
 import argparse
