@@ -53,18 +53,13 @@ class RuledLayer(GatedCacheLayer):
             )
         self.staged = (log_beta, padding_mask)
 
-    def count(self, tokens: int) -> None:
-        """Counts the columns of a pass on the host, where nobody has to wait for the device.
-
-        Raises:
-            ValueError: if the cache cannot count so far.
-        """
+    def check_count(self, tokens: int) -> None:
+        """Raises ValueError if so many tokens more are too many; known on the host, without asking the device."""
         if self.columns + tokens > MOST_TOKENS:
             raise ValueError(
                 f"This cache has read {self.columns} tokens, and {tokens} more would pass {MOST_TOKENS}, beyond which "
                 "ages are no whole numbers in fp32: call cache.reset() and start a new sequence."
             )
-        self.columns += tokens
 
     def take_staged(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """log_beta [B, H, T] and the padding mask [B, S] or None of this forward pass; its last T columns are new.
