@@ -22,9 +22,16 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retention_gates.gates.documents import document_ids_from
+from retention_gates.gates.window_layer import visible_places
 from retention_gates.kernels.retention_attention import retention_attention
 
 PREFIX = "retention_gates_"
+MASKS = {  # base implementation -> what it is told of the places [B, W] that one token sees
+    "sdpa": lambda visible, dtype: visible[:, None, None],
+    "eager": lambda visible, dtype: visible.new_zeros((), dtype=dtype).where(
+        visible[:, None, None], torch.finfo(dtype).min
+    ),
+}
 
 
 def gated_implementation(base_implementation: str | None) -> str:
@@ -104,6 +111,8 @@ def attention_forward(
 def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> torch.Tensor | None:
     """The 2-D padding mask as it is for full attention, so that nothing [T, T] is built; the base's for the rest."""
     if kwargs.get("local_size") is not None:
+        if (visible := visible_places.get()) is not None:
+            return MASKS[base_implementation](visible, kwargs["dtype"])
         return ALL_MASK_ATTENTION_FUNCTIONS[base_implementation](*args, **kwargs)
     if kwargs.get("use_vmap"):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from retention_gates.gates.budgets import (
     BUDGETS,
@@ -19,6 +19,7 @@ from retention_gates.gates.budgets import (
     pyramid_budgets,
     uniform_budgets,
 )
+from retention_gates.gates.decode_graph import DecodeGraph
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
@@ -31,6 +32,7 @@ from retention_gates.gates.quantized_slots import STORED, QuantizedSlotLayer
 from retention_gates.gates.rotation import rotary_frequencies
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
+from retention_gates.gates.window_layer import WindowLayer
 
 
 class EvictingCache(Cache):
@@ -247,10 +249,22 @@ class BoundedCache(EvictingCache):
             instructions can so be kept from forgetting one of them while all compete for the rest.
         cache_dtype: "int8" or "fp8" (e4m3) holds keys and values in 8 bits, each entry with a scale of its own; for
             policies known ahead. None: as the model makes them.
+        graph: whether `generate` replays its decoding steps as one CUDA graph, recorded at the third; no effect on
+            other devices.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
     """
+
+    def __init__(self, model: nn.Module, memory_size: int, *, graph: bool = True, **options: Any):
+        if not isinstance(graph, bool):
+            raise ValueError(f"graph={graph!r} must be True or False.")
+        super().__init__(model, memory_size, **options)
+        self.decode_graph = DecodeGraph() if graph else None
+        kinds = getattr(text_config(find_gated_model(model).model), "layer_types", None) or ()
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicSlidingWindowLayer and "chunked_attention" not in kinds:
+                self.layers[index] = WindowLayer(layer.sliding_window)
 
     def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
         if self.cache_dtype is not None:
@@ -269,6 +283,30 @@ class BoundedCache(EvictingCache):
         if rule.is_pooled:
             return PoolLayer(rule, owner)
         return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for layer in self.layers:
+            states = _states(layer) if isinstance(layer, LinearAttentionLayer) else []
+            layer.reorder_cache(beam_idx)
+            for where, name, tensor in states:  # where a recorded step finds them
+                where[name] = tensor.copy_(where[name])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._forget_graph()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._forget_graph()
+
+    def pin(self, start: int, stop: int) -> None:
+        super().pin(start, stop)
+        self._forget_graph()
+
+    def _forget_graph(self) -> None:
+        """Frees a recording that reads slots or a rule of before."""
+        if self.decode_graph is not None:
+            self.decode_graph.forget()
 
     @property
     def slots(self) -> int:
@@ -332,6 +370,12 @@ def _storage_bytes(layer: Any) -> int:
     held += [value for states in vars(layer).values() if isinstance(states, dict) for value in states.values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _states(layer: LinearAttentionLayer) -> list[tuple[dict, int, torch.Tensor]]:
+    """Where the layer keeps its tensors: dict, key and tensor."""
+    kinds = (layer.conv_states, layer.recurrent_states)
+    return [(states, key, state) for states in kinds for key, state in states.items() if state is not None]
 
 
 def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int) -> Budgets:

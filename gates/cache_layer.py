@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
+from retention_gates.kernels.gate_evict import GateOutput
+
 
 class GatedCacheLayer(CacheLayerMixin):
     """A cache layer that decides itself which entries a query sees.
@@ -14,13 +16,15 @@ class GatedCacheLayer(CacheLayerMixin):
     `stage`, transformers' `Cache.update` calls `update`, and the registered attention function calls `attend`.
     """
 
+    finishes_gate = False  # whether `stage` takes one token's gate without its output layer
+
     @abstractmethod
-    def stage(self, module: nn.Module, log_beta: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
+    def stage(self, module: nn.Module, log_beta: torch.Tensor | GateOutput, padding_mask: torch.Tensor | None) -> None:
         """Takes what `update` does not get.
 
         Args:
             module: the wrapper that calls; a cache belongs to one model.
-            log_beta: [B, H, T] fp32, as the gate gave it.
+            log_beta: [B, H, T] fp32, as the gate gave it, or of one token what is left of the gate to compute.
             padding_mask: [B, S] bool, False for padding, S >= T; its last T columns are the new tokens, those before
                 them the past. None if all are real.
         """

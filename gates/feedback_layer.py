@@ -7,7 +7,7 @@ from retention_gates.gates import feedback
 from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
 from retention_gates.gates.slot_layer import STATE, SlotLayer
-from retention_gates.kernels.gate_evict import enter_token, place_chunk, slot_table
+from retention_gates.kernels.gate_evict import GateOutput, enter_token, place_chunk, slot_table
 from retention_gates.kernels.slot_attention import entry_weights, slot_attention
 
 QUERIES = 128  # of a chunk whose weights exist at a time, HQ x QUERIES x (slots + chunk) fp32 numbers per row
@@ -46,6 +46,15 @@ class FeedbackSlotLayer(SlotLayer):
             self.state = torch.zeros(*shape, self.policy.state_width(key_states.shape[-1]), device=self.device)
             self.head_state = torch.zeros(self.batch_size, len(self.rule.budgets), 0, device=self.device)
             self.priority = torch.full(shape if self.rule.interval > 1 else (0, 0), float("inf"), device=self.device)
+
+    def _take_token(
+        self,
+        log_beta: torch.Tensor | GateOutput,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+    ) -> None:
+        self._take_chunk(log_beta, key, value, padding_mask)
 
     def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
         barred = torch.zeros_like(new.log_beta).masked_fill(is_protected, float("inf"))
@@ -93,6 +102,7 @@ class FeedbackSlotLayer(SlotLayer):
             softcap=softcap,
             sinks=sinks,
             received=received,
+            arrivals=self.arrivals,
         )
         is_real, is_padded = self.token
         held = Held(

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from retention_gates.gates.config import RetentionGateConfig
+from retention_gates.kernels.gate_evict import GateOutput
 
 
 class RetentionGate(nn.Module):
@@ -26,8 +27,25 @@ class RetentionGate(nn.Module):
         """Parameter name -> shape, as a gate of these sizes has them, without building one."""
         raise NotImplementedError
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> [B, T, H]
+    output: nn.Linear
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> [B, T, W], what the output layer reads
         raise NotImplementedError
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> [B, T, H]
+        return self.output(self.features(x))
+
+    @property
+    def can_be_finished_elsewhere(self) -> bool:
+        """Whether the output layer can be read; ZeRO-3 shows a partitioned one in its own call only."""
+        return self.output.weight.ndim == 2
+
+    def unfinished(self, hidden_states: torch.Tensor) -> GateOutput:
+        """All but the output layer for one token per row [B, 1, C]: a cache's kernel can do the rest."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            features = self.features(hidden_states.float())[:, 0]
+        weight, bias = (x.to(features.device) for x in (self.output.weight, self.output.bias))  # of a shared layer
+        return GateOutput(features, weight, bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden states [B, T, C] -> log_beta [B, H, T], fp32, below 0."""
@@ -57,8 +75,8 @@ class MLPGate(RetentionGate):
     def shapes(hidden_size: int, heads: int, width: int) -> dict[str, list[int]]:
         return _linear("hidden", width, hidden_size) | _linear("output", heads, width)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self.output(self.activation(self.hidden(x)))
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.hidden(x))
 
 
 class TiedMLPGate(RetentionGate):
@@ -85,8 +103,11 @@ class TiedMLPGate(RetentionGate):
             _linear("hidden", width, hidden_size) | _linear("middle", width, width) | _linear("output", heads, width)
         )
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.middle(self.activation(self.hidden(x))))
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.activation(self.middle(self.activation(self.hidden(x))))
+        x = self.features(x)
         output = self.output  # on the device of one layer, where the layers are on several
         return F.linear(x, output.weight.to(x.device), output.bias.to(x.device))
 
@@ -103,8 +124,8 @@ class LinearGate(RetentionGate):
     def shapes(hidden_size: int, heads: int, width: int) -> dict[str, list[int]]:
         return _linear("output", heads, hidden_size)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self.output(x)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 GATES: dict[str, type[RetentionGate]] = {"mlp": MLPGate, "linear": LinearGate, "tied_mlp": TiedMLPGate}

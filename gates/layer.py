@@ -90,8 +90,10 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         layer = self.base_layer.layer_idx
         cache_layer = cache.layers[layer] if layer < len(cache.layers) else None
         if isinstance(cache_layer, GatedCacheLayer):
+            finishes = cache_layer.finishes_gate and hidden_states.shape[1] == 1 and gate.can_be_finished_elsewhere
             with torch.no_grad():
-                cache_layer.stage(self, gate(hidden_states), None if padding_mask is None else padding_mask.bool())
+                log_beta = gate.unfinished(hidden_states) if finishes else gate(hidden_states)
+                cache_layer.stage(self, log_beta, None if padding_mask is None else padding_mask.bool())
             return self.base_layer(hidden_states, *args, cache_layer=cache_layer, **kwargs)
         if any(isinstance(other, GatedCacheLayer) for other in cache.layers):
             raise ValueError(

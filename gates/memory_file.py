@@ -36,12 +36,14 @@ from retention_gates.gates.policies import POLICIES, as_feedback
 from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.quantized_slots import QuantizedSlotLayer
 from retention_gates.gates.slot_layer import SlotLayer
+from retention_gates.gates.window_layer import WindowLayer
 
 if TYPE_CHECKING:
     from retention_gates.gates.cache import BoundedCache
 
 OURS = (SlotLayer, PoolLayer)
-OF_TRANSFORMERS = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)  # the layers whose state is known
+# the other layers whose state is known
+OF_TRANSFORMERS = (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer, LinearAttentionLayer)
 
 
 def save_memory(cache: "BoundedCache", gated: RetentionGateModel, path: str | os.PathLike) -> None:
@@ -232,7 +234,9 @@ def _shape(key: str, tensor: torch.Tensor, layer: Any, said: Description) -> lis
     shape = [said.rows, *tensor.shape[1:]]
     if isinstance(layer, DynamicLayer):
         shape[-2] = said.tokens
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if isinstance(layer, WindowLayer):
+        shape[-2] = layer.sliding_window
+    elif isinstance(layer, DynamicSlidingWindowLayer):
         shape[-2] = min(said.tokens, layer.sliding_window - 1)
     return shape
 
@@ -262,6 +266,9 @@ def _fill(layer: Any, name: str, file: Any, said: Description, path: Any) -> Non
             setattr(layer, attribute, tensor)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = said.tokens
+    if isinstance(layer, WindowLayer):
+        layer.batch_size = said.rows
+        layer.seen.fill_(said.tokens)
 
 
 def _fingerprint(gated: RetentionGateModel) -> str:

@@ -108,7 +108,14 @@ class RetentionGateModel(BaseTuner):
             self._refuse_dropped_cache(prompt.shape[1] + new)
             if option("prefill_chunk_size") is None:
                 kwargs["prefill_chunk_size"] = default_chunk(prompt.shape[1])
-        return self.model.generate(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if (graph := getattr(cache, "decode_graph", None)) is None:
+            return self.model.generate(*args, **kwargs)
+        names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+        prompt = [*args[:1], *(kwargs.get(name) for name in names)]
+        columns = max((given.shape[1] for given in prompt if given is not None), default=1)
+        with graph.attached(self.model, cache, columns):
+            return self.model.generate(*args, **kwargs)
 
     def _refuse_dropped_cache(self, tokens: int) -> None:
         config = text_config(self.model)

@@ -75,6 +75,7 @@ class PoolLayer(RuledLayer):
             )
         self.keys, self.values = pool.keys, pool.values  # where they are, for who counts bytes
         assert isinstance(self.rule.policy, ScoredPolicy)
+        assert isinstance(log_beta, torch.Tensor)
         new = self.rule.new_tokens(log_beta, key_states, value_states, pool.offset)
         is_protected = self.rule.is_protected(pool.offset)[:, None]
         self.score = self.rule.policy.score(new).masked_fill(is_protected, float("inf"))

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from retention_gates.gates.eviction_rule import EvictionRule
-from retention_gates.gates.policies import NewTokens, ScoredPolicy
+from retention_gates.gates.policies import ScoredPolicy
 from retention_gates.gates.slot_layer import SlotLayer
-from retention_gates.kernels.gate_evict import naive
+from retention_gates.kernels.gate_evict import GateOutput, naive
 from retention_gates.kernels.slot_attention import slot_attention
 
 SCALE_BYTES = 4  # fp32
@@ -45,6 +45,7 @@ class QuantizedSlotLayer(SlotLayer):
     def __init__(self, rule: EvictionRule, owner: nn.Module, cache_dtype: str):
         super().__init__(rule, owner)
         self.cache_dtype = cache_dtype
+        self.finishes_gate = False  # which only the fused kernel does
 
     @property
     def entry_numbers(self) -> int:
@@ -54,26 +55,35 @@ class QuantizedSlotLayer(SlotLayer):
         super().lazy_initialization(*(pack(x[:, :, :1], self.cache_dtype) for x in (key_states, value_states)))
         self.dtype = key_states.dtype
 
-    def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
-        assert isinstance(self.rule.policy, ScoredPolicy)
-        if positions.shape[1] > 1:
-            super()._take_in(new, positions, is_protected, is_padded)
-            return
+    def _take_token(
+        self,
+        log_beta: torch.Tensor | GateOutput,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+    ) -> None:
+        policy = self.rule.policy
+        assert isinstance(policy, ScoredPolicy) and isinstance(log_beta, torch.Tensor)
+        offset = self.seen - self.start
+        if padding_mask is not None:  # a row begins later if this token is padding
+            offset = offset - (~padding_mask[:, -1] & (offset == 0)).long()
         naive.gate_evict(
             self.keys,
             self.values,
             self.score,
             self.slot_positions,
             self.pending,
-            pack(new.key, self.cache_dtype),
-            pack(new.value, self.cache_dtype),
-            self.rule.policy.score(new).masked_fill(is_protected, float("inf"))[:, :, 0],
-            positions[:, 0],
+            self.start,
             self.seen,
+            pack(key, self.cache_dtype),
+            pack(value, self.cache_dtype),
+            policy.score(self.rule.new_tokens(log_beta, key, value, offset[:, None]))[:, :, 0],
             self.head_offsets,
-            linear_in_age=self.rule.policy.linear_in_age,
+            linear_in_age=policy.linear_in_age,
             buffer_size=self.rule.buffer_size,
             recent=self.recent,
+            protected=self.protected,
+            padding_mask=padding_mask,
         )
 
     def _attend_token(

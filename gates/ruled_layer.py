@@ -9,6 +9,7 @@ from torch import nn
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.eviction_rule import MOST_TOKENS, EvictionRule
 from retention_gates.gates.policies import FeedbackPolicy
+from retention_gates.kernels.gate_evict import GateOutput
 
 
 class RuledLayer(GatedCacheLayer):
@@ -25,7 +26,7 @@ class RuledLayer(GatedCacheLayer):
         self.owner = weakref.ref(owner)  # a copy of the cache must not copy the model
         self.is_empty = True  # known without asking the device
         self.is_attending = False
-        self.staged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.staged: tuple[torch.Tensor | GateOutput, torch.Tensor | None] | None = None
         self.adapter = getattr(owner, "active_gate_name", None)
         self.passes = 0  # forward passes begun, counted without asking the device
         self.columns = 0  # read so far, counted like that
@@ -35,7 +36,7 @@ class RuledLayer(GatedCacheLayer):
         assert self.is_empty or budgets == self.rule.budgets
         self.rule = replace(self.rule, budgets=budgets, protected=protected)
 
-    def stage(self, module: nn.Module, log_beta: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
+    def stage(self, module: nn.Module, log_beta: torch.Tensor | GateOutput, padding_mask: torch.Tensor | None) -> None:
         if module is not self.owner():
             raise ValueError(
                 "This cache was made for another model, and a cache holds the keys of one: make one for this model, "
@@ -61,8 +62,10 @@ class RuledLayer(GatedCacheLayer):
                 "ages are no whole numbers in fp32: call cache.reset() and start a new sequence."
             )
 
-    def take_staged(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """log_beta [B, H, T] and the padding mask [B, S] or None of this forward pass; its last T columns are new.
+    def take_staged(self) -> tuple[torch.Tensor | GateOutput, torch.Tensor | None]:
+        """What was staged for this forward pass: log_beta [B, H, T] or a gate to finish, and the padding mask or None.
+
+        The mask is [B, S], and its last T columns are new.
 
         Raises:
             ValueError: if no gate ran, and if the policy needs an instruction that nobody pinned.

@@ -57,6 +57,7 @@ class SimulatedLayer(RuledLayer):
                 "the rows once for each."
             )
         log_beta, valid = self.take_staged()  # the whole sequence is new
+        assert isinstance(log_beta, torch.Tensor)
         self.lazy_initialization(key_states, value_states)
         offset = torch.arange(tokens, device=self.device).expand(batch, tokens)
         if valid is not None:

@@ -12,8 +12,8 @@ from retention_gates.gates.chunk_attention import attend_in_blocks, attend_witho
 from retention_gates.gates.eviction_rule import EvictionRule, Span
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
-from retention_gates.kernels.gate_evict import chunk_evict, gate_evict
-from retention_gates.kernels.slot_attention import slot_attention
+from retention_gates.kernels.gate_evict import GateOutput, chunk_evict, drop_padding, gate_evict
+from retention_gates.kernels.slot_attention import LONGEST_RUN, Run, slot_attention
 
 STATE = ("keys", "values", "score", "slot_positions", "pending", "start")  # one row per sequence of the batch
 
@@ -24,7 +24,8 @@ class SlotLayer(RuledLayer):
     Head h owns slots head_offsets[h]:head_offsets[h + 1] of N, its budget + buffer_size. State, allocated once, at the
     first token: keys [B, N, D]; values [B, N, Dv]; score [B, N] fp32, inf for protected entries; slot_positions [B, N]
     int64, the column of the sequence, -1 for empty; pending [B, N], evicted after the last step and overwritten next;
-    seen [], columns so far; start [B], the column of the first real token.
+    seen [], columns so far; start [B], the column of the first real token. With fused kernels, a token is one launch
+    that writes it and marks the next victims, and one that attends.
     """
 
     keys: torch.Tensor
@@ -39,6 +40,7 @@ class SlotLayer(RuledLayer):
         super().__init__(rule, owner)
         self.chunk: Any = None  # what `update` leaves to `attend` of several tokens
         self.head_offsets = self._offsets()
+        self.finishes_gate = isinstance(rule.policy, ScoredPolicy) and rule.policy.is_log_beta
 
     @property
     def row_state(self) -> tuple[str, ...]:
@@ -65,8 +67,18 @@ class SlotLayer(RuledLayer):
             self.pending = torch.zeros(shape, dtype=torch.bool, device=self.device)
             self.start = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
-            self.recent = self.rule.recent(self.device)
+            self._allocate_counters()
+            self._read_rule()
         self.is_initialized = True
+
+    def _allocate_counters(self) -> None:
+        heads = len(self.rule.budgets)
+        self.arrivals = torch.zeros(self.batch_size, heads, dtype=torch.int32, device=self.device)
+
+    def _read_rule(self) -> None:
+        """What the rule says, as tensors on the device."""
+        self.recent = self.rule.recent(self.device)
+        self.protected = torch.tensor(self.rule.protected, dtype=torch.int64, device=self.device).view(-1, 2)
 
     @torch.no_grad()
     def update(
@@ -77,10 +89,60 @@ class SlotLayer(RuledLayer):
         self.columns += key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        tokens = key_states.shape[2]
+        take = self._take_token if key_states.shape[2] == 1 else self._take_chunk
+        take(log_beta, key_states, value_states, padding_mask)
+        return key_states, value_states
+
+    def _take_token(
+        self,
+        log_beta: torch.Tensor | GateOutput,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+    ) -> None:
+        """Enters one token and marks the next victims. Nothing here waits for the device."""
+        policy = self.rule.policy
+        assert isinstance(policy, ScoredPolicy)
+        if policy.is_log_beta:
+            score = log_beta if isinstance(log_beta, GateOutput) else log_beta[:, :, 0]
+        else:
+            assert isinstance(log_beta, torch.Tensor)
+            offset = self.seen - self.start
+            if padding_mask is not None:  # a row begins later if this token is padding
+                offset = offset - (~padding_mask[:, -1] & (offset == 0)).long()
+            score = policy.score(self.rule.new_tokens(log_beta, key, value, offset[:, None]))[:, :, 0]
+        gate_evict(
+            self.keys,
+            self.values,
+            self.score,
+            self.slot_positions,
+            self.pending,
+            self.start,
+            self.seen,
+            key,
+            value,
+            score,
+            self.head_offsets,
+            linear_in_age=policy.linear_in_age,
+            buffer_size=self.rule.buffer_size,
+            recent=self.recent,
+            protected=self.protected,
+            padding_mask=padding_mask,
+        )
+
+    def _take_chunk(
+        self,
+        log_beta: torch.Tensor | GateOutput,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+    ) -> None:
+        """Says where the tokens stand, for `_take_in`."""
+        assert isinstance(log_beta, torch.Tensor)
+        tokens = key.shape[2]
         valid = None if padding_mask is None else padding_mask[:, -tokens:]
         if padding_mask is not None and not self.is_empty:
-            self._drop_padding(padding_mask[:, :-tokens])
+            drop_padding(self.slot_positions, padding_mask[:, :-tokens])
         columns = (self.seen + torch.arange(tokens, device=self.device)).expand(self.batch_size, tokens)
         positions = columns
         if valid is not None:
@@ -91,14 +153,13 @@ class SlotLayer(RuledLayer):
         if tokens > 1:
             self.slot_positions.masked_fill_(self.pending, -1)
             self.pending.zero_()
-        new = self.rule.new_tokens(log_beta, key_states, value_states, offset)
+        new = self.rule.new_tokens(log_beta, key, value, offset)
         is_padded = valid is not None and (tokens == 1 or not bool(valid.all()))
         self._take_in(new, positions, self.rule.is_protected(offset)[:, None], is_padded)
         self.seen += tokens
-        return key_states, value_states
 
     def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
-        """Enters one token and marks the next victims, or leaves several to `attend`.
+        """Leaves several tokens to `attend`.
 
         Args:
             positions: [B, T], -1 for padding; is_protected: bool, [B, 1, T].
@@ -106,34 +167,7 @@ class SlotLayer(RuledLayer):
         """
         assert isinstance(self.rule.policy, ScoredPolicy)
         score = self.rule.policy.score(new).masked_fill(is_protected, float("inf"))  # [B, H, T]
-        if positions.shape[1] > 1:
-            self.chunk = score, positions, is_padded
-            return
-        gate_evict(
-            self.keys,
-            self.values,
-            self.score,
-            self.slot_positions,
-            self.pending,
-            new.key,
-            new.value,
-            score[:, :, 0],
-            positions[:, 0],
-            self.seen,
-            self.head_offsets,
-            linear_in_age=self.rule.policy.linear_in_age,
-            buffer_size=self.rule.buffer_size,
-            recent=self.recent,
-        )
-
-    def _drop_padding(self, past: torch.Tensor) -> None:
-        """Empties slots of columns that the mask [B, past columns] has come to call padding.
-
-        A row that ends early is filled up with tokens that only the next turn's mask tells from real ones.
-        """
-        if past.shape[1]:
-            real = past.gather(1, self.slot_positions.clamp(0, past.shape[1] - 1))
-            self.slot_positions.masked_fill_(~real & (self.slot_positions < past.shape[1]), -1)
+        self.chunk = score, positions, is_padded
 
     def attend(
         self,
@@ -166,6 +200,7 @@ class SlotLayer(RuledLayer):
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            arrivals=self.arrivals,
         )
 
     def _attend_and_cut(
@@ -213,13 +248,21 @@ class SlotLayer(RuledLayer):
         is_plain = not is_padded and softcap is None and sinks is None
         if self.is_empty and is_plain:
             # what transformers does without a cache, so that a prompt gives what it gives there
-            enable_gqa = query.shape[1] > key.shape[1]
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
+            group = query.shape[1] // key.shape[1]
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
+        held = self.read_back(self.keys), self.read_back(self.values), self.slot_positions
+        if key.shape[2] <= LONGEST_RUN:
+            return slot_attention(
+                query,
+                *held,
+                self.head_offsets,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                run=Run(key, value, positions),
+                arrivals=self.arrivals,
             )
-        slots = None
-        if not self.is_empty:
-            slots = self.read_back(self.keys), self.read_back(self.values), self.slot_positions
+        slots = None if self.is_empty else held
         chunk = key, value, positions
         if slots is not None and is_plain and query.is_cuda:
             counts = even_counts(self.slot_positions, self.head_offsets)
@@ -235,6 +278,7 @@ class SlotLayer(RuledLayer):
         for name, tensor in state.items():
             setattr(self, name, tensor)
         self.batch_size = len(self.start)
+        self._allocate_counters()
         self.seen.fill_(columns)
         self.columns, self.passes = columns, 1
         self.is_empty = self.is_attending = False
@@ -287,7 +331,8 @@ class SlotLayer(RuledLayer):
         if self.head_offsets != before:
             self.is_initialized = False  # allocated anew at the next token
         if self.is_initialized:
-            self.recent = self.rule.recent(self.device)
+            with torch.inference_mode(False):
+                self._read_rule()
             for span in protected:
                 self.score.masked_fill_(self._held_inside(span), float("inf"))
 
@@ -295,7 +340,7 @@ class SlotLayer(RuledLayer):
         """Bytes held by the layer's tensors."""
         if not self.is_initialized:
             return 0
-        tensors = [getattr(self, name) for name in (*self.row_state, "seen")]
+        tensors = [getattr(self, name) for name in (*self.row_state, "seen", "arrivals", "protected")]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def get_seq_length(self) -> Any:
@@ -330,4 +375,5 @@ class SlotLayer(RuledLayer):
             with torch.inference_mode(False):
                 for name in self.row_state:
                     setattr(self, name, change(getattr(self, name)))
-            self.batch_size = len(self.start)
+                self.batch_size = len(self.start)
+                self._allocate_counters()

@@ -50,6 +50,7 @@ class ScoredPolicy(Policy):
 
     score: Callable[[NewTokens], torch.Tensor]  # -> [B, H, T] fp32
     linear_in_age: bool = False  # the priority is age * score rather than score
+    is_log_beta: bool = False  # whether the score is the gate's output itself, and nothing is left to compute
 
 
 @dataclass(frozen=True, kw_only=True)

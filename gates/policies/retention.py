@@ -13,4 +13,4 @@ def score(new: NewTokens) -> torch.Tensor:
     return new.log_beta
 
 
-RETENTION = ScoredPolicy(name="retention", linear_in_age=True, needs_gates=True, score=score)
+RETENTION = ScoredPolicy(name="retention", linear_in_age=True, is_log_beta=True, needs_gates=True, score=score)

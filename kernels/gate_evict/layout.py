@@ -1,6 +1,7 @@
 """The ragged row of a layer's slots: head h owns the slots from head_offsets[h] to head_offsets[h + 1]."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,3 +32,20 @@ def slot_table(head_offsets: tuple[int, ...], device: torch.device) -> SlotTable
     slot = offsets[:-1, None] + within.where(exists, 0)
     cell = exists.flatten().nonzero().squeeze(1)
     return SlotTable(*(tensor.to(device) for tensor in (slot, exists, cell, sizes)))
+
+
+class DeviceOffsets(NamedTuple):
+    """A layout as kernels read it."""
+
+    offsets: torch.Tensor  # [H + 1] int32
+    size: int  # slots of every head, 0 where they differ
+    largest: int  # slots of the longest head
+
+
+@cache
+def device_offsets(head_offsets: tuple[int, ...], device: torch.device) -> DeviceOffsets:
+    """Where the heads lie, for kernels. Kept for good: a captured graph reads the tensor for as long as it lives."""
+    sizes = [stop - start for start, stop in pairwise(head_offsets)]
+    with torch.inference_mode(False):
+        offsets = torch.tensor(head_offsets, dtype=torch.int32, device=device)
+    return DeviceOffsets(offsets, sizes[0] if len(set(sizes)) == 1 else 0, max(sizes))

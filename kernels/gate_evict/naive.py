@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from retention_gates.kernels.gate_evict.layout import slot_table
 
@@ -13,27 +14,56 @@ def gate_evict(
     score: torch.Tensor,
     positions: torch.Tensor,
     pending: torch.Tensor,
+    start: torch.Tensor,
+    seen: torch.Tensor,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
-    new_score: torch.Tensor,
-    new_position: torch.Tensor,
-    step: torch.Tensor,
+    new_score: torch.Tensor | None,
     head_offsets: tuple[int, ...],
     *,
     linear_in_age: bool,
     buffer_size: int = 1,
     recent: torch.Tensor | None = None,
+    protected: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    gate_hidden: torch.Tensor | None = None,
+    gate_weight: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
 ) -> None:
-    """Arguments and effect as in the package's `gate_evict`."""
+    """Arguments and effect as in the package's `gate_evict`; what it takes of a gate comes as three tensors."""
     table = slot_table(head_offsets, keys.device)
+    if new_score is None:
+        assert gate_hidden is not None and gate_weight is not None
+        new_score = F.logsigmoid(F.linear(gate_hidden.float(), gate_weight, gate_bias))
+    new_position = seen.expand(len(start))
+    if padding_mask is not None:
+        drop_padding(positions, padding_mask[:, :-1])
+        is_real = padding_mask[:, -1]
+        start += ~is_real & (start == seen)  # rows that have not begun yet
+        new_position = new_position.where(is_real, -1)
+    if protected is not None:
+        offset = (seen - start)[:, None]
+        is_protected = ((offset >= protected[:, 0]) & (offset < protected[:, 1])).any(1)
+        new_score = new_score.masked_fill(is_protected[:, None], float("inf"))
     positions.masked_fill_(pending, -1)
     entering = ((keys, new_key.squeeze(2)), (values, new_value.squeeze(2)), (score, new_score))
     held = enter_token(entering, positions, new_position, head_offsets)
     full = (held >= 0).sum(2) == table.sizes  # [B, H]
     victims = lowest(
-        _priority(table.by_head(score), held, step, linear_in_age, recent), held, full * buffer_size, buffer_size
+        _priority(table.by_head(score), held, seen, linear_in_age, recent), held, full * buffer_size, buffer_size
     )
     pending.copy_(table.ragged(victims))
+    seen += 1
+
+
+def drop_padding(positions: torch.Tensor, past: torch.Tensor) -> None:
+    """Empties the slots [B, N] of columns that the mask [B, past columns] has come to call padding.
+
+    A row that ends early is filled up with tokens that only the next turn's mask tells from real ones.
+    """
+    if past.shape[1]:
+        real = past.gather(1, positions.clamp(0, past.shape[1] - 1))
+        positions.masked_fill_(~real & (positions < past.shape[1]), -1)
 
 
 def enter_token(

@@ -1,9 +1,22 @@
-"""Attention of one new token over ragged slots. See README.md in this folder."""
+"""Attention of one new token, or of a short run of them, over ragged slots. See README.md in this folder."""
+
+from typing import NamedTuple
 
 import torch
 
 from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.slot_attention import naive
+
+LONGEST_RUN = 16  # tokens
+
+
+class Run(NamedTuple):
+    """New tokens that have no slots yet."""
+
+    key: torch.Tensor  # [B, H, n, D]
+    value: torch.Tensor  # [B, H, n, Dv]
+    positions: torch.Tensor  # int64 [B, n], -1 for padding
 
 
 def slot_attention(
@@ -17,11 +30,15 @@ def slot_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     received: torch.Tensor | None = None,
+    run: Run | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain softmax attention of one query per row over the slots its KV head holds, [B, HQ, 1, Dv] in query's dtype.
 
+    With a run, of its n queries over the slots and, each up to its own token, over the run: [B, HQ, n, Dv].
+
     Args:
-        query: [B, HQ, 1, D]; query head h reads the slots of KV head h // G.
+        query: [B, HQ, 1, D], or [B, HQ, n, D] with a run; query head h reads the slots of KV head h // G.
         keys: [B, N, D]; values: [B, N, Dv]. Empty slots may hold anything finite.
         positions: int64 [B, N], -1 for an empty slot. A head that holds nothing gives 0.
         head_offsets: H + 1 integers; head h owns the slots head_offsets[h]:head_offsets[h + 1].
@@ -29,15 +46,18 @@ def slot_attention(
         softcap: logits become softcap * tanh(q k * scale / softcap).
         sinks: [HQ], one more logit per query head in the softmax's denominator.
         received: fp32 [B, N] or None; is overwritten with what each slot received, the softmax weights summed over
-            the query heads of its KV head, 0 for empty slots.
+            the query heads of its KV head, 0 for empty slots. Not with a run.
+        run: keys, values and positions of up to 16 new tokens, which are not in the slots. None: the token is there.
+        arrivals: int32 [B, H] of zeros, or None; stays zeros. With it a fused call for one token is one launch instead
+            of two. Calls that may overlap in time need one each.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together.
     """
     heads, slots = len(head_offsets) - 1, head_offsets[-1]
-    if query.ndim != 4 or query.shape[2] != 1:
-        raise ValueError(f"query must be one token, [B, HQ, 1, D], not {list(query.shape)}.")
-    batch, query_heads, _, head_dim = query.shape
+    if query.ndim != 4 or (run is None and query.shape[2] != 1):
+        raise ValueError(f"query must be one token, [B, HQ, 1, D], not {list(query.shape)}, or come with its run.")
+    batch, query_heads, tokens, head_dim = query.shape
     if heads < 1 or query_heads == 0 or query_heads % heads:
         raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} KV heads.")
     check_shape("keys", keys, (batch, slots, head_dim), "[B, N, D]")
@@ -52,8 +72,21 @@ def slot_attention(
         check_shape("sinks", sinks, (query_heads,), "[HQ]")
     if received is not None:
         check_shape("received", received, (batch, slots), "[B, N]")
+        if received.dtype != torch.float32:
+            raise ValueError(f"received must be torch.float32, not {received.dtype}.")
+    if run is not None:
+        _check_run(run, query, heads, values.shape[2], received)
+        check_same_device("query", query, new_key=run.key, new_value=run.value, new_positions=run.positions)
+    if arrivals is not None:
+        check_shape("arrivals", arrivals, (batch, heads), "[B, H]")
+        if arrivals.dtype != torch.int32:
+            raise ValueError(f"arrivals must be torch.int32, not {arrivals.dtype}.")
     check_same_device("query", query, keys=keys, values=values, positions=positions, sinks=sinks, received=received)
-    return naive.slot_attention(
+    check_same_device("query", query, arrivals=arrivals)
+    form = naive.slot_attention
+    if use_fused("slot_attention", query):
+        from retention_gates.kernels.slot_attention.fused import slot_attention as form
+    return form(
         query,
         keys,
         values,
@@ -63,7 +96,23 @@ def slot_attention(
         softcap=softcap,
         sinks=sinks,
         received=received,
+        run=run,
+        arrivals=arrivals,
     )
+
+
+def _check_run(run: Run, query: torch.Tensor, heads: int, value_dim: int, received: torch.Tensor | None) -> None:
+    batch, _, tokens, head_dim = query.shape
+    if not 1 <= tokens <= LONGEST_RUN:
+        raise ValueError(f"query has {tokens} tokens and a run has 1 to {LONGEST_RUN}.")
+    if received is not None:
+        raise ValueError("received is for one token without a run: entry_weights gives it for several.")
+    check_shape("the run's key", run.key, (batch, heads, tokens, head_dim), "[B, H, n, D]")
+    check_shape("the run's value", run.value, (batch, heads, tokens, value_dim), "[B, H, n, Dv]")
+    check_shape("the run's positions", run.positions, (batch, tokens), "[B, n]")
+    for name, tensor in (("key", run.key), ("value", run.value)):
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"the run's {name} is {tensor.dtype} and query {query.dtype}: they must share one dtype.")
 
 
 def entry_weights(

@@ -104,7 +104,8 @@ def test_bytes_held_are_slots_times_bytes_per_entry(budgets):
     cache = BoundedCache(model, memory_size=8, budgets=budgets, buffer_size=2)
     assert cache.memory_bytes() == 0 and cache.slots == 4 * 2 * 10
     entry = 2 * 8 * 4 + 4 + 8 + 1  # key and value of 8 fp32, score, position, pending
-    counters = 4 * (3 * 8 + 8)  # per layer: where each row starts, and the columns so far
+    # per layer: where each row starts, the columns so far, a counter per row and head, the span that is protected
+    counters = 4 * (3 * 8 + 8 + 3 * 2 * 4 + 2 * 8)
     for length in (200, 1, 1, 30, 1):
         with torch.no_grad():
             model(input_ids=token_ids(3, length), past_key_values=cache)
@@ -130,13 +131,14 @@ def test_sliding_layers_keep_their_own_cache():
     model = gated_model("gemma3_text")
     cache = BoundedCache(model, memory_size=8)
     plain = DynamicCache(config=model.config)
-    assert [type(layer) for layer in cache.layers[::2]] == [type(layer) for layer in plain.layers[::2]]
+    for ours, theirs in zip(cache.layers[::2], plain.layers[::2], strict=True):
+        assert isinstance(ours, type(theirs)) and ours.sliding_window == theirs.sliding_window == 8
     assert all(isinstance(layer, SlotLayer) for layer in cache.layers[1::2])
     with torch.no_grad():
         model(input_ids=token_ids(1, 100), past_key_values=cache)
-    assert cache.layers[0].keys.shape[2] == 7 and cache.get_max_length() == -1
+    assert cache.layers[0].keys.shape[2] == 8 and cache.get_max_length() == -1
     slots = sum(layer.memory_bytes() for layer in cache.gated_layers)
-    assert cache.memory_bytes() >= slots + 2 * 2 * 7 * 2 * 8 * 4
+    assert cache.memory_bytes() >= slots + 2 * 2 * 8 * 2 * 8 * 4
 
 
 def test_layers_without_a_gate_keep_everything():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_eviction import PlainHead
 
-from retention_gates.kernels.gate_evict import chunk_evict, gate_evict
+from retention_gates.kernels.gate_evict import GateOutput, chunk_evict, gate_evict
 
 INF = float("inf")
 
@@ -23,24 +23,28 @@ class Slots:
         self.score = torch.full((batch, slots), float("nan"))  # an empty slot's score must not matter
         self.positions = torch.full((batch, slots), -1)
         self.pending = torch.zeros(batch, slots, dtype=torch.bool)
+        self.start, self.seen = torch.zeros(batch, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
-    def read(self, first, score, valid, **rule):
-        """Takes in the tokens from position `first` on; score [B, H, T], valid [B, T]."""
+    def read(self, score, valid, **rule):
+        """Takes in the next tokens; score [B, H, T], valid [B, T]."""
+        first = int(self.seen)
         batch, heads, tokens = score.shape
         columns = torch.arange(first, first + tokens)
         # every entry's key and value tell its head and position
         identity = (torch.arange(heads)[:, None] * 1000.0 + columns)[None, :, :, None].expand(batch, -1, -1, -1)
         key, value = identity.expand(-1, -1, -1, 2), identity.expand(-1, -1, -1, 3) + 0.5
         positions = columns.expand(batch, -1).where(valid, -1)
-        step = torch.tensor(first + tokens - 1)
         if tokens == 1:
-            state = (self.keys, self.values, self.score, self.positions, self.pending)
-            gate_evict(*state, key, value, score[:, :, 0], positions[:, 0], step, self.offsets, **rule)
+            state = (self.keys, self.values, self.score, self.positions, self.pending, self.start, self.seen)
+            mask = torch.cat([torch.ones(batch, first, dtype=torch.bool), valid], dim=1)
+            gate_evict(*state, key, value, score[:, :, 0], self.offsets, padding_mask=mask, **rule)
+            assert self.seen == first + 1
         else:
+            self.seen += tokens
             self.positions.masked_fill_(self.pending, -1)
             self.pending.zero_()
             state = (self.keys, self.values, self.score, self.positions)
-            chunk_evict(*state, key, value, score, positions, step, self.offsets, **rule)
+            chunk_evict(*state, key, value, score, positions, self.seen - 1, self.offsets, **rule)
 
     def held(self, row, head, pending=False):
         own = slice(self.offsets[head], self.offsets[head + 1])
@@ -93,7 +97,6 @@ def test_equals_plain_python(case):
         now = slice(first, first + tokens)
         before = slots.positions.clone()
         slots.read(
-            first,
             with_protected[:, :, now],
             valid[:, now],
             linear_in_age=linear,
@@ -118,10 +121,14 @@ def test_equals_plain_python(case):
 def test_worked_by_hand():
     slots = Slots(1, [2], 1)
     everyone = torch.ones(1, 1, dtype=torch.bool)
-    for step, (score, held, marked) in enumerate(
-        [(-1.0, {0}, set()), (-3.0, {0, 1}, set()), (-9.0, {0, 2}, {1}), (-9.0, {0, 3}, {2}), (-9.0, {0, 4}, {3})]
-    ):
-        slots.read(step, torch.tensor([[[score]]]), everyone, linear_in_age=True)
+    for score, held, marked in [
+        (-1.0, {0}, set()),
+        (-3.0, {0, 1}, set()),
+        (-9.0, {0, 2}, {1}),
+        (-9.0, {0, 3}, {2}),
+        (-9.0, {0, 4}, {3}),
+    ]:
+        slots.read(torch.tensor([[[score]]]), everyone, linear_in_age=True)
         assert slots.held(0, 0) == held
         assert slots.held(0, 0, pending=True) == held | marked
     assert slots.positions.tolist() == [[0, 3, 4]]  # each token took the slot of the one evicted before
@@ -130,9 +137,9 @@ def test_worked_by_hand():
 def test_chunk_keeps_all_while_there_is_room_for_all():
     slots = Slots(1, [4], 3)
     valid = torch.ones(1, 6, dtype=torch.bool)
-    slots.read(0, -torch.ones(1, 1, 6), valid, linear_in_age=True, buffer_size=3)
+    slots.read(-torch.ones(1, 1, 6), valid, linear_in_age=True, buffer_size=3)
     assert slots.held(0, 0) == {0, 1, 2, 3, 4, 5}  # below budget + buffer_size
-    slots.read(6, -torch.ones(1, 1, 2), valid[:, :2], linear_in_age=True, buffer_size=3)
+    slots.read(-torch.ones(1, 1, 2), valid[:, :2], linear_in_age=True, buffer_size=3)
     assert slots.held(0, 0) == {4, 5, 6, 7}
 
 
@@ -145,19 +152,9 @@ def test_state_keeps_its_dtype(dtype):
         torch.ones(1, 2, 1, 2, dtype=dtype),
         torch.ones(1, 2, 1, 3, dtype=dtype),
         torch.zeros(1, 2),
-        torch.zeros(1).long(),
     )
-    gate_evict(
-        slots.keys,
-        slots.values,
-        slots.score,
-        slots.positions,
-        slots.pending,
-        *one,
-        torch.tensor(0),
-        slots.offsets,
-        **rule,
-    )
+    state = (slots.keys, slots.values, slots.score, slots.positions, slots.pending, slots.start, slots.seen)
+    gate_evict(*state, *one, slots.offsets, **rule)
     assert slots.keys.dtype == dtype and slots.keys.sum() == 4
 
 
@@ -169,11 +166,11 @@ def arguments():
         score=slots.score,
         positions=slots.positions,
         pending=slots.pending,
+        start=slots.start,
+        seen=slots.seen,
         new_key=torch.zeros(2, 2, 1, 2),
         new_value=torch.zeros(2, 2, 1, 3),
         new_score=torch.zeros(2, 2),
-        new_position=torch.zeros(2, dtype=torch.int64),
-        step=torch.tensor(0),
         head_offsets=slots.offsets,
         linear_in_age=True,
     )
@@ -189,7 +186,16 @@ def arguments():
         (dict(positions=torch.zeros(2, 7)), "positions"),
         (dict(pending=torch.zeros(2, 6)), "pending"),
         (dict(new_score=torch.zeros(2, 3)), "new_score"),
-        (dict(new_position=torch.zeros(3)), "new_position"),
+        (dict(start=torch.zeros(3).long()), "start"),
+        (dict(seen=torch.zeros(1).long()), "seen"),
+        (dict(seen=torch.tensor(0)[None]), "seen"),
+        (dict(recent=torch.zeros(2)), "recent"),
+        (dict(protected=torch.zeros(2).long()), "protected"),
+        (dict(padding_mask=torch.ones(2, 0).bool()), "S >= 1"),
+        (dict(padding_mask=torch.ones(1, 1).bool()), "padding_mask"),
+        (dict(padding_mask=torch.ones(2, 1)), "padding_mask"),
+        (dict(new_score=GateOutput(torch.zeros(2, 5), torch.zeros(2, 4), torch.zeros(2))), "hidden"),
+        (dict(new_score=GateOutput(torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(2))), "weight"),
         (dict(new_key=torch.zeros(2, 2, 1, 2, dtype=torch.bfloat16)), "new_key"),
         (dict(head_offsets=(0, 3)), "head_offsets"),
         (dict(head_offsets=(0, 1, 7)), "more slots"),
@@ -204,8 +210,10 @@ def test_bad_arguments(change, message):
 
 def test_bad_arguments_of_a_chunk():
     good = arguments()
-    del good["pending"], good["new_position"]
-    good |= dict(new_score=torch.zeros(2, 2, 1), new_positions=torch.zeros(2, 1, dtype=torch.int64))
+    del good["pending"], good["start"], good["seen"]
+    good |= dict(
+        step=torch.tensor(0), new_score=torch.zeros(2, 2, 1), new_positions=torch.zeros(2, 1, dtype=torch.int64)
+    )
     chunk_evict(**good)
     for change in (
         dict(new_key=torch.zeros(2, 2, 0, 2)),

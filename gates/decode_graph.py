@@ -1,0 +1,298 @@
+"""Decoding steps inside `generate`, recorded once and then replayed as one CUDA graph.
+
+All that a step with a bounded cache reads and writes stays where it is: weights, slots, counters. So the whole forward
+pass from ids to logits can be recorded once: `generate` makes the step's ids and positions, they are copied into the
+tensors that the recording reads, the graph runs, and the logits are copied out.
+
+The padding mask, which grows by a column at every step, is no part of it. The prompt's pass has told the cache which
+columns are padding, and every token that `generate` makes itself is real.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.utils import ModelOutput, logging
+
+from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
+from retention_gates.gates.families import text_config
+from retention_gates.gates.graph_recorder import RECORDERS, Recorder
+from retention_gates.gates.policies import FeedbackPolicy
+from retention_gates.gates.pool_layer import PoolLayer
+from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.gates.window_layer import WindowLayer, Windows
+from retention_gates.kernels.gate_evict import slot_table
+
+logger = logging.get_logger(__name__)
+
+Forward = Callable[..., Any]
+NOT_RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits", "labels")
+
+
+@dataclass
+class Recording:
+    """One recorded step."""
+
+    key: tuple  # what the step was given, beside the values of tensors
+    inputs: dict[str, torch.Tensor]
+    output: Any
+    replay: Callable[[], None]
+    state: list[tuple[dict, Any, Any]]  # a dict, a key and the object that the recording found there
+    constants: Any  # kept, because the recording reads them
+
+    def is_valid(self, key: tuple) -> bool:
+        """Whether the recording does what the forward pass would do now."""
+        return self.key == key and all(where.get(name) is value for where, name, value in self.state)
+
+
+class DecodeGraph:
+    """Of one cache: when a step is recorded, when the recording is replayed, and when it is of no use any more."""
+
+    def __init__(self) -> None:
+        self.recording: Recording | None = None
+        self.weights: tuple = ()  # where the weights were at the recording
+        self.warm: tuple | None = None  # key of the steps that ran unrecorded
+        self.waited = False  # whether the first of them waited for the device
+        self.refusal: str | None = None  # why this cache's steps are not recorded
+        self.prompt_columns = 0
+        self.windows: Windows | None = None
+        self.is_in_turn = False  # whether the last forward pass was a step of this turn
+        self.recorder: Recorder | None = None
+        self.cache: Callable[[], Any] = lambda: None
+
+    def __deepcopy__(self, memo: dict) -> "DecodeGraph":
+        return DecodeGraph()  # a copy of the cache has its own slots
+
+    def __reduce__(self) -> tuple:
+        return DecodeGraph, ()
+
+    def forget(self) -> None:
+        """Frees the recording."""
+        self.recording = self.warm = self.windows = None
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = reason
+        logger.warning_once(
+            f"Decoding without a CUDA graph, because {reason}. BoundedCache(..., graph=False) says that this is meant."
+        )
+        self.forget()
+
+    @contextmanager
+    def attached(self, model: nn.Module, cache: Cache, prompt_columns: int) -> Iterator[None]:
+        """Inside of it, steps of the model with the cache after the prompt's columns are recorded and replayed."""
+        device, refusal = _device(model)
+        if refusal is None and device.type not in RECORDERS:
+            yield
+            return
+        refusal = refusal or _why_not(model, cache)
+        if refusal is not None:
+            self.refuse(refusal)
+            yield
+            return
+        weights, kept = _weights(model)
+        if weights != self.weights:
+            self.forget()
+        self.weights, self.prompt_columns, self.refusal = weights, prompt_columns, None
+        self.recorder, self.cache = RECORDERS[device.type](device), weakref.ref(cache)
+        self.is_in_turn = False
+        try:
+            with _replaced_forward(model):
+                yield
+        finally:
+            self.recorder = None
+            del kept  # until here no weight that the recording reads could be freed
+
+    def step(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        """What `forward(**arguments)` gives, by a replay where that is the same."""
+        found = self._inputs_of(arguments)
+        if found is None or self.refusal is not None:
+            self.is_in_turn = False
+            return forward(**arguments)
+        key, tensors, others = found
+        if not self.is_in_turn:
+            self._begin_turn(arguments.get("attention_mask"))
+        if self.recording is not None and self.recording.is_valid(key):
+            for name, buffer in self.recording.inputs.items():
+                buffer.copy_(tensors[name])
+            self._count_replay()
+            self.recording.replay()
+            if self.windows is not None:
+                self.windows.count_replay()
+            return _copied(self.recording.output)
+        self.recording = None
+        assert self.recorder is not None
+        if self.warm != key:
+            output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others))
+            if wait is None:
+                self.warm = key
+            elif self.waited:  # at its first step a model may make tables, at the second it makes them always
+                self.refuse(wait)
+            self.waited = wait is not None
+            if kinds := [name for name, value in output.items() if not isinstance(value, torch.Tensor | Cache)]:
+                self.refuse(f"the model gives {', '.join(kinds)} beside logits")
+            return output
+        return self._record(forward, key, tensors, others)
+
+    def _begin_turn(self, mask: torch.Tensor | None) -> None:
+        self.is_in_turn = True
+        layers = [layer for layer in self.cache().layers if isinstance(layer, WindowLayer)]
+        if self.windows is not None and self.windows.visible.shape[0] == layers[0].batch_size:
+            self.windows.restart(mask)
+        elif layers:
+            self.forget()
+            self.windows = Windows(layers, mask)
+
+    def _count_replay(self) -> None:
+        """What a replay does not do: count on the host."""
+        gated = [layer for layer in self.cache().layers if isinstance(layer, RuledLayer)]
+        gated[0].check_count(1)
+        for layer in gated:
+            layer.columns += 1
+
+    def _run(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        with nullcontext() if self.windows is None else self.windows.one_token():
+            return forward(**arguments)
+
+    def _record(self, forward: Forward, key: tuple, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Any:
+        assert self.recorder is not None
+        layers = self.cache().layers
+        inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        gated = [layer for layer in layers if isinstance(layer, RuledLayer)]
+        constants = [slot_table(layer.head_offsets, layer.device) for layer in gated]
+        output, replay = self.recorder.record(lambda: self._run(forward, inputs | others))
+        state = [place for layer in layers for place in _places(layer)]
+        self.recording = Recording(key, inputs, output, replay, state, constants)
+        return _copied(output)
+
+    def _inputs_of(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """A key, the tensors and the other arguments of a step of one token that `generate` made; None of others."""
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if ids is None or ids.shape[1] != 1 or not arguments.get("return_dict", True):
+            return None
+        if mask is not None and mask.shape[1] <= self.prompt_columns:
+            return None
+        tensors, others, key = {}, {}, []
+        for name, value in arguments.items():
+            if name == "attention_mask" or value is None:
+                continue
+            others[name] = value
+            if isinstance(value, torch.Tensor):
+                tensors[name] = others.pop(name)
+                key.append((name, value.shape, value.dtype, value.device))
+            elif isinstance(value, bool | int | float | str) and not (value and name in NOT_RECORDED):
+                key.append((name, value))
+            elif name != "past_key_values":
+                return None
+        return (*key, torch.is_inference_mode_enabled()), tensors, others
+
+
+_patched: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextmanager
+def _replaced_forward(model: nn.Module) -> Iterator[None]:
+    """Lets every forward pass of the model ask the cache that it gets first, whoever the caller is."""
+    with _lock:
+        _patched[model] = _patched.get(model, 0) + 1
+        if _patched[model] == 1:
+            before = model.__dict__.get("forward")  # accelerate sets one
+            forward = model.forward
+
+            @wraps(forward)
+            def step_or_forward(*args: Any, **kwargs: Any) -> Any:
+                graph = getattr(kwargs.get("past_key_values"), "decode_graph", None)
+                if args or graph is None or graph.recorder is None:
+                    return forward(*args, **kwargs)
+                return graph.step(forward, kwargs)
+
+            step_or_forward.before = before  # type: ignore[attr-defined]
+            model.forward = step_or_forward
+    try:
+        yield
+    finally:
+        with _lock:
+            _patched[model] -= 1
+            if not _patched[model]:
+                before = model.__dict__.pop("forward").before
+                if before is not None:
+                    model.forward = before
+
+
+def _copied(output: ModelOutput) -> ModelOutput:
+    """The output in tensors that the next replay leaves alone."""
+    return type(output)(
+        **{name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in output.items()}
+    )
+
+
+def _places(layer: Any) -> list[tuple[dict, Any, Any]]:
+    """Where the layer of a cache keeps tensors, and its rule."""
+    found = [(vars(layer), name, value) for name, value in vars(layer).items()]
+    found += [
+        (inner, name, value) for _, _, inner in found if isinstance(inner, dict) for name, value in inner.items()
+    ]
+    return [place for place in found if isinstance(place[2], torch.Tensor) or place[1] == "rule"]
+
+
+def _device(model: nn.Module) -> tuple[torch.device, str | None]:
+    devices = {parameter.device for parameter in model.parameters()}
+    return next(iter(devices)), f"the model is on {len(devices)} devices" if len(devices) > 1 else None
+
+
+def _why_not(model: nn.Module, cache: Cache) -> str | None:
+    """Why the steps of this model with this cache cannot be recorded, None if they can."""
+    device = next(model.parameters()).device
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    if model._compiled_call_impl is not None:
+        return "the model is compiled already, by model.compile()"
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            # transformers' own listen only while hidden states or attentions are asked for
+            if module is not model and not (getattr(hook, "__module__", None) or "").startswith("transformers."):
+                return f"{name} has a forward hook, which a replay would not call"
+    windows = {layer.sliding_window for layer in cache.layers if isinstance(layer, WindowLayer)}
+    if len(windows) > 1:
+        return f"the windows of its layers differ: {sorted(windows)} tokens"
+    attention = text_config(model)._attn_implementation
+    if windows and attention.startswith(PREFIX) and base_implementation_of(attention) not in MASKS:
+        return f"its sliding windows are known with attention by {' and '.join(MASKS)} only"
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PoolLayer):
+            return 'budgets="global" sort the entries of all layers'
+        if isinstance(layer, RuledLayer):
+            policy = layer.rule.policy
+            if isinstance(policy, FeedbackPolicy) and policy.reads_back:
+                return f"policy={policy.name!r} waits for the device"
+            if layer.rule.interval > 1:
+                return f"policy={policy.name!r} gives priorities at every {layer.rule.interval}th step only"
+        elif type(layer) not in (WindowLayer, LinearAttentionLayer):
+            return f"layer {index} keeps a {type(layer).__name__}, whose tensors do not stay where they are"
+    return None
+
+
+def _weights(model: nn.Module) -> tuple[tuple, list[torch.Tensor]]:
+    """What a recording of the model depends on beside its inputs, and the tensors it reads."""
+    tensors = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
+    adapters = [
+        (
+            str(module.active_adapters),
+            module.disable_adapters,
+            str(module.merged_adapters),
+            str(getattr(module, "scaling", "")),
+        )
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    config: Any = model.config
+    switches = (model.training, config._attn_implementation)
+    return (tuple((t.data_ptr(), t.dtype, t.shape) for t in tensors), tuple(adapters), switches), tensors

@@ -1,0 +1,209 @@
+"""Attention over ragged slots as Triton kernels, an operator that torch.compile and graphs take."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+
+from retention_gates.kernels.dispatch import on_own_device
+from retention_gates.kernels.slot_attention.kernel import attend_parts, sum_parts, sum_received
+from retention_gates.kernels.slot_attention.parts import parts_of
+
+LARGEST_HEAD_DIM = 256
+MOST_ROWS = 64  # queries of one KV head that a program takes
+SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that a program reads at a time
+
+
+class Tile(NamedTuple):
+    """How one program works."""
+
+    block: int  # slots at a time
+    warps: int
+    stages: int
+
+
+def tile_for(head_dim: int, element_size: int) -> Tile:
+    """64 slots of 128 numbers of 16 bits are 16 KiB of keys and as much of values."""
+    block = 64 * 256 // (next_power_of_2(head_dim) * element_size)
+    return Tile(max(16, min(64, block)), 4, 2)
+
+
+def slot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    head_offsets: tuple[int, ...],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    received: Tensor | None = None,
+    run: tuple[Tensor, Tensor, Tensor] | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """Arguments and result as in the package's `slot_attention`."""
+    for name, tensor in (("query", query), ("values", values)):
+        if tensor.shape[-1] > LARGEST_HEAD_DIM:
+            raise ValueError(
+                f"{name} has head dim {tensor.shape[-1]}; the fused kernel takes up to {LARGEST_HEAD_DIM}: set "
+                "RETENTION_GATES_KERNELS=naive."
+            )
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"query is {query.dtype}; the fused kernel takes float16, bfloat16 and float32: cast it, or set "
+            "RETENTION_GATES_KERNELS=naive."
+        )
+    for name, tensor in (("keys", keys), ("values", values), ("positions", positions)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; the fused kernel reads contiguous state only.")
+    new_key, new_value, new_positions = (None, None, None) if run is None else run
+    return _slot_attention(
+        query,
+        keys,
+        values,
+        positions,
+        head_offsets,
+        new_key,
+        new_value,
+        new_positions,
+        sinks,
+        received,
+        arrivals,
+        scale,
+        softcap,
+    )
+
+
+@torch.library.custom_op("retention_gates::slot_attention", mutates_args=("received", "arrivals"))
+@on_own_device
+def _slot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    head_offsets: Sequence[int],
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    new_positions: Tensor | None,
+    sinks: Tensor | None,
+    received: Tensor | None,
+    arrivals: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    batch, query_heads, tokens, head_dim = query.shape
+    slots, value_dim = values.shape[1:]
+    heads = len(head_offsets) - 1
+    group = query_heads // heads
+    rows = group * tokens
+    block_rows = max(16, min(MOST_ROWS, next_power_of_2(rows)))
+    row_blocks = cdiv(rows, block_rows)
+    sum_rows = min(block_rows, next_power_of_2(rows))
+    block_dim, block_value = (max(16, next_power_of_2(x)) for x in (head_dim, value_dim))
+    tile = tile_for(max(head_dim, value_dim), query.element_size())
+    is_run = new_key is not None
+    parts = parts_of(tuple(head_offsets), batch * row_blocks, tile.block, query.device, is_run)
+    in_one = arrivals is not None and row_blocks == 1  # a counter is of one head
+
+    query = _rows(query)
+    new_key, new_value = (None if x is None else _rows(x) for x in (new_key, new_value))
+    output = _empty_output(query, values)
+    partial = query.new_empty(batch, parts.total, rows, value_dim, dtype=torch.float32) if parts.most > 1 else None
+    partial_lses = query.new_empty(batch, parts.total, rows, dtype=torch.float32) if parts.most > 1 else None
+    logits, lses = None, None
+    if received is not None:
+        logits = query.new_empty(batch, group, slots, dtype=torch.float32)
+        lses = query.new_empty(batch, query_heads, dtype=torch.float32)
+    summing = dict(
+        HQ=query_heads,
+        G=group,
+        DV=value_dim,
+        BDV=block_value,
+        SUM_ROWS=sum_rows,
+        MOST_PARTS=next_power_of_2(parts.most),
+        PARTS_AT_A_TIME=max(1, min(next_power_of_2(parts.most), SUM_NUMBERS // (sum_rows * block_value))),
+        HAS_SINKS=sinks is not None,
+        HAS_RECEIVED=received is not None,
+    )
+    attend_parts[parts.total, row_blocks, batch](
+        query,
+        keys,
+        values,
+        positions,
+        new_key,
+        new_value,
+        new_positions,
+        sinks,
+        output,
+        partial,
+        partial_lses,
+        logits,
+        lses,
+        arrivals if in_one else None,
+        parts.table,
+        parts.size,
+        parts.length,
+        parts.per_head,
+        slots,
+        tokens,
+        *query.stride()[:3],
+        *((0, 0, 0) if new_key is None else new_key.stride()[:3]),
+        *((0, 0, 0) if new_value is None else new_value.stride()[:3]),
+        0 if new_positions is None else new_positions.stride(0),
+        scale * (math.log2(math.e) if softcap is None else 1.0 / softcap),
+        0.0 if softcap is None else softcap,
+        D=head_dim,
+        BD=block_dim,
+        BM=block_rows,
+        BN=tile.block,
+        BR=max(16, next_power_of_2(tokens)),
+        STAGES=tile.stages,
+        UNIFORM=parts.per_head > 0,
+        IS_RUN=is_run,
+        SOFTCAP=softcap is not None,
+        IN_ONE=in_one,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        **summing,
+    )
+    if parts.most > 1 and not in_one:
+        sum_parts[heads, cdiv(rows, sum_rows), batch](
+            partial, partial_lses, sinks, output, lses, parts.head_parts, parts.total, tokens, num_warps=4, **summing
+        )
+    if received is not None:
+        sum_received[parts.total, batch](
+            logits,
+            lses,
+            positions,
+            received,
+            parts.table,
+            parts.size,
+            parts.length,
+            parts.per_head,
+            slots,
+            HQ=query_heads,
+            G=group,
+            BLOCK=tile.block,
+            UNIFORM=parts.per_head > 0,
+            num_warps=2,
+        )
+    return output.transpose(1, 2)
+
+
+@_slot_attention.register_fake
+def _(query, keys, values, positions, head_offsets, key, value, new_positions, sinks, received, arrivals, scale, cap):
+    return _empty_output(query, values).transpose(1, 2)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _empty_output(query: Tensor, values: Tensor) -> Tensor:
+    """[B, n, HQ, Dv]: tokens before heads in memory, as the output projection wants it."""
+    batch, query_heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, query_heads, values.shape[2])

@@ -1,0 +1,270 @@
+"""Tokens per second of `model.generate` with a bounded cache, against full caches and eager eviction.
+
+    python recipes/bench/decode.py                                # batch 4 and rivals; about 60 s on an H100 of 80 GB
+    python recipes/bench/decode.py --batches 1 4 32 --no-rivals
+    python recipes/bench/decode.py --static                       # transformers' static cache, compiled: 75 s more
+    python recipes/bench/decode.py --contexts 1024 8192 32768 131072 --plot decode_context.png
+    python recipes/bench/decode.py --shape smollm2-135m --device cpu --context 4096 --memory-size 256 --batches 1
+
+Random weights in the shape of Qwen3-4B, bf16. Every contender is a cache that has read `--context` tokens: bounded
+ones hold what they keep of a short prompt and are told that more came before, full ones random keys and values.
+Tokens per second are the batch times 128 over the difference in time between `generate` of 160 and of 32 tokens. The
+limit is the time in which the device reads the weights and the entries once, at the measured rate of a copy.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config, StaticCache
+from transformers.cache_utils import Cache
+
+from retention_gates import BoundedCache, RetentionGateConfig
+from retention_gates.recipes.bench.decode_rivals import EagerCache
+from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, report
+
+QWEN3: dict[str, Any] = dict(head_dim=128, num_key_value_heads=8, vocab_size=151_936)
+SHAPES: dict[str, Any] = {
+    "qwen3-0.6b": lambda: Qwen3Config(
+        **QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-4b": lambda: Qwen3Config(
+        **QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": lambda: Qwen3Config(
+        **QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        tie_word_embeddings=False,
+    ),
+    "tiny": lambda: LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=100, tie_word_embeddings=True),
+    "smollm2-135m": lambda: LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        head_dim=64, vocab_size=49_152, tie_word_embeddings=True, max_position_embeddings=8192,
+    ),
+}  # fmt: skip
+SHORT, LONG = 32, 160  # new tokens of the two runs whose difference is measured
+PROMPT = 1536  # tokens that a bounded cache really reads
+
+
+def make_model(shape: str, device: str, dtype: torch.dtype) -> PeftModel:
+    torch.manual_seed(0)
+    config = SHAPES[shape]()
+    config.max_position_embeddings = 262_144
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = get_peft_model(base, RetentionGateConfig(initial_half_life=512.0)).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def ragged_budgets(layers: int, heads: int, memory_size: int) -> list[list[int]]:
+    """Budgets as uneven as calibrated ones: a few heads have many times the mean."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.randn(layers * heads, generator=generator).mul(1.2).exp()
+    floor, total = 32, layers * heads * memory_size
+    entries = (share / share.sum() * (total - floor * layers * heads)).long() + floor
+    entries[0] += total - int(entries.sum())
+    return entries.view(layers, heads).tolist()
+
+
+@torch.no_grad()
+def read(model: PeftModel, cache: Any, batch: int, context: int) -> None:
+    """Lets a cache that evicts read a prompt, and moves it on to the end of the context."""
+    prompt = torch.randint(model.config.vocab_size, (batch, min(context, PROMPT)), device=model.device)
+    model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
+    for layer in cache.layers:
+        layer.seen += context - prompt.shape[1]
+        held = "slot_positions" if hasattr(layer, "slot_positions") else "positions"
+        entries = getattr(layer, held)
+        entries += (context - prompt.shape[1]) * (entries >= 0)
+
+
+@torch.no_grad()
+def fill(model: PeftModel, cache: Cache, batch: int, context: int) -> None:
+    """Random keys and values in a full cache."""
+    config = model.config
+    shape = (batch, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        key, value = (torch.randn(shape, device=model.device, dtype=model.dtype) for _ in range(2))
+        cache.update(key, value, layer)
+
+
+def generate_seconds(model: PeftModel, cache: Any, batch: int, context: int, tokens: int, **options: Any) -> float:
+    """Seconds of one `generate` whose last prompt token comes after the context."""
+    past = int(cache.get_seq_length())
+    ids = torch.randint(model.config.vocab_size, (batch, past + 1), device=model.device)
+    synchronize(model)
+    begin = time.perf_counter()
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False,
+        max_new_tokens=tokens, **options,
+    )  # fmt: skip
+    synchronize(model)
+    return time.perf_counter() - begin
+
+
+def synchronize(model: PeftModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_ms(
+    model: PeftModel, cache: Any, batch: int, context: int, repeats: int, tokens: tuple[int, int], **options: Any
+) -> tuple[float, float]:
+    """Median and range of the time of one decoding step, in ms."""
+    short, long = tokens
+    generate_seconds(model, cache, batch, context, short, **options)  # what is compiled and captured once
+    times = []
+    for _ in range(repeats):
+        first = generate_seconds(model, cache, batch, context, short, **options)
+        second = generate_seconds(model, cache, batch, context, long, **options)
+        times.append(1e3 * (second - first) / (long - short))
+    return median(times), max(times) - min(times)
+
+
+def limit_ms(model: PeftModel, batch: int, entries: int, rate: float) -> float:
+    """Time in which the device reads each weight and entry once, in ms.
+
+    Args:
+        entries: per layer and KV head.
+        rate: of reading, in GB/s.
+    """
+    config = model.config
+    weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    if not config.tie_word_embeddings:
+        del weights[model.get_input_embeddings().weight.data_ptr()]  # of which a step reads a few rows
+    bytes_per_entry = 2 * config.head_dim * model.dtype.itemsize
+    held = batch * config.num_hidden_layers * config.num_key_value_heads * entries * bytes_per_entry
+    return (sum(weights.values()) + held) / rate / 1e6
+
+
+def contenders(
+    arguments: argparse.Namespace, model: PeftModel, batch: int
+) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Name -> what makes a cache that has read the context, and the entries that it holds per head."""
+    size, context, config = arguments.memory_size, arguments.context, model.config
+
+    def bounded(**options: Any) -> Callable[[], Any]:
+        def make() -> BoundedCache:
+            cache = BoundedCache(model, **({"memory_size": size, "budgets": "uniform"} | options))
+            read(model, cache, batch, context)
+            return cache
+
+        return make
+
+    def eager() -> EagerCache:
+        cache = EagerCache(model, size)
+        read(model, cache, batch, context)
+        return cache
+
+    def full(make_cache: Callable[[], Cache]) -> Callable[[], Any]:
+        def make() -> Cache:
+            cache = make_cache()
+            fill(model, cache, batch, context)
+            return cache
+
+        return make
+
+    budgets = ragged_budgets(config.num_hidden_layers, config.num_key_value_heads, size)
+    found = {"ours": (bounded(), size), "ours, ragged budgets": (bounded(budgets=budgets), size)}
+    if not arguments.rivals:
+        return found
+    found["ours, graph=False"] = (bounded(graph=False), size)
+    found["eager cat, top-k, gather"] = (eager, size)
+    found["full cache, eager"] = (full(lambda: DynamicCache(config=config)), context)
+    if arguments.static:
+        room = context + 4 * LONG
+        found["full static cache, compiled"] = (full(lambda: StaticCache(config=config, max_cache_len=room)), context)
+    return found
+
+
+def measure(arguments: argparse.Namespace, model: PeftModel, batch: int, rate: float | None) -> list[Measurement]:
+    context = arguments.context
+    case = f"{arguments.shape} B={batch} M={arguments.memory_size} context {context}"
+    rows = []
+    for name, (make, entries) in contenders(arguments, model, batch).items():
+        with torch.no_grad():
+            begin = time.perf_counter()
+            cache = make()
+            ours, full = isinstance(cache, BoundedCache), name.startswith("full")
+            options: dict[str, Any] = {} if name.endswith("compiled") else {"disable_compile": True}
+            tokens = (SHORT, LONG) if ours and cache.decode_graph else (8, 40)
+            if full:
+                with model.disable_adapter():
+                    value, spread = step_ms(model, cache, batch, context, 1, tokens, **options)
+            else:
+                value, spread = step_ms(model, cache, batch, context, 3 if ours else 1, tokens, **options)
+        limit = None if rate is None else 1e3 * batch / limit_ms(model, batch, entries, rate)
+        rate_of = 1e3 * batch / value
+        rows.append(Measurement(case, name, rate_of, "tok/s", rate_of * spread / value, limit))
+        print(f"{name}: {value:.3f} ms a step, {time.perf_counter() - begin:.1f} s in all", flush=True)
+        if ours and cache.decode_graph and cache.decode_graph.recording:
+            value, spread = replay_ms(cache)
+            rows.append(Measurement(case, f"{name}, the graph alone", 1e3 * batch / value, "tok/s", None, limit))
+        del cache
+    return rows
+
+
+def replay_ms(cache: BoundedCache) -> tuple[float, float]:
+    """Time of the graph itself, one replay after the other."""
+    from retention_gates.recipes.bench.harness import time_ms
+
+    assert cache.decode_graph is not None and cache.decode_graph.recording is not None
+    return time_ms(cache.decode_graph.recording.replay, repeats=50)
+
+
+def print_kernels(cache: BoundedCache, top: int = 25) -> None:
+    """Where the time of one replay goes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    assert cache.decode_graph is not None and cache.decode_graph.recording is not None
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(5):
+            cache.decode_graph.recording.replay()
+        torch.cuda.synchronize()
+    averages = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
+    total = sum(each.self_device_time_total for each in averages)
+    print(f"{total / 5e3:.3f} ms of kernels, {sum(each.count for each in averages) // 5} launches")
+    for each in averages[:top]:
+        print(f"{each.self_device_time_total / 5e3:8.3f} ms {each.count // 5:5} x {each.key[:100]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4])
+    parser.add_argument("--memory-size", type=int, default=1024)
+    parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--static", action="store_true", help="compile transformers' static cache, 75 s")
+    parser.add_argument("--kernels", action="store_true", help="print the kernels of one step")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of a cache that grows
+    is_cuda = arguments.device == "cuda"
+    begin = time.perf_counter()
+    model = make_model(arguments.shape, arguments.device, torch.bfloat16 if is_cuda else torch.float32)
+    print(f"model in {time.perf_counter() - begin:.1f} s", flush=True)
+    rate = bandwidth_gbs() if is_cuda else None
+    rows = []
+    if is_cuda:
+        batch = arguments.batches[0]
+        cache = BoundedCache(model, memory_size=arguments.memory_size)
+        for tokens, what in ((1, "first token"), (4, "first replay")):
+            seconds = generate_seconds(model, cache, batch, 0, tokens)
+            rows.append(Measurement(f"{arguments.shape} B={batch} after loading", f"ours, {what}", seconds, "s"))
+        if arguments.kernels:
+            print_kernels(cache)
+        del cache
+    for batch in arguments.batches:
+        rows += measure(arguments, model, batch, rate)
+    report("decode", rows)
+
+
+if __name__ == "__main__":
+    main()
