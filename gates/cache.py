@@ -19,6 +19,7 @@ from retention_gates.gates.budgets import (
     pyramid_budgets,
     uniform_budgets,
 )
+from retention_gates.gates.cache_checks import check_heads, check_integer, checked_budgets, checked_reserves
 from retention_gates.gates.decode_graph import DecodeGraph
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
@@ -61,11 +62,11 @@ class EvictingCache(Cache):
         chosen = find_policy(policy)
         if protected_tokens is None:
             protected_tokens = config.protected_tokens if chosen.keeps_sinks else 0
-        _check_integer("memory_size", memory_size, least=1)
-        _check_integer("protected_tokens", protected_tokens, least=0)
-        _check_integer("buffer_size", buffer_size, least=1)
-        _check_integer("seed", seed, least=0, most=2**32 - 1)
-        self.reserved = _checked_reserves(reserved)
+        check_integer("memory_size", memory_size, least=1)
+        check_integer("protected_tokens", protected_tokens, least=0)
+        check_integer("buffer_size", buffer_size, least=1)
+        check_integer("seed", seed, least=0, most=2**32 - 1)
+        self.reserved = checked_reserves(reserved)
         self.cache_dtype = cache_dtype
         self.memory_size = memory_size
         self.budgets_from: str | Budgets
@@ -94,7 +95,7 @@ class EvictingCache(Cache):
                 self.reserved,
                 is_pooled,
             )
-            _check_heads(rule)
+            check_heads(rule)
             layers[layer] = self.make_layer(rule, owner)
         if is_pooled and isinstance(chosen, ScoredPolicy):
             pool = Pool(*self._shape, memory_size, buffer_size, chosen.linear_in_age)
@@ -143,7 +144,7 @@ class EvictingCache(Cache):
                 f"budgets={self.budgets_from!r} is unknown: choose {', '.join(map(repr, BUDGETS))} or lists "
                 "[layers][heads]."
             )
-        return _checked(self.budgets_from, layers, heads, self.memory_size, least)
+        return checked_budgets(self.budgets_from, layers, heads, self.memory_size, least)
 
     def pin(self, start: int, stop: int) -> None:
         """Keeps the tokens start..stop-1 of every row for good, a system prompt say; they count in every budget.
@@ -155,8 +156,8 @@ class EvictingCache(Cache):
             ValueError: if a head has no room for them beside what is protected already and one token more, or if a
                 head has evicted one of them.
         """
-        _check_integer("start", start, least=0)
-        _check_integer("stop", stop, least=start + 1)
+        check_integer("start", start, least=0)
+        check_integer("stop", stop, least=start + 1)
         protected = (*self.protected, (start, stop))
         budgets = self._budgets(protected) if self.is_empty else self.budgets
         least = count_offsets(protected) + count_reserved(self.reserved) + 1
@@ -376,53 +377,3 @@ def _states(layer: LinearAttentionLayer) -> list[tuple[dict, int, torch.Tensor]]
     """Where the layer keeps its tensors: dict, key and tensor."""
     kinds = (layer.conv_states, layer.recurrent_states)
     return [(states, key, state) for states in kinds for key, state in states.items() if state is not None]
-
-
-def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int) -> Budgets:
-    entries = [entry for row in budgets for entry in row]
-    sizes = [len(row) for row in budgets]
-    if sizes != [heads] * layers or not all(isinstance(entry, int) and entry >= least for entry in entries):
-        raise ValueError(
-            f"budgets={budgets!r} must be integers of at least {least}, [{layers} gated layers][{heads} KV heads]."
-        )
-    if sum(entries) != memory_size * len(entries):
-        raise ValueError(
-            f"budgets have {sum(entries) / len(entries):g} entries per head in the mean, which must be memory_size, "
-            f"not {memory_size}."
-        )
-    return [list(row) for row in budgets]
-
-
-def _check_heads(rule: EvictionRule) -> None:
-    """Raises ValueError for budgets that the policy does not allow."""
-    if rule.is_pooled and not isinstance(rule.policy, ScoredPolicy):
-        raise ValueError(
-            f'budgets="global" compares the entries of all layers by a score known ahead, and policy='
-            f'{rule.policy.name!r} has none, or spans are reserved: choose budgets="uniform" or "adaptive".'
-        )
-    if not isinstance(rule.policy, FeedbackPolicy) or not rule.policy.same_for_all_heads:
-        return
-    if rule.is_shared or len(set(rule.budgets)) > 1:
-        budgets = "budgets that they share" if rule.is_shared else f"budgets of {list(rule.budgets)} entries"
-        raise ValueError(
-            f"policy={rule.policy.name!r} evicts the same tokens in all heads of a layer, and those of layer "
-            f'{rule.layer} have {budgets}: choose budgets="uniform", or equal ones within each layer.'
-        )
-
-
-def _checked_reserves(reserved: Sequence[Reserve]) -> tuple[Reserve, ...]:
-    for one in reserved:
-        if not isinstance(one, tuple | list) or len(one) != 3:
-            raise ValueError(f"reserved={list(reserved)!r} must be (start, stop, entries), one for each span.")
-        start, stop, entries = one
-        _check_integer("reserved start", start, least=0)
-        _check_integer("reserved stop", stop, least=start + 1)
-        _check_integer("reserved entries", entries, least=1)
-    return tuple((start, stop, entries) for start, stop, entries in reserved)
-
-
-def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
-        return
-    limit = "" if most is None else f" and at most {most}"
-    raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}, as a Python int.")

@@ -17,9 +17,8 @@ from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
+from retention_gates.gates.long_prompts import default_chunk, refuse_dropped_cache
 
-LONG_PROMPT, CHUNK = 32_768, 4096  # tokens: a longer prompt is read so many at a time, unless the caller says
-DROPS_CACHE = ("phi3", "phi4_multimodal")  # whose generate forgets the cache where RoPE changes its frequencies
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
     "prompt_lookup_num_tokens": "prompt-lookup decoding",
@@ -105,7 +104,7 @@ class RetentionGateModel(BaseTuner):
         prompt = kwargs.get("input_ids", kwargs.get("inputs", next(iter(args), None)))
         if bounded and isinstance(prompt, torch.Tensor):
             new = option("max_new_tokens") or max((option("max_length") or 0) - prompt.shape[1], 20)
-            self._refuse_dropped_cache(prompt.shape[1] + new)
+            refuse_dropped_cache(text_config(self.model), prompt.shape[1] + new)
             if option("prefill_chunk_size") is None:
                 kwargs["prefill_chunk_size"] = default_chunk(prompt.shape[1])
         cache = kwargs.get("past_key_values")
@@ -116,16 +115,6 @@ class RetentionGateModel(BaseTuner):
         columns = max((given.shape[1] for given in prompt if given is not None), default=1)
         with graph.attached(self.model, cache, columns):
             return self.model.generate(*args, **kwargs)
-
-    def _refuse_dropped_cache(self, tokens: int) -> None:
-        config = text_config(self.model)
-        limit = getattr(config, "original_max_position_embeddings", None)
-        if config.model_type in DROPS_CACHE and limit is not None and tokens > limit:
-            raise ValueError(
-                f"{tokens} tokens, prompt and new ones, pass {limit}, where generate of {config.model_type} models "
-                "drops the cache to read the text again; a bounded cache has evicted it. Generate fewer, or call "
-                "model(input_ids=..., past_key_values=cache) in a loop of your own."
-            )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's, with the gates off."""
@@ -363,11 +352,6 @@ class RetentionGateModel(BaseTuner):
         self.delete_adapter(adapter_name)
         if not self.peft_config:
             self.unload()
-
-
-def default_chunk(tokens: int) -> int | None:
-    """Tokens of a prompt to read at a time, or None to read all of it at once."""
-    return CHUNK if tokens > LONG_PROMPT else None
 
 
 def find_gated_model(model: nn.Module) -> RetentionGateModel:

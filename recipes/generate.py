@@ -176,7 +176,8 @@ def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_s
     """Lets the cache read tokens [B, T], some at a time, without making any."""
     import torch
 
-    from retention_gates.gates.model import default_chunk, find_gated_model
+    from retention_gates.gates.long_prompts import default_chunk
+    from retention_gates.gates.model import find_gated_model
 
     gated, tokens = find_gated_model(model), inputs.shape[1]
     with torch.no_grad():
