@@ -60,6 +60,8 @@ def fingerprint(model: Any, rope_parameters: Any = None) -> str:
         if ".retention_gate." in name:
             continue
         flat = parameter.detach().reshape(-1)
+        if flat.is_meta:  # its numbers are offloaded
+            flat = flat.new_empty(0, device="cpu")
         sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].contiguous().view(torch.uint8).cpu()
         samples.append(f"{parameter.dtype} {list(parameter.shape)} ".encode() + sample.numpy().tobytes())
     hashed = hashlib.sha256(json.dumps(rope_parameters, sort_keys=True, default=str).encode())

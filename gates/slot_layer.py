@@ -264,11 +264,20 @@ class SlotLayer(RuledLayer):
             )
         slots = None if self.is_empty else held
         chunk = key, value, positions
-        if slots is not None and is_plain and query.is_cuda:
+        if slots is not None and is_plain and query.is_cuda and len(set(self.rule.sizes)) == 1:
             counts = even_counts(self.slot_positions, self.head_offsets)
-            if counts is not None:
-                return attend_without_mask(query, slots, chunk, self.head_offsets, counts, scale=scale)
-        return attend_in_blocks(query, slots, chunk, self.head_offsets, scale=scale, softcap=softcap, sinks=sinks)
+            if counts is not None and len(set(counts)) == 1:
+                return attend_without_mask(query, slots, chunk, self.head_offsets, counts[0], scale=scale)
+        return attend_in_blocks(
+            query,
+            slots,
+            chunk,
+            self.head_offsets,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            together=query.is_cuda and softcap is None and sinks is None,  # else all logits would be held at once
+        )
 
     def saved_state(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in self.row_state}

@@ -1,4 +1,4 @@
-"""Chunks over ragged slots: both ways give softmax attention, and a longer prompt takes no more memory."""
+"""Chunks over ragged slots: all ways give softmax attention, and a longer prompt takes no more memory."""
 
 import subprocess
 import sys
@@ -56,19 +56,24 @@ def by_hand(query, slots, chunk, offsets, scale):
     ("offsets", "counts", "tokens", "group"),
     [
         ((0, 5, 12), (5, 7), 7, 1),
+        ((0, 5, 12, 16), (4, 4, 4), 10, 2),
         ((0, 5, 12, 17), (3, 3, 5), 9, 2),
-        ((0, 4, 9, 13), (2, 5, 2), 2, 3),  # the heads that hold equally many do not lie side by side
+        ((0, 4, 9, 13), (2, 5, 2), 2, 3),
+        ((0, 4, 8), (3, 3), 1, 3),
         ((0, 4, 8), (0, 1), 4, 4),
     ],
 )
-def test_both_ways_are_softmax_attention(offsets, counts, tokens, group, monkeypatch):
+def test_all_ways_are_softmax_attention(offsets, counts, tokens, group, monkeypatch):
     monkeypatch.setattr(chunk_attention, "QUERIES", 3)
     query, slots, chunk = case(offsets, counts, tokens, group)
     expected = by_hand(query, slots, chunk, offsets, 0.4)
-    torch.testing.assert_close(attend_in_blocks(query, slots, chunk, offsets, scale=0.4), expected)
+    for together in (False, True):
+        found = attend_in_blocks(query, slots, chunk, offsets, scale=0.4, together=together)
+        torch.testing.assert_close(found, expected)
     assert even_counts(slots[2], offsets) == list(counts)
-    found = attend_without_mask(query, slots, chunk, offsets, list(counts), scale=0.4)
-    torch.testing.assert_close(found, expected)
+    if len(set(counts)) == 1:
+        found = attend_without_mask(query, slots, chunk, offsets, counts[0], scale=0.4)
+        torch.testing.assert_close(found, expected)
 
 
 def test_rows_that_hold_differently_and_padding(monkeypatch):
@@ -81,10 +86,14 @@ def test_rows_that_hold_differently_and_padding(monkeypatch):
     padded[2][1, 4:6] = -1
     assert even_counts(slots[2], offsets) is None
     expected = by_hand(query, slots, padded, offsets, 0.4)
-    torch.testing.assert_close(attend_in_blocks(query, slots, padded, offsets, scale=0.4), expected)
     nobody = (*slots[:2], torch.full_like(slots[2], -1))
     alone = by_hand(query, nobody, padded, offsets, 0.4)
-    torch.testing.assert_close(attend_in_blocks(query, None, padded, offsets, scale=0.4), alone)
+    sinks = torch.full((4,), -1e4, dtype=torch.float64)  # which changes nothing, by the way of softcaps and sinks
+    for options in ({"together": False}, {"together": True}, {"together": True, "sinks": sinks}):
+        found = attend_in_blocks(query, slots, padded, offsets, scale=0.4, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        found = attend_in_blocks(query, None, padded, offsets, scale=0.4, **options)
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("budgets", ["uniform", [[9, 15], [12, 12], [20, 4], [5, 19]]])
@@ -93,18 +102,19 @@ def test_a_cache_reads_the_same_either_way(budgets, monkeypatch):
     for on_cuda in (False, True):
         cache = BoundedCache(model, memory_size=12, budgets=budgets)
         if on_cuda:  # what CUDA takes, on this device
-            monkeypatch.setattr(chunk_attention, "attend_in_blocks", None)
-            monkeypatch.setattr("retention_gates.gates.slot_layer.attend_in_blocks", without_mask)
+            monkeypatch.setattr("retention_gates.gates.slot_layer.attend_in_blocks", as_on_cuda)
         with torch.no_grad():
             parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([20, 30, 1, 19], 1)]
         logits.append(torch.cat(parts, dim=1))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
 
-def without_mask(query, slots, chunk, offsets, *, scale, softcap, sinks):
+def as_on_cuda(query, slots, chunk, offsets, *, scale, softcap, sinks, together):
     counts = even_counts(slots[2], offsets)
-    assert counts is not None and softcap is None and sinks is None
-    return attend_without_mask(query, slots, chunk, offsets, counts, scale=scale)
+    assert counts is not None and softcap is None and sinks is None and not together
+    if len(set(counts)) == 1:
+        return attend_without_mask(query, slots, chunk, offsets, counts[0], scale=scale)
+    return attend_in_blocks(query, slots, chunk, offsets, scale=scale, together=True)
 
 
 class Largest(TorchDispatchMode):
