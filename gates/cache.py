@@ -181,7 +181,8 @@ class EvictingCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_batch(key_states)
-        self._check_passes(layer_idx)
+        if not torch.compiler.is_compiling():
+            self._check_passes(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
@@ -252,16 +253,23 @@ class BoundedCache(EvictingCache):
             policies known ahead. None: as the model makes them.
         graph: whether `generate` replays its decoding steps as one CUDA graph, recorded at the third; no effect on
             other devices.
+        compile: whether that step goes through torch.compile before, which takes about a minute at the first time and
+            joins the model's small operators.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
     """
 
-    def __init__(self, model: nn.Module, memory_size: int, *, graph: bool = True, **options: Any):
-        if not isinstance(graph, bool):
-            raise ValueError(f"graph={graph!r} must be True or False.")
+    def __init__(
+        self, model: nn.Module, memory_size: int, *, graph: bool = True, compile: bool = False, **options: Any
+    ):
+        for name, value in (("graph", graph), ("compile", compile)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True or False.")
+        if compile and not graph:
+            raise ValueError("compile=True compiles the step that the graph records: it needs graph=True.")
         super().__init__(model, memory_size, **options)
-        self.decode_graph = DecodeGraph() if graph else None
+        self.decode_graph = DecodeGraph(compile) if graph else None
         kinds = getattr(text_config(find_gated_model(model).model), "layer_types", None) or ()
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicSlidingWindowLayer and "chunked_attention" not in kinds:

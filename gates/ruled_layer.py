@@ -83,7 +83,8 @@ class RuledLayer(GatedCacheLayer):
                 "cache.pin(start, stop) for the instruction's tokens before they are read."
             )
         self.is_attending = True
-        self.passes += 1
+        if not torch.compiler.is_compiling():  # a number that changes would call for another compilation
+            self.passes += 1
         return staged
 
     def get_max_length(self) -> int:

@@ -18,6 +18,11 @@ def check_same_device(reference_name: str, reference: torch.Tensor, **tensors: t
             )
 
 
+def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it if its last axis is not one after the other in memory, as kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def check_log_beta(log_beta: torch.Tensor, *, values: bool = True) -> None:
     """Raises ValueError unless log_beta is [B, H, T], fp32, finite and <= 0, with at least one token.
 

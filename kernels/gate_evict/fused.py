@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.gate_evict.layout import device_offsets
 
@@ -100,11 +101,16 @@ def _gate_evict(
 ) -> None:
     batch, heads, _, head_dim = new_key.shape
     layout = device_offsets(tuple(head_offsets), keys.device)
-    block = min(LARGEST_BLOCK, max(32, triton.next_power_of_2(layout.largest)))
-    new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in (new_key, new_value))
-    source = new_score if new_score is not None else gate_hidden
-    assert source is not None
-    mask = None if padding_mask is None else padding_mask.view(torch.uint8)
+    block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(layout.largest)))
+    source = new_score
+    if source is None:
+        assert gate_hidden is not None
+        source = with_unit_stride(gate_hidden)
+    mask = None if padding_mask is None else with_unit_stride(padding_mask).view(torch.uint8)
+    new_key, new_value = with_unit_stride(new_key), with_unit_stride(new_value)
+    gate_weight, gate_bias, protected, recent = (
+        None if x is None else x.contiguous() for x in (gate_weight, gate_bias, protected, recent)
+    )
     _step[heads, batch](
         keys,
         values,
@@ -143,6 +149,7 @@ def _gate_evict(
         BD=triton.next_power_of_2(head_dim),
         BDV=triton.next_power_of_2(values.shape[2]),
         BG=1 if gate_hidden is None else triton.next_power_of_2(gate_hidden.shape[1]),
+        BS=1 if protected is None else triton.next_power_of_2(len(protected)),
         num_warps=min(MOST_WARPS, max(1, block // SLOTS_PER_WARP)),
     )
 
@@ -240,6 +247,7 @@ def _step(
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BG: tl.constexpr,
+    BS: tl.constexpr,
 ):
     head, row = tl.program_id(0), tl.program_id(1)
     if UNIFORM:
@@ -276,9 +284,13 @@ def _step(
         unit = tl.arange(0, BG)
         hidden = tl.load(source + row.to(tl.int64) * source_stride_b + unit, mask=unit < GATE_WIDTH, other=0.0)
         weight = tl.load(gate_weight + head * GATE_WIDTH + unit, mask=unit < GATE_WIDTH, other=0.0)
-        new_score = _log_sigmoid(tl.sum(hidden.to(tl.float32) * weight, 0) + tl.load(gate_bias + head))
+        bias = tl.load(gate_bias + head)
     else:
         new_score = tl.load(source + row.to(tl.int64) * source_stride_b + head * source_stride_h)
+    if SPANS > 0:
+        span = tl.arange(0, BS)
+        span_start = tl.load(protected + 2 * span, mask=span < SPANS, other=0)
+        span_stop = tl.load(protected + 2 * span + 1, mask=span < SPANS, other=0)
 
     # One atomic reads the step and says who is last to have read it, so that nobody reads what that one writes.
     programs = tl.num_programs(0) * tl.num_programs(1)
@@ -286,15 +298,17 @@ def _step(
     step = clock & (ARRIVAL - 1)
     tl.store(seen, step + 1, mask=clock - step == (programs - 1).to(tl.int64) * ARRIVAL)
 
+    if GATE_WIDTH > 0:
+        new_score = _log_sigmoid(tl.sum(hidden.to(tl.float32) * weight, 0) + bias)
     if HAS_MASK:
         # a row that has not begun yet; whoever reads this after another program's write finds it done
         begins_later = (first_token == step) & (is_real == 0)
         first_token += begins_later.to(tl.int64)
         tl.store(start + row, first_token, mask=begins_later)
-    for span in tl.static_range(SPANS):
-        from_offset, to_offset = tl.load(protected + 2 * span), tl.load(protected + 2 * span + 1)
+    if SPANS > 0:
         offset = step - first_token
-        new_score = tl.where((offset >= from_offset) & (offset < to_offset), INF, new_score)
+        inside = (offset >= span_start) & (offset < span_stop)
+        new_score = tl.where(tl.max(inside.to(tl.int32), 0) > 0, INF, new_score)
 
     lowest = NEVER
     victim = 0

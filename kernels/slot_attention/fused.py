@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
+from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.slot_attention.kernel import attend_parts, sum_parts, sum_received
 from retention_gates.kernels.slot_attention.parts import parts_of
 
 LARGEST_HEAD_DIM = 256
 MOST_ROWS = 64  # queries of one KV head that a program takes
-SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that a program reads at a time
+SUM_NUMBERS = 1024  # fp32 numbers of partial outputs that a warp reads at a time
 
 
 class Tile(NamedTuple):
@@ -57,9 +58,10 @@ def slot_attention(
             f"query is {query.dtype}; the fused kernel takes float16, bfloat16 and float32: cast it, or set "
             "RETENTION_GATES_KERNELS=naive."
         )
-    for name, tensor in (("keys", keys), ("values", values), ("positions", positions)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; the fused kernel reads contiguous state only.")
+    state = dict(keys=keys, values=values, positions=positions, received=received, arrivals=arrivals)
+    for name, one in state.items():
+        if one is not None and not one.is_contiguous():
+            raise ValueError(f"{name} has strides {one.stride()}; the fused kernel takes contiguous state only.")
     new_key, new_value, new_positions = (None, None, None) if run is None else run
     return _slot_attention(
         query,
@@ -109,8 +111,11 @@ def _slot_attention(
     parts = parts_of(tuple(head_offsets), batch * row_blocks, tile.block, query.device, is_run)
     in_one = arrivals is not None and row_blocks == 1  # a counter is of one head
 
-    query = _rows(query)
-    new_key, new_value = (None if x is None else _rows(x) for x in (new_key, new_value))
+    query = with_unit_stride(query)
+    new_key, new_value, new_positions = (
+        None if x is None else with_unit_stride(x) for x in (new_key, new_value, new_positions)
+    )
+    sinks = None if sinks is None else sinks.contiguous()
     output = _empty_output(query, values)
     partial = query.new_empty(batch, parts.total, rows, value_dim, dtype=torch.float32) if parts.most > 1 else None
     partial_lses = query.new_empty(batch, parts.total, rows, dtype=torch.float32) if parts.most > 1 else None
@@ -124,8 +129,7 @@ def _slot_attention(
         DV=value_dim,
         BDV=block_value,
         SUM_ROWS=sum_rows,
-        MOST_PARTS=next_power_of_2(parts.most),
-        PARTS_AT_A_TIME=max(1, min(next_power_of_2(parts.most), SUM_NUMBERS // (sum_rows * block_value))),
+        PARTS_AT_A_TIME=max(1, min(next_power_of_2(parts.most), tile.warps * SUM_NUMBERS // (sum_rows * block_value))),
         HAS_SINKS=sinks is not None,
         HAS_RECEIVED=received is not None,
     )
@@ -162,6 +166,7 @@ def _slot_attention(
         BN=tile.block,
         BR=max(16, next_power_of_2(tokens)),
         STAGES=tile.stages,
+        ONE_TILE=parts.length == tile.block,
         UNIFORM=parts.per_head > 0,
         IS_RUN=is_run,
         SOFTCAP=softcap is not None,
@@ -172,7 +177,16 @@ def _slot_attention(
     )
     if parts.most > 1 and not in_one:
         sum_parts[heads, cdiv(rows, sum_rows), batch](
-            partial, partial_lses, sinks, output, lses, parts.head_parts, parts.total, tokens, num_warps=4, **summing
+            partial,
+            partial_lses,
+            sinks,
+            output,
+            lses,
+            parts.head_parts,
+            parts.total,
+            tokens,
+            num_warps=tile.warps,
+            **summing,
         )
     if received is not None:
         sum_received[parts.total, batch](
@@ -197,10 +211,6 @@ def _slot_attention(
 @_slot_attention.register_fake
 def _(query, keys, values, positions, head_offsets, key, value, new_positions, sinks, received, arrivals, scale, cap):
     return _empty_output(query, values).transpose(1, 2)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _empty_output(query: Tensor, values: Tensor) -> Tensor:

@@ -94,7 +94,6 @@ def _sum_parts(
     DV: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
     PARTS_AT_A_TIME: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSES: tl.constexpr,
@@ -103,34 +102,30 @@ def _sum_parts(
     column = tl.arange(0, BDV)
     at = (batch_row.to(tl.int64) * all_parts + first_part) * row_count
     inside = row < row_count
-    part = tl.arange(0, MOST_PARTS)
-    part_lse = tl.load(
-        partial_lses + at + part[:, None] * row_count + row[None, :],
-        mask=(part < count)[:, None] & inside[None, :],
-        other=MINUS_INF,
-        cache_modifier=".cg",
-    )
-    top = tl.max(part_lse, 0)
+    top = tl.full((BM,), MINUS_INF, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
     if HAS_SINKS:
-        sink = tl.load(sinks + head * G + row // tokens, mask=inside, other=MINUS_INF).to(tl.float32) * LOG2_E
-        top = tl.maximum(top, sink)
-    top = tl.where(top == MINUS_INF, 0.0, top)
-    total = tl.sum(tl.math.exp2(part_lse - top[None, :]), 0)
-    if HAS_SINKS:
-        total += tl.math.exp2(sink - top)
+        top = tl.load(sinks + head * G + row // tokens, mask=inside, other=MINUS_INF).to(tl.float32) * LOG2_E
+        total = tl.where(inside, 1.0, 0.0)
     acc = tl.zeros((BM, BDV), tl.float32)
     some = tl.arange(0, PARTS_AT_A_TIME)
     for begin in range(0, count, PARTS_AT_A_TIME):
         places = at + (begin + some)[:, None] * row_count + row[None, :]
         there = (begin + some < count)[:, None] & inside[None, :]
-        lse = tl.load(partial_lses + places, mask=there, other=MINUS_INF, cache_modifier=".cg")
+        part_lse = tl.load(partial_lses + places, mask=there, other=MINUS_INF, cache_modifier=".cg")
         part_output = tl.load(
             partial + places[:, :, None] * DV + column[None, None, :],
             mask=there[:, :, None] & (column < DV)[None, None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        acc += tl.sum(part_output * tl.math.exp2(lse - top[None, :])[:, :, None], 0)
+        new_top = tl.maximum(top, tl.max(part_lse, 0))
+        reference = tl.where(new_top == MINUS_INF, 0.0, new_top)
+        weights = tl.math.exp2(part_lse - reference[None, :])
+        fading = tl.math.exp2(top - reference)
+        total = total * fading + tl.sum(weights, 0)
+        acc = acc * fading[:, None] + tl.sum(part_output * weights[:, :, None], 0)
+        top = new_top
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = top + tl.math.log2(total)
     _store_rows(acc, lse, output, lses, row, row_count, head, batch_row, tokens, HQ, G, DV, BDV, HAS_LSES)
@@ -180,6 +175,7 @@ def attend_parts(
     BN: tl.constexpr,
     BR: tl.constexpr,  # rows of the chunk's own keys, n rounded up
     STAGES: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether a part is BN slots
     UNIFORM: tl.constexpr,
     IS_RUN: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -187,7 +183,6 @@ def attend_parts(
     HAS_RECEIVED: tl.constexpr,
     IN_ONE: tl.constexpr,  # the last part of a head to finish sums over all
     SUM_ROWS: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
     PARTS_AT_A_TIME: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -199,18 +194,17 @@ def attend_parts(
     inside = row < row_count
     column, value_column, entry = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
     query += batch_row.to(tl.int64) * query_stride_b
-    q = tl.load(
-        query
-        + (head * G + row // tokens)[:, None] * query_stride_h
-        + (row % tokens)[:, None] * query_stride_t
-        + column[None, :],
-        mask=inside[:, None] & (column < D)[None, :],
-        other=0.0,
-    )
+    query += (head * G + row // tokens)[:, None] * query_stride_h + (row % tokens)[:, None] * query_stride_t
+    query += column[None, :]
+    query_mask = inside[:, None] & (column < D)[None, :]
+    if not ONE_TILE:
+        q = tl.load(query, mask=query_mask, other=0.0)
     top = tl.full((BM,), MINUS_INF, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
     if IS_RUN and begin >= size:  # the part of a head that is the run itself, each token up to its own query
+        if ONE_TILE:
+            q = tl.load(query, mask=query_mask, other=0.0)
         own = tl.arange(0, BR)
         key_at = batch_row.to(tl.int64) * key_stride_b + head * key_stride_h
         k = tl.load(
@@ -234,6 +228,10 @@ def attend_parts(
         for first in tl.range(begin, end, BN, num_stages=STAGES):
             slot = first + entry
             exists = slot < end
+            if ONE_TILE:
+                # With keys and values in one wait for memory: outside of the loop the queries would be waited for
+                # first. That nothing is added must not show, or the load would be moved there.
+                q = tl.load(query + tl.minimum(first - begin, 0), mask=query_mask, other=0.0)
             held = tl.load(positions + base + slot, mask=exists, other=-1)
             k = tl.load(
                 keys + (base + slot)[:, None] * D + column[None, :],
@@ -295,7 +293,6 @@ def attend_parts(
                     DV,
                     BDV,
                     SUM_ROWS,
-                    MOST_PARTS,
                     PARTS_AT_A_TIME,
                     HAS_SINKS,
                     HAS_RECEIVED,
@@ -317,7 +314,6 @@ def sum_parts(
     DV: tl.constexpr,
     BDV: tl.constexpr,
     SUM_ROWS: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
     PARTS_AT_A_TIME: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_RECEIVED: tl.constexpr,
@@ -345,7 +341,6 @@ def sum_parts(
             DV,
             BDV,
             SUM_ROWS,
-            MOST_PARTS,
             PARTS_AT_A_TIME,
             HAS_SINKS,
             HAS_RECEIVED,
