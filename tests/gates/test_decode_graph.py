@@ -373,3 +373,41 @@ def test_options_must_be_bools():
         BoundedCache(model, 8, graph="yes")
     with pytest.raises(ValueError, match="it needs graph=True"):
         BoundedCache(model, 8, graph=False, compile=True)
+
+
+@three_kinds
+def test_replays_are_counted_and_what_they_leave_can_be_saved(device, recordings, tmp_path, family):
+    model = on(device, family)
+    recorded, plain = caches(model)
+    ids = token_ids(1, 9).to(device)
+    for cache in (recorded, plain):
+        model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+        assert {layer.columns for layer in cache.gated_layers} == {int(cache.get_seq_length())} == {9 + 15}
+    assert recordings
+    recorded.save(tmp_path / "memory")
+    loaded = BoundedCache.load(model, tmp_path / "memory")
+    seen = torch.ones(1, 24 + 9, dtype=torch.long, device=device)
+    one, other = (
+        model.generate(input_ids=ids, attention_mask=seen, past_key_values=cache, **GREEDY)
+        for cache in (loaded, plain)
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_replay_that_cannot_be_counted_is_refused(device, recordings):
+    model = on(device)
+    cache = caches(model)[0]
+    model.generate(input_ids=token_ids(1, 9).to(device), past_key_values=cache, **GREEDY)
+    for layer in cache.gated_layers:
+        layer.columns = 2**24 - 20
+    with pytest.raises(ValueError, match="would pass 16777216"):
+        seen = torch.ones(1, 24 + 9, dtype=torch.long, device=device)
+        model.generate(input_ids=token_ids(1, 9).to(device), attention_mask=seen, past_key_values=cache, **GREEDY)
+    assert {layer.columns for layer in cache.gated_layers} == {2**24}
+
+
+def test_global_budgets_are_not_recorded(device, recordings):
+    model = on(device)
+    cache = caches(model, budgets="global")[0]
+    model.generate(input_ids=token_ids(1, 9).to(device), past_key_values=cache, **GREEDY)
+    assert not recordings
