@@ -1,6 +1,6 @@
 """Time and memory of reading a long prompt in chunks: one attention layer in Qwen3-4B's shape, batch 1, bf16.
 
-    python recipes/bench/prefill.py                                # 32K and 131K tokens; about a minute on an H100
+    python recipes/bench/prefill.py                                # 32K and 131K tokens
     python recipes/bench/prefill.py --device cpu --tokens 2048 --chunk 512 --memory-size 128    # checks, no table
 
 "ours" is the cache's layer with all that it does to a chunk: it attends, scores and evicts. The rival is flash

@@ -1,7 +1,7 @@
 """Time and memory of a stream without end: a small model goes on and on with one cache.
 
     python recipes/bench/streaming.py                              # 1,000,000 tokens; SmolLM2-135M's shape on CUDA
-    python recipes/bench/streaming.py --device cpu --tokens 50000  # a tiny model; about 4 minutes on one core
+    python recipes/bench/streaming.py --device cpu --tokens 50000  # a tiny model
 
 Random weights; every token is the likeliest after the one before, one at a time. Each tenth of the stream is timed as
 a whole (on a CPU in CPU time), after a warm-up of a hundredth; "last" over "first" is the figure that has to stay at
