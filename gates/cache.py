@@ -248,7 +248,7 @@ class BoundedCache(EvictingCache):
     def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
         return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for layer in self.layers:
             states = _states(layer) if isinstance(layer, LinearAttentionLayer) else []
             layer.reorder_cache(beam_idx)

@@ -1,7 +1,9 @@
 """Decoding steps give the same recorded and replayed, by a tape on a CPU and by a graph on CUDA."""
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -169,6 +171,20 @@ def test_a_copy_records_for_itself(device, recordings):
         assert expected is None or torch.equal(tokens, expected)
         expected = tokens
     assert len(recordings) == 3
+
+
+def test_a_recording_goes_with_its_cache(device):
+    model = on(device)
+    cache = BoundedCache(model, memory_size=8)
+    model.generate(past_key_values=cache, **padded_batch(device), **GREEDY)
+    slots = weakref.ref(cache.gated_layers[0].keys)
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert slots() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("change", ["repeat", "select", "pin"])
