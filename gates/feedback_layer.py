@@ -104,7 +104,6 @@ class FeedbackSlotLayer(SlotLayer):
             softcap=softcap,
             sinks=sinks,
             received=received,
-            arrivals=self.arrivals,
         )
         is_real, is_padded = self.token
         held = Held(

@@ -25,7 +25,7 @@ class SlotLayer(RuledLayer):
     first token: keys [B, N, D]; values [B, N, Dv]; score [B, N] fp32, inf for protected entries; slot_positions [B, N]
     int64, the column of the sequence, -1 for empty; pending [B, N], evicted after the last step and overwritten next;
     seen [], columns so far; start [B], the column of the first real token. With fused kernels, a token is one launch
-    that writes it and marks the next victims, and one that attends.
+    that writes it and marks the next victims, and two that attend.
     """
 
     keys: torch.Tensor
@@ -67,13 +67,8 @@ class SlotLayer(RuledLayer):
             self.pending = torch.zeros(shape, dtype=torch.bool, device=self.device)
             self.start = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
-            self._allocate_counters()
             self._read_rule()
         self.is_initialized = True
-
-    def _allocate_counters(self) -> None:
-        heads = len(self.rule.budgets)
-        self.arrivals = torch.zeros(self.batch_size, heads, dtype=torch.int32, device=self.device)
 
     def _read_rule(self) -> None:
         """What the rule says, as tensors on the device."""
@@ -198,7 +193,6 @@ class SlotLayer(RuledLayer):
             scale=scale,
             softcap=softcap,
             sinks=sinks,
-            arrivals=self.arrivals,
         )
 
     def _attend_and_cut(
@@ -259,7 +253,6 @@ class SlotLayer(RuledLayer):
                 softcap=softcap,
                 sinks=sinks,
                 run=Run(key, value, positions),
-                arrivals=self.arrivals,
             )
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril()
         visible_chunk = causal & (positions >= 0)[:, None, None]  # [B, 1, T, T]
@@ -324,7 +317,7 @@ class SlotLayer(RuledLayer):
         """Bytes held by the layer's tensors."""
         if not self.is_initialized:
             return 0
-        tensors = [getattr(self, name) for name in (*self.row_state, "seen", "arrivals", "protected")]
+        tensors = [getattr(self, name) for name in (*self.row_state, "seen", "protected")]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def get_seq_length(self) -> Any:
@@ -359,5 +352,4 @@ class SlotLayer(RuledLayer):
             with torch.inference_mode(False):
                 for name in self.row_state:
                     setattr(self, name, change(getattr(self, name)))
-                self.batch_size = len(self.start)
-                self._allocate_counters()
+            self.batch_size = len(self.start)

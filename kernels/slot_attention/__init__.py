@@ -31,7 +31,6 @@ def slot_attention(
     sinks: torch.Tensor | None = None,
     received: torch.Tensor | None = None,
     run: Run | None = None,
-    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain softmax attention of one query per row over the slots its KV head holds, [B, HQ, 1, Dv] in query's dtype.
 
@@ -48,8 +47,6 @@ def slot_attention(
         received: fp32 [B, N] or None; is overwritten with what each slot received, the softmax weights summed over
             the query heads of its KV head, 0 for empty slots. Not with a run.
         run: keys, values and positions of up to 16 new tokens, which are not in the slots. None: the token is there.
-        arrivals: int32 [B, H] of zeros, or None; stays zeros. With it a fused call for one token is one launch instead
-            of two. Calls that may overlap in time need one each.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together.
@@ -77,12 +74,7 @@ def slot_attention(
     if run is not None:
         _check_run(run, query, heads, values.shape[2], received)
         check_same_device("query", query, new_key=run.key, new_value=run.value, new_positions=run.positions)
-    if arrivals is not None:
-        check_shape("arrivals", arrivals, (batch, heads), "[B, H]")
-        if arrivals.dtype != torch.int32:
-            raise ValueError(f"arrivals must be torch.int32, not {arrivals.dtype}.")
     check_same_device("query", query, keys=keys, values=values, positions=positions, sinks=sinks, received=received)
-    check_same_device("query", query, arrivals=arrivals)
     form = naive.slot_attention
     if use_fused("slot_attention", query):
         from retention_gates.kernels.slot_attention.fused import slot_attention as form
@@ -97,7 +89,6 @@ def slot_attention(
         sinks=sinks,
         received=received,
         run=run,
-        arrivals=arrivals,
     )
 
 

@@ -14,8 +14,10 @@ from retention_gates.kernels.slot_attention.kernel import attend_parts, sum_part
 from retention_gates.kernels.slot_attention.parts import parts_of
 
 LARGEST_HEAD_DIM = 256
-MOST_ROWS = 64  # queries of one KV head that a program takes
-SUM_NUMBERS = 1024  # fp32 numbers of partial outputs that a warp reads at a time
+SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that are read at a time
+SUM_WARPS = 4
+SHORT_PART = 128  # slots
+TILES_WITH_QUERIES = 4  # parts of so many tiles load the queries again with each
 
 
 class Tile(NamedTuple):
@@ -26,10 +28,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(head_dim: int, element_size: int) -> Tile:
-    """64 slots of 128 numbers of 16 bits are 16 KiB of keys and as much of values."""
-    block = 64 * 256 // (next_power_of_2(head_dim) * element_size)
-    return Tile(max(16, min(64, block)), 4, 2)
+def block_for(head_dim: int, element_size: int) -> int:
+    """Slots that parts are multiples of: 64 of 128 numbers of 16 bits are 16 KiB of keys and as much of values."""
+    return max(16, min(64, 64 * 256 // (next_power_of_2(head_dim) * element_size)))
+
+
+def most_rows(head_dim: int, element_size: int) -> int:
+    """Queries of one KV head that a program takes: with more, outputs and products do not fit its registers."""
+    if element_size == 4:
+        return 16
+    return 64 if head_dim <= 128 else 32
+
+
+def tile_for(block: int, length: int, rows: int) -> Tile:
+    """For parts of `length` slots and `rows` queries. In short parts, two warps have less to wait for than four."""
+    if block >= 32 and length <= SHORT_PART and rows <= 16:
+        return Tile(block // 2, 2, 2)
+    return Tile(block, 4, 2)
 
 
 def slot_attention(
@@ -44,7 +59,6 @@ def slot_attention(
     sinks: Tensor | None = None,
     received: Tensor | None = None,
     run: tuple[Tensor, Tensor, Tensor] | None = None,
-    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result as in the package's `slot_attention`."""
     for name, tensor in (("query", query), ("values", values)):
@@ -58,7 +72,7 @@ def slot_attention(
             f"query is {query.dtype}; the fused kernel takes float16, bfloat16 and float32: cast it, or set "
             "RETENTION_GATES_KERNELS=naive."
         )
-    state = dict(keys=keys, values=values, positions=positions, received=received, arrivals=arrivals)
+    state = dict(keys=keys, values=values, positions=positions, received=received)
     for name, one in state.items():
         if one is not None and not one.is_contiguous():
             raise ValueError(f"{name} has strides {one.stride()}; the fused kernel takes contiguous state only.")
@@ -74,13 +88,12 @@ def slot_attention(
         new_positions,
         sinks,
         received,
-        arrivals,
         scale,
         softcap,
     )
 
 
-@torch.library.custom_op("retention_gates::slot_attention", mutates_args=("received", "arrivals"))
+@torch.library.custom_op("retention_gates::slot_attention", mutates_args=("received",))
 @on_own_device
 def _slot_attention(
     query: Tensor,
@@ -93,7 +106,6 @@ def _slot_attention(
     new_positions: Tensor | None,
     sinks: Tensor | None,
     received: Tensor | None,
-    arrivals: Tensor | None,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
@@ -102,14 +114,15 @@ def _slot_attention(
     heads = len(head_offsets) - 1
     group = query_heads // heads
     rows = group * tokens
-    block_rows = max(16, min(MOST_ROWS, next_power_of_2(rows)))
+    size, widest = query.element_size(), max(head_dim, value_dim)
+    block_rows = max(16, min(most_rows(widest, size), next_power_of_2(rows)))
     row_blocks = cdiv(rows, block_rows)
-    sum_rows = min(block_rows, next_power_of_2(rows))
     block_dim, block_value = (max(16, next_power_of_2(x)) for x in (head_dim, value_dim))
-    tile = tile_for(max(head_dim, value_dim), query.element_size())
     is_run = new_key is not None
-    parts = parts_of(tuple(head_offsets), batch * row_blocks, tile.block, query.device, is_run)
-    in_one = arrivals is not None and row_blocks == 1  # a counter is of one head
+    block = block_for(widest, size)
+    parts = parts_of(tuple(head_offsets), batch * row_blocks, block, query.device, is_run)
+    tile = tile_for(block, parts.length, rows)
+    is_uniform = parts.per_head > 0
 
     query = with_unit_stride(query)
     new_key, new_value, new_positions = (
@@ -117,23 +130,24 @@ def _slot_attention(
     )
     sinks = None if sinks is None else sinks.contiguous()
     output = _empty_output(query, values)
-    partial = query.new_empty(batch, parts.total, rows, value_dim, dtype=torch.float32) if parts.most > 1 else None
-    partial_lses = query.new_empty(batch, parts.total, rows, dtype=torch.float32) if parts.most > 1 else None
-    logits, lses = None, None
+    partial, partial_lses, logits, lses = None, None, None, None
+    if parts.most > 1:
+        partial = query.new_empty(batch, parts.total, rows, value_dim, dtype=torch.float32)
+        partial_lses = query.new_empty(batch, parts.total, rows, dtype=torch.float32)
     if received is not None:
         logits = query.new_empty(batch, group, slots, dtype=torch.float32)
         lses = query.new_empty(batch, query_heads, dtype=torch.float32)
-    summing = dict(
+    common = dict(
         HQ=query_heads,
         G=group,
         DV=value_dim,
         BDV=block_value,
-        SUM_ROWS=sum_rows,
-        PARTS_AT_A_TIME=max(1, min(next_power_of_2(parts.most), tile.warps * SUM_NUMBERS // (sum_rows * block_value))),
         HAS_SINKS=sinks is not None,
         HAS_RECEIVED=received is not None,
+        UNIFORM=is_uniform,
     )
-    attend_parts[parts.total, row_blocks, batch](
+    grid = (parts.per_head, heads, batch) if is_uniform else (parts.total, 1, batch)
+    attend_parts[grid[0] * row_blocks, grid[1], grid[2]](
         query,
         keys,
         values,
@@ -147,11 +161,11 @@ def _slot_attention(
         partial_lses,
         logits,
         lses,
-        arrivals if in_one else None,
         parts.table,
         parts.size,
         parts.length,
         parts.per_head,
+        parts.total,
         slots,
         tokens,
         *query.stride()[:3],
@@ -166,30 +180,32 @@ def _slot_attention(
         BN=tile.block,
         BR=max(16, next_power_of_2(tokens)),
         STAGES=tile.stages,
-        ONE_TILE=parts.length == tile.block,
-        UNIFORM=parts.per_head > 0,
+        WITH_KEYS=parts.length <= TILES_WITH_QUERIES * tile.block,
+        ROW_BLOCKS=row_blocks,
+        SPLIT=parts.most > 1,
         IS_RUN=is_run,
         SOFTCAP=softcap is not None,
-        IN_ONE=in_one,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
-        **summing,
+        **common,
     )
-    if parts.most > 1 and not in_one:
-        sum_parts[heads, cdiv(rows, sum_rows), batch](
+    if parts.most > 1:
+        sum_parts[rows, heads, batch](
             partial,
             partial_lses,
             sinks,
             output,
             lses,
             parts.head_parts,
+            parts.per_head,
             parts.total,
             tokens,
-            num_warps=tile.warps,
-            **summing,
+            PARTS_AT_A_TIME=min(next_power_of_2(parts.most), SUM_NUMBERS // block_value),
+            num_warps=SUM_WARPS,
+            **common,
         )
     if received is not None:
-        sum_received[parts.total, batch](
+        sum_received[grid](
             logits,
             lses,
             positions,
@@ -197,19 +213,18 @@ def _slot_attention(
             parts.table,
             parts.size,
             parts.length,
-            parts.per_head,
             slots,
             HQ=query_heads,
             G=group,
-            BLOCK=tile.block,
-            UNIFORM=parts.per_head > 0,
+            BLOCK=block,
+            UNIFORM=is_uniform,
             num_warps=2,
         )
     return output.transpose(1, 2)
 
 
 @_slot_attention.register_fake
-def _(query, keys, values, positions, head_offsets, key, value, new_positions, sinks, received, arrivals, scale, cap):
+def _(query, keys, values, positions, head_offsets, key, value, new_positions, sinks, received, scale, cap):
     return _empty_output(query, values).transpose(1, 2)
 
 

@@ -8,21 +8,22 @@ MINUS_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _find_part(part, table, size, length, parts, UNIFORM: tl.constexpr):
-    """Head, its first slot, its slots, this part's first slot in the head, parts of the head, the first of them."""
+def _find_part(part, head, table, size, length, UNIFORM: tl.constexpr):
+    """Head, its first slot, its slots, and this part's first slot in it: by arithmetic or from the table."""
     if UNIFORM:
-        head = part // parts
-        return head, head * size, size, (part - head * parts) * length, parts, head * parts
+        return head, head * size, size, part * length
     else:
-        table += part * 6
-        return (
-            tl.load(table),
-            tl.load(table + 1),
-            tl.load(table + 2),
-            tl.load(table + 3),
-            tl.load(table + 4),
-            tl.load(table + 5),
-        )
+        table += part * 4
+        return tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+
+
+@triton.jit
+def _tanh(x):
+    """To some units of the last place: below 1/4 a series, as 1 - exp(-2 x) would lose its digits there."""
+    square = x * x
+    series = square * (62.0 / 2835.0) - 17.0 / 315.0
+    series = (series * square + 2.0 / 15.0) * square - 1.0 / 3.0
+    return tl.where(square < 0.0625, x + x * (square * series), 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _logits(query, keys, qk_scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl
     """Logits [BM, BN] in units of log2."""
     logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * qk_scale
     if SOFTCAP:  # softcap * tanh(x / softcap), and qk_scale has the division
-        logits = softcap * LOG2_E * (2.0 * tl.sigmoid(2.0 * logits) - 1.0)
+        logits = softcap * LOG2_E * _tanh(logits)
     return logits
 
 
@@ -44,91 +45,6 @@ def _add(logits, values, top, total, acc, PRECISION: tl.constexpr):
     total = total * fading + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * fading[:, None], input_precision=PRECISION)
     return new_top, total, acc
-
-
-@triton.jit
-def _store_rows(
-    acc,
-    lse,
-    output,
-    lses,
-    row,
-    row_count,
-    head,
-    batch_row,
-    tokens,
-    HQ: tl.constexpr,
-    G: tl.constexpr,
-    DV: tl.constexpr,
-    BDV: tl.constexpr,
-    HAS_LSES: tl.constexpr,
-):
-    """Output [rows, BDV] of a head's queries, and the log2 of their softmax's denominators."""
-    column = tl.arange(0, BDV)
-    query_head = head * G + row // tokens
-    at = (batch_row.to(tl.int64) * tokens + row % tokens) * HQ + query_head
-    inside = row < row_count
-    mask = inside[:, None] & (column < DV)[None, :]
-    tl.store(output + at[:, None] * DV + column[None, :], acc.to(output.dtype.element_ty), mask=mask)
-    if HAS_LSES:  # of one token
-        tl.store(lses + batch_row * HQ + query_head, lse, mask=inside)
-
-
-@triton.jit
-def _sum_parts(
-    partial,
-    partial_lses,
-    sinks,
-    output,
-    lses,
-    head,
-    batch_row,
-    first_part,
-    count,
-    all_parts,
-    row,
-    row_count,
-    tokens,
-    HQ: tl.constexpr,
-    G: tl.constexpr,
-    DV: tl.constexpr,
-    BDV: tl.constexpr,
-    BM: tl.constexpr,
-    PARTS_AT_A_TIME: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_LSES: tl.constexpr,
-):
-    """The softmax over all parts of a head for the queries `row`; in order, so that two runs give the same bits."""
-    column = tl.arange(0, BDV)
-    at = (batch_row.to(tl.int64) * all_parts + first_part) * row_count
-    inside = row < row_count
-    top = tl.full((BM,), MINUS_INF, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    if HAS_SINKS:
-        top = tl.load(sinks + head * G + row // tokens, mask=inside, other=MINUS_INF).to(tl.float32) * LOG2_E
-        total = tl.where(inside, 1.0, 0.0)
-    acc = tl.zeros((BM, BDV), tl.float32)
-    some = tl.arange(0, PARTS_AT_A_TIME)
-    for begin in range(0, count, PARTS_AT_A_TIME):
-        places = at + (begin + some)[:, None] * row_count + row[None, :]
-        there = (begin + some < count)[:, None] & inside[None, :]
-        part_lse = tl.load(partial_lses + places, mask=there, other=MINUS_INF, cache_modifier=".cg")
-        part_output = tl.load(
-            partial + places[:, :, None] * DV + column[None, None, :],
-            mask=there[:, :, None] & (column < DV)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_top = tl.maximum(top, tl.max(part_lse, 0))
-        reference = tl.where(new_top == MINUS_INF, 0.0, new_top)
-        weights = tl.math.exp2(part_lse - reference[None, :])
-        fading = tl.math.exp2(top - reference)
-        total = total * fading + tl.sum(weights, 0)
-        acc = acc * fading[:, None] + tl.sum(part_output * weights[:, :, None], 0)
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = top + tl.math.log2(total)
-    _store_rows(acc, lse, output, lses, row, row_count, head, batch_row, tokens, HQ, G, DV, BDV, HAS_LSES)
 
 
 @triton.jit
@@ -146,11 +62,11 @@ def attend_parts(
     partial_lses,  # [B, P, R]
     logits_out,  # [B, G, N]
     lses,  # [B, HQ]
-    arrivals,  # [B, H * row blocks], zeros
-    table,  # [P, 6]
+    table,  # [P, 4]
     size,
     length,  # slots of a part
-    parts,  # of every head, if UNIFORM
+    per_head,  # parts of a head, if UNIFORM
+    all_parts,  # P
     slots,
     tokens,  # n
     query_stride_b,
@@ -175,20 +91,18 @@ def attend_parts(
     BN: tl.constexpr,
     BR: tl.constexpr,  # rows of the chunk's own keys, n rounded up
     STAGES: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # whether a part is BN slots
+    WITH_KEYS: tl.constexpr,  # whether queries are loaded with every tile, which is faster if there are few
+    ROW_BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether any head has more than one part
     UNIFORM: tl.constexpr,
     IS_RUN: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_RECEIVED: tl.constexpr,
-    IN_ONE: tl.constexpr,  # the last part of a head to finish sums over all
-    SUM_ROWS: tl.constexpr,
-    PARTS_AT_A_TIME: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    part_index, row_block, batch_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    all_parts = tl.num_programs(0)
-    head, first_slot, size, begin, count, first_part = _find_part(part_index, table, size, length, parts, UNIFORM)
+    part, row_block, batch_row = tl.program_id(0) // ROW_BLOCKS, tl.program_id(0) % ROW_BLOCKS, tl.program_id(2)
+    head, first_slot, size, begin = _find_part(part, tl.program_id(1), table, size, length, UNIFORM)
     row_count = G * tokens
     row = row_block * BM + tl.arange(0, BM)
     inside = row < row_count
@@ -197,13 +111,13 @@ def attend_parts(
     query += (head * G + row // tokens)[:, None] * query_stride_h + (row % tokens)[:, None] * query_stride_t
     query += column[None, :]
     query_mask = inside[:, None] & (column < D)[None, :]
-    if not ONE_TILE:
+    if not WITH_KEYS:
         q = tl.load(query, mask=query_mask, other=0.0)
     top = tl.full((BM,), MINUS_INF, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
     if IS_RUN and begin >= size:  # the part of a head that is the run itself, each token up to its own query
-        if ONE_TILE:
+        if WITH_KEYS:
             q = tl.load(query, mask=query_mask, other=0.0)
         own = tl.arange(0, BR)
         key_at = batch_row.to(tl.int64) * key_stride_b + head * key_stride_h
@@ -228,7 +142,7 @@ def attend_parts(
         for first in tl.range(begin, end, BN, num_stages=STAGES):
             slot = first + entry
             exists = slot < end
-            if ONE_TILE:
+            if WITH_KEYS:
                 # With keys and values in one wait for memory: outside of the loop the queries would be waited for
                 # first. That nothing is added must not show, or the load would be moved there.
                 q = tl.load(query + tl.minimum(first - begin, 0), mask=query_mask, other=0.0)
@@ -250,18 +164,8 @@ def attend_parts(
                 tl.store(logits_out + place, logits, mask=inside[:, None] & exists[None, :])
             top, total, acc = _add(logits, v, top, total, acc, PRECISION)
 
-    if count == 1:
-        if HAS_SINKS:
-            sink = tl.load(sinks + head * G + row // tokens, mask=inside, other=MINUS_INF).to(tl.float32) * LOG2_E
-            new_top = tl.maximum(top, sink)
-            fading = tl.math.exp2(top - new_top)
-            total, acc = total * fading + tl.math.exp2(sink - new_top), acc * fading[:, None]
-            top = new_top
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        lse = top + tl.math.log2(total)
-        _store_rows(acc, lse, output, lses, row, row_count, head, batch_row, tokens, HQ, G, DV, BDV, HAS_RECEIVED)
-    else:
-        place = (batch_row.to(tl.int64) * all_parts + part_index) * row_count + row
+    if SPLIT:
+        place = (batch_row.to(tl.int64) * all_parts + part + UNIFORM * head * per_head) * row_count + row
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(
             partial + place[:, None] * DV + value_column[None, :],
@@ -269,82 +173,78 @@ def attend_parts(
             mask=inside[:, None] & (value_column < DV)[None, :],
         )
         tl.store(partial_lses + place, top + tl.math.log2(total), mask=inside)
-        if IN_ONE:
-            arrivals += (batch_row * (HQ // G) + head) * tl.num_programs(1) + row_block
-            tl.debug_barrier()  # all threads have stored
-            if tl.atomic_add(arrivals, 1, sem="acq_rel") == count - 1:
-                tl.store(arrivals, 0)  # as the next call wants to find it
-                _sum_parts(
-                    partial,
-                    partial_lses,
-                    sinks,
-                    output,
-                    lses,
-                    head,
-                    batch_row,
-                    first_part,
-                    count,
-                    all_parts,
-                    row_block * BM + tl.arange(0, SUM_ROWS),
-                    row_count,
-                    tokens,
-                    HQ,
-                    G,
-                    DV,
-                    BDV,
-                    SUM_ROWS,
-                    PARTS_AT_A_TIME,
-                    HAS_SINKS,
-                    HAS_RECEIVED,
-                )
+    else:
+        query_head = head * G + row // tokens
+        if HAS_SINKS:
+            sink = tl.load(sinks + query_head, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+            new_top = tl.maximum(top, sink)
+            fading = tl.math.exp2(top - new_top)
+            total, acc = total * fading + tl.math.exp2(sink - new_top), acc * fading[:, None]
+            top = new_top
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        place = (batch_row.to(tl.int64) * tokens + row % tokens) * HQ + query_head
+        tl.store(
+            output + place[:, None] * DV + value_column[None, :],
+            acc.to(output.dtype.element_ty),
+            mask=inside[:, None] & (value_column < DV)[None, :],
+        )
+        if HAS_RECEIVED:
+            tl.store(lses + batch_row * HQ + query_head, top + tl.math.log2(total), mask=inside)
 
 
 @triton.jit
 def sum_parts(
-    partial,
-    partial_lses,
-    sinks,
-    output,
-    lses,
-    head_parts,  # [H, 2], how many parts a head has and the first of them
+    partial,  # [B, P, R, Dv]
+    partial_lses,  # [B, P, R]
+    sinks,  # [HQ]
+    output,  # [B, n, HQ, Dv]
+    lses,  # [B, HQ]
+    head_parts,  # [H, 2]
+    per_head,
     all_parts,
     tokens,
     HQ: tl.constexpr,
     G: tl.constexpr,
     DV: tl.constexpr,
     BDV: tl.constexpr,
-    SUM_ROWS: tl.constexpr,
     PARTS_AT_A_TIME: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_RECEIVED: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):
-    """What the last part does in `attend_parts` if it may, as a launch of its own."""
-    head, row_block, batch_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count, first_part = tl.load(head_parts + 2 * head), tl.load(head_parts + 2 * head + 1)
-    if count > 1:
-        _sum_parts(
-            partial,
-            partial_lses,
-            sinks,
-            output,
-            lses,
-            head,
-            batch_row,
-            first_part,
-            count,
-            all_parts,
-            row_block * SUM_ROWS + tl.arange(0, SUM_ROWS),
-            G * tokens,
-            tokens,
-            HQ,
-            G,
-            DV,
-            BDV,
-            SUM_ROWS,
-            PARTS_AT_A_TIME,
-            HAS_SINKS,
-            HAS_RECEIVED,
+    """The softmax of one query over all parts of its head, in order, so that two runs give the same bits."""
+    row, head, batch_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if UNIFORM:
+        count, first_part = per_head, head * per_head
+    else:
+        count, first_part = tl.load(head_parts + 2 * head), tl.load(head_parts + 2 * head + 1)
+    query_head = head * G + row // tokens
+    row_count = G * tokens
+    column, part = tl.arange(0, BDV), tl.arange(0, PARTS_AT_A_TIME)
+    place = (batch_row.to(tl.int64) * all_parts + first_part + part) * row_count + row
+    one = tl.arange(0, 1)
+    top, total = tl.full((1,), MINUS_INF, tl.float32), tl.zeros((1,), tl.float32)
+    if HAS_SINKS:
+        top, total = tl.load(sinks + query_head + one).to(tl.float32) * LOG2_E, total + 1.0
+    acc = tl.zeros((BDV,), tl.float32)
+    for begin in range(0, count, PARTS_AT_A_TIME):
+        there = begin + part < count
+        part_output = tl.load(
+            partial + place[:, None] * DV + column[None, :], mask=there[:, None] & (column < DV)[None, :], other=0.0
         )
+        part_lse = tl.load(partial_lses + place, mask=there, other=MINUS_INF)
+        new_top = tl.maximum(top, tl.max(part_lse, 0, keep_dims=True))
+        reference = tl.where(new_top == MINUS_INF, 0.0, new_top)
+        weights, fading = tl.math.exp2(part_lse - reference), tl.math.exp2(top - reference)
+        total = total * fading + tl.sum(weights, 0, keep_dims=True)
+        acc = acc * fading + tl.sum(part_output * weights[:, None], 0)
+        top = new_top
+        place += PARTS_AT_A_TIME * row_count
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    at = (batch_row.to(tl.int64) * tokens + row % tokens) * HQ + query_head
+    tl.store(output + at * DV + column, acc.to(output.dtype.element_ty), mask=column < DV)
+    if HAS_RECEIVED:  # of one token
+        tl.store(lses + batch_row * HQ + query_head + one, top + tl.math.log2(total))
 
 
 @triton.jit
@@ -356,7 +256,6 @@ def sum_received(
     table,
     size,
     length,
-    parts,
     slots,
     HQ: tl.constexpr,
     G: tl.constexpr,
@@ -364,8 +263,8 @@ def sum_received(
     UNIFORM: tl.constexpr,
 ):
     """What each slot received of the G queries that read it."""
-    batch_row = tl.program_id(1)
-    head, first_slot, size, begin, _, _ = _find_part(tl.program_id(0), table, size, length, parts, UNIFORM)
+    batch_row = tl.program_id(2)
+    head, first_slot, size, begin = _find_part(tl.program_id(0), tl.program_id(1), table, size, length, UNIFORM)
     end = tl.minimum(begin + length, size)
     for first in range(begin, end, BLOCK):
         slot = first + tl.arange(0, BLOCK)

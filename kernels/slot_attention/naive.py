@@ -15,12 +15,8 @@ def slot_attention(
     sinks: torch.Tensor | None = None,
     received: torch.Tensor | None = None,
     run: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Arguments and result as in the package's `slot_attention`; the equation, head by head, in fp32.
-
-    `arrivals` is the fused kernel's.
-    """
+    """Arguments and result as in the package's `slot_attention`; the equation, head by head, in fp32."""
     batch, query_heads, tokens, _ = query.shape
     heads = len(head_offsets) - 1
     grouped = query.reshape(batch, heads, -1, query.shape[3])  # [B, H, G * n, D]

@@ -7,7 +7,11 @@ from typing import NamedTuple
 import torch
 from triton import cdiv
 
-PROGRAMS_PER_UNIT = 4  # wanted in all, per multiprocessor
+FEWEST_PROGRAMS, MOST_PROGRAMS = (
+    2,
+    4,
+)  # per multiprocessor: each costs a prologue and a partial result, and hides others
+LONG_PART = 256  # slots; parts become no longer while there are not MOST_PROGRAMS
 MOST_PARTS = 128  # of one head: all of them are summed by one program
 ASSUMED_UNITS = 132  # where there is no device to ask
 
@@ -32,9 +36,12 @@ def parts_of(head_offsets: tuple[int, ...], rows: int, block: int, device: torch
     Args:
         with_run: whether each head has one part more, for new tokens that are not in slots. It begins at its end.
     """
-    wanted = max(1, PROGRAMS_PER_UNIT * _units(device) // rows)
     largest = max(stop - start for start, stop in pairwise(head_offsets))
-    length = max(cdiv(head_offsets[-1], wanted), cdiv(largest, MOST_PARTS - with_run))
+    least = cdiv(largest, MOST_PARTS - with_run)
+    share = cdiv(head_offsets[-1] * rows, _units(device))  # slots of a multiprocessor
+    length = max(cdiv(share, FEWEST_PROGRAMS), least)
+    if length > LONG_PART:
+        length = max(LONG_PART, cdiv(share, MOST_PROGRAMS), least)
     return _divided(head_offsets, cdiv(length, block) * block, device, with_run)
 
 
@@ -44,7 +51,7 @@ def _divided(head_offsets: tuple[int, ...], length: int, device: torch.device, w
     counts = [cdiv(size, length) + with_run for size in sizes]
     firsts = list(accumulate(counts, initial=0))
     table = [
-        [head, head_offsets[head], size, min(index * length, size), counts[head], firsts[head]]
+        [head, head_offsets[head], size, min(index * length, size)]
         for head, size in enumerate(sizes)
         for index in range(counts[head])
     ]

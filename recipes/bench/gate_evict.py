@@ -113,7 +113,10 @@ def ragged(size: int, heads: int) -> list[int]:
 def full_state(batch: int, offsets: tuple[int, ...], dim: int) -> list[torch.Tensor]:
     """A layer in the midst of decoding: every head is full and its last slot is pending."""
     shape = (batch, offsets[-1])
-    positions = torch.stack([torch.randperm(STEP, device="cuda")[: offsets[-1]] for _ in range(batch)])
+    positions = torch.empty(shape, dtype=torch.int64, device="cuda")
+    for start, stop in zip(offsets, offsets[1:], strict=False):
+        for row in range(batch):
+            positions[row, start:stop] = torch.randperm(STEP, device="cuda")[: stop - start]
     pending = torch.zeros(shape, dtype=torch.bool, device="cuda")
     pending[:, [stop - 1 for stop in offsets[1:]]] = True
     entries = [torch.zeros(*shape, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]

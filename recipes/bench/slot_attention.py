@@ -69,7 +69,6 @@ class Layers:
             for _ in range(self.count)
         ]
         self.positions = torch.zeros(batch, slots, dtype=torch.int64, device="cuda")
-        self.arrivals = torch.zeros(batch, heads, dtype=torch.int32, device="cuda")
         self.scale = dim**-0.5
 
     def ours(self, layer: int = 0, query: torch.Tensor | None = None, **more) -> torch.Tensor:
@@ -110,9 +109,8 @@ def compare(layers: Layers, case: str, limit: float, is_uniform: bool, run: int)
     new = torch.randn(batch, heads, run, dim, device="cuda", dtype=torch.bfloat16)
     tokens = Run(new, new, torch.arange(run, device="cuda").expand(batch, -1))
     contenders: dict[str, Callable[..., torch.Tensor]] = {
-        "ours": lambda layer=0: layers.ours(layer, arrivals=layers.arrivals),
-        "ours, two launches": layers.ours,
-        f"ours, a run of {run}": lambda layer=0: layers.ours(layer, more, run=tokens, arrivals=layers.arrivals),
+        "ours": layers.ours,
+        f"ours, a run of {run}": lambda layer=0: layers.ours(layer, more, run=tokens),
         "plain torch, captured": layers.plain,
     }
     if is_uniform:
@@ -129,16 +127,32 @@ def compare(layers: Layers, case: str, limit: float, is_uniform: bool, run: int)
 
 def sweep(layers: Layers, case: str, limit: float) -> list[Measurement]:
     measured = []
-    chosen, programs, numbers = fused.tile_for, parts.PROGRAMS_PER_UNIT, fused.SUM_NUMBERS
-    tiles = ((32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2))
-    for (block, warps, stages), parts.PROGRAMS_PER_UNIT, fused.SUM_NUMBERS in product(tiles, (2, 4), (1024, 2048)):
+    chosen, fewest, queries = fused.tile_for, parts.FEWEST_PROGRAMS, fused.TILES_WITH_QUERIES
+    tiles = ((32, 1, 2), (32, 2, 2), (32, 2, 3), (64, 2, 2), (64, 4, 1), (64, 4, 2))
+    for (block, warps, stages), parts.FEWEST_PROGRAMS in product(tiles, (1, 2, 4)):
         tile = fused.Tile(block, warps, stages)
         fused.tile_for = lambda *_: tile  # noqa: B023
-        value, spread = replayed_us([partial(layers.ours, i, arrivals=layers.arrivals) for i in range(layers.count)])
-        contender = f"ours, {block} {warps} {stages} x{parts.PROGRAMS_PER_UNIT} sum {fused.SUM_NUMBERS}"
+        value, spread = replayed_us([partial(layers.ours, i) for i in range(layers.count)])
+        contender = f"ours, {block} {warps} {stages} x{parts.FEWEST_PROGRAMS}"
         measured.append(Measurement(case, contender, value, "us", spread, limit))
-    fused.tile_for, parts.PROGRAMS_PER_UNIT, fused.SUM_NUMBERS = chosen, programs, numbers
-    return measured
+    fused.tile_for, parts.FEWEST_PROGRAMS = chosen, fewest
+    for fused.TILES_WITH_QUERIES in (0, 100):
+        value, spread = replayed_us([partial(layers.ours, i) for i in range(layers.count)])
+        contender = "ours, queries with every tile" if fused.TILES_WITH_QUERIES else "ours, queries first"
+        measured.append(Measurement(case, contender, value, "us", spread, limit))
+    fused.TILES_WITH_QUERIES = queries
+    sum_parts = fused.sum_parts
+    fused.sum_parts = Nothing()
+    value, spread = replayed_us([partial(layers.ours, i) for i in range(layers.count)])
+    fused.sum_parts = sum_parts
+    return [*measured, Measurement(case, "ours, without the sum over parts", value, "us", spread, limit)]
+
+
+class Nothing:
+    """A kernel that is not launched."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 if __name__ == "__main__":

@@ -104,8 +104,7 @@ def test_bytes_held_are_slots_times_bytes_per_entry(budgets):
     cache = BoundedCache(model, memory_size=8, budgets=budgets, buffer_size=2)
     assert cache.memory_bytes() == 0 and cache.slots == 4 * 2 * 10
     entry = 2 * 8 * 4 + 4 + 8 + 1  # key and value of 8 fp32, score, position, pending
-    # per layer: where each row starts, the columns so far, a counter per row and head, the span that is protected
-    counters = 4 * (3 * 8 + 8 + 3 * 2 * 4 + 2 * 8)
+    counters = 4 * (3 * 8 + 8 + 2 * 8)  # per layer: where each row starts, the columns so far, the span protected
     for length in (200, 1, 1, 30, 1):
         with torch.no_grad():
             model(input_ids=token_ids(3, length), past_key_values=cache)

@@ -61,7 +61,7 @@ def test_a_step_of_a_layer_is_two_operators(device, with_mask, finishes_gate, mo
 @interpreted
 @pytest.mark.parametrize("policy", ["retention", "streaming_llm", "h2o"])
 def test_a_model_keeps_and_says_the_same(policy, monkeypatch):
-    check_model("cpu", policy, 10, monkeypatch, num_hidden_layers=2)
+    check_model("cpu", policy, 6, monkeypatch, num_hidden_layers=2)
 
 
 @pytest.mark.gpu

@@ -105,7 +105,7 @@ def check_case(case, device):
 
 
 @interpreted
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(cases())
 def test_equals_naive(case):
     check_case(case, "cpu")

@@ -68,16 +68,13 @@ def exact(case, run, **options):
     return output, received
 
 
-def check(
-    sizes, group, dims, *, tokens=1, dtype, device, softcap=None, with_sinks=False, in_one=True, batch=2, **more
-):
+def check(sizes, group, dims, *, tokens=1, dtype, device, softcap=None, with_sinks=False, batch=2, **more):
     case, run, sinks = inputs(sizes, group, *dims, batch, tokens, dtype, device)
     run = run if tokens > 1 else None
     options = dict(scale=dims[0] ** -0.5, softcap=softcap, sinks=sinks if with_sinks else None)
-    arrivals = torch.zeros(batch, len(sizes), dtype=torch.int32, device=device) if in_one else None
     received = torch.full_like(case[3], float("nan"), dtype=torch.float32) if tokens == 1 else None
     with mock.patch.object(torch.Tensor, "new_empty", _filled_with_nan):
-        output = fused.slot_attention(*case, **options, run=run, received=received, arrivals=arrivals)
+        output = fused.slot_attention(*case, **options, run=run, received=received)
     assert output.dtype == dtype and output.transpose(1, 2).is_contiguous()
     expected, expected_received = exact(case, run, **options)
     theirs = _same_dtype(case, run, **options)
@@ -86,9 +83,8 @@ def check(
     if run is None:
         assert (output[0, :group] == 0).all()
         torch.testing.assert_close(received.double(), expected_received, rtol=1e-4, atol=2e-6)
-    again = fused.slot_attention(*case, **options, run=run, received=received, arrivals=arrivals)
+    again = fused.slot_attention(*case, **options, run=run, received=received)
     assert torch.equal(output, again)
-    assert arrivals is None or (arrivals == 0).all()
 
 
 def _filled_with_nan(tensor, *shape, empty=torch.Tensor.new_empty, **options):
@@ -117,11 +113,11 @@ SMALL = [
     ([1], 1, (16, 16), {}),
     ([9, 9], 3, (16, 8), dict(softcap=2.0, with_sinks=True)),
     ([70, 70], 4, (16, 16), dict(with_sinks=True)),
-    ([3, 150, 1], 3, (24, 40), dict(in_one=False)),
+    ([3, 150, 1], 3, (24, 40), {}),
     ([3, 150, 1], 2, (16, 16), dict(softcap=5.0)),
     ([40, 90], 3, (16, 24), dict(tokens=5, with_sinks=True)),
     ([40, 40], 16, (16, 16), dict(tokens=16, softcap=3.0)),
-    ([3, 150], 2, (16, 16), dict(tokens=2, in_one=False)),
+    ([3, 150], 2, (16, 16), dict(tokens=2)),
 ]
 
 
@@ -162,9 +158,8 @@ def test_batches_and_lengths_on_a_gpu(batch, size):
     query = torch.randn(batch, 8, 1, 128, generator=generator, device="cuda")
     keys, values = torch.randn(2, batch, 2 * size, 128, generator=generator, device="cuda").bfloat16().unbind()
     positions = torch.randint(-1, 3, (batch, 2 * size), generator=generator, device="cuda")
-    arrivals = torch.zeros(batch, 2, dtype=torch.int32, device="cuda")
     case = (query.bfloat16(), keys, values, positions, (0, size, 2 * size))
-    output = fused.slot_attention(*case, scale=0.1, arrivals=arrivals)
+    output = fused.slot_attention(*case, scale=0.1)
     grouped, *entries = (x.double().view(batch, 2, -1, 128) for x in case[:3])
     mask = (positions >= 0).view(batch, 2, 1, size)
     expected = F.scaled_dot_product_attention(grouped, *entries, attn_mask=mask, scale=0.1).view(output.shape)
@@ -174,11 +169,10 @@ def test_batches_and_lengths_on_a_gpu(batch, size):
 @pytest.mark.gpu
 def test_a_captured_call_is_replayed():
     case, _, _ = inputs([300, 40], 4, 64, 64, dtype=torch.bfloat16, device="cuda")
-    arrivals = torch.zeros(2, 2, dtype=torch.int32, device="cuda")
-    expected = slot_attention(*case, scale=0.1, arrivals=arrivals)
+    expected = slot_attention(*case, scale=0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = slot_attention(*case, scale=0.1, arrivals=arrivals)
+        output = slot_attention(*case, scale=0.1)
     for _ in range(3):
         output.zero_()
         graph.replay()
@@ -194,11 +188,10 @@ def test_compiles_without_a_break(device, monkeypatch):
     case, run, _ = inputs([9, 20], 2, 16, 16, tokens=3, device=device)
     compiled = torch.compile(slot_attention, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
     one = (case[0][:, :, :1], *case[1:])
-    arrivals = torch.zeros(2, 2, dtype=torch.int32, device=device)
     received = torch.empty(2, 29, device=device)
-    output = compiled(*one, scale=0.3, received=received, arrivals=arrivals)
+    output = compiled(*one, scale=0.3, received=received)
     expected = torch.empty_like(received)
-    assert torch.equal(output, slot_attention(*one, scale=0.3, received=expected, arrivals=arrivals))
+    assert torch.equal(output, slot_attention(*one, scale=0.3, received=expected))
     assert torch.equal(received, expected)
     assert torch.equal(compiled(*case, scale=0.3, run=run), slot_attention(*case, scale=0.3, run=run))
 
@@ -213,9 +206,10 @@ def test_every_slot_is_in_one_part(monkeypatch):
                 division = parts_of(offsets, rows, 64, torch.device("cpu"), with_run)
                 assert division.length % 64 == 0 and len(division.table) == division.total
                 seen = torch.zeros(offsets[-1], dtype=torch.int64)
-                for part, (head, slot, size, begin, count, first) in enumerate(division.table.tolist()):
+                for part, (head, slot, size, begin) in enumerate(division.table.tolist()):
                     assert (slot, size) == (offsets[head], sizes[head])
-                    assert division.head_parts[head].tolist() == [count, first] and first <= part < first + count
+                    count, first = division.head_parts[head].tolist()
+                    assert first <= part < first + count
                     seen[slot + begin : slot + min(begin + division.length, size)] += 1
                 assert (seen == 1).all() and division.most <= parts.MOST_PARTS
                 if with_run:  # the last part of every head begins where its slots end
