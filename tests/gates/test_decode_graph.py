@@ -376,6 +376,18 @@ def merged(given):
     return [tensors | others]
 
 
+@pytest.mark.slow  # inductor builds C++
+def test_compiled_for_the_processor(monkeypatch):
+    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
+    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
+    options = dict(do_sample=False, max_new_tokens=7)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, graph=False), **options)
+    compiled = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, compile=True), **options)
+    assert torch.equal(compiled, plain)
+
+
 @pytest.mark.gpu
 def test_compiled_and_recorded():
     model = on("cuda", "qwen3")
