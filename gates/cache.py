@@ -299,7 +299,7 @@ class BoundedCache(EvictingCache):
             return PoolLayer(rule, owner)
         return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for layer in self.layers:
             states = _states(layer) if isinstance(layer, LinearAttentionLayer) else []
             layer.reorder_cache(beam_idx)

@@ -28,6 +28,7 @@ from retention_gates.gates.graph_recorder import RECORDERS, Recorder
 from retention_gates.gates.policies import FeedbackPolicy
 from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.gates.slot_layer import SlotLayer
 from retention_gates.gates.window_layer import WindowLayer, Windows
 from retention_gates.kernels.gate_evict import slot_table
 
@@ -43,7 +44,8 @@ class Recording:
 
     key: tuple  # what the step was given, beside the values of tensors
     inputs: dict[str, torch.Tensor]
-    output: Any
+    output: ModelOutput
+    caches: list[str]  # under which names the output has the cache
     replay: Callable[[], None]
     state: list[tuple[dict, Any, Any]]  # a dict, a key and the object that the recording found there
     constants: Any  # kept, because the recording reads them
@@ -127,7 +129,7 @@ class DecodeGraph:
             self.recording.replay()
             if self.windows is not None:
                 self.windows.count()
-            return _copied(self.recording.output)
+            return self._copied(self.recording)
         self.recording = None
         assert self.recorder is not None
         if self.warm != key:
@@ -170,12 +172,20 @@ class DecodeGraph:
         assert self.recorder is not None
         layers = self.cache().layers
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        gated = [layer for layer in layers if isinstance(layer, RuledLayer)]
+        gated = [layer for layer in layers if isinstance(layer, SlotLayer)]
         constants = [slot_table(layer.head_offsets, layer.device) for layer in gated]
         output, replay = self.recorder.record(lambda: self._run(forward, inputs | others))
         state = [place for layer in layers for place in _places(layer)]
-        self.recording = Recording(key, inputs, output, replay, state, constants)
-        return _copied(output)
+        caches = [name for name, value in output.items() if isinstance(value, Cache)]
+        for name in caches:  # a cache that its own recording keeps would wait for the garbage collector
+            output[name] = None
+        self.recording = Recording(key, inputs, output, caches, replay, state, constants)
+        return self._copied(self.recording)
+
+    def _copied(self, recording: Recording) -> ModelOutput:
+        """The output in tensors that the next replay leaves alone."""
+        values: dict[str, Any] = {name: value.clone() for name, value in recording.output.items() if value is not None}
+        return type(recording.output)(**values, **dict.fromkeys(recording.caches, self.cache()))
 
     def _inputs_of(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, torch.Tensor], dict[str, Any]] | None:
         """A key, the tensors and the other arguments of a step of one token that `generate` made; None of others."""
@@ -184,7 +194,9 @@ class DecodeGraph:
             return None
         if mask is not None and mask.shape[1] <= self.prompt_columns:
             return None
-        tensors, others, key = {}, {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        others: dict[str, Any] = {}
+        key: list[tuple] = []
         for name, value in arguments.items():
             if name == "attention_mask" or value is None:
                 continue
@@ -230,13 +242,6 @@ def _replaced_forward(model: nn.Module) -> Iterator[None]:
                 before = model.__dict__.pop("forward").before
                 if before is not None:
                     model.forward = before
-
-
-def _copied(output: ModelOutput) -> ModelOutput:
-    """The output in tensors that the next replay leaves alone."""
-    return type(output)(
-        **{name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in output.items()}
-    )
 
 
 def _places(layer: Any) -> list[tuple[dict, Any, Any]]:

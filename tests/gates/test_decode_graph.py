@@ -1,7 +1,9 @@
 """Decoding steps give the same recorded and replayed, by a tape on a CPU and by a graph on CUDA."""
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -169,6 +171,20 @@ def test_a_copy_records_for_itself(device, recordings):
         assert expected is None or torch.equal(tokens, expected)
         expected = tokens
     assert len(recordings) == 3
+
+
+def test_a_recording_goes_with_its_cache(device):
+    model = on(device)
+    cache = BoundedCache(model, memory_size=8)
+    model.generate(past_key_values=cache, **padded_batch(device), **GREEDY)
+    slots = weakref.ref(cache.gated_layers[0].keys)
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert slots() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("change", ["repeat", "select", "pin"])
@@ -358,6 +374,18 @@ def test_one_compilation_for_all_lengths_and_caches(monkeypatch):
 def merged(given):
     tensors, others = given
     return [tensors | others]
+
+
+@pytest.mark.slow  # inductor builds C++
+def test_compiled_for_the_processor(monkeypatch):
+    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
+    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
+    options = dict(do_sample=False, max_new_tokens=7)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, graph=False), **options)
+    compiled = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, compile=True), **options)
+    assert torch.equal(compiled, plain)
 
 
 @pytest.mark.gpu
