@@ -56,7 +56,7 @@ def test_bytes_held(cache_dtype):
     cache = BoundedCache(model, memory_size=8, cache_dtype=cache_dtype)
     step_by_step(model, token_ids(3, 20), cache)
     entry = 2 * (8 + 4) + 4 + 8 + 1  # key and value of 8 bytes and their scales; score, position, pending
-    counters = 4 * (3 * 8 + 8 + 3 * 2 * 4 + 2 * 8)  # as of the slots that are not quantized
+    counters = 4 * (3 * 8 + 8 + 2 * 8)  # as of the slots that are not quantized
     assert cache.memory_bytes() == 3 * cache.slots * entry + counters
 
 
