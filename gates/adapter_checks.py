@@ -22,6 +22,7 @@ HEADER_BYTES_PER_TENSOR, HEADER_BYTES_MORE = (
 )  # an entry has about 170 bytes, names of 110 characters included
 DTYPES = ("F32", "BF16", "F16")
 WAY_OUT = "Save or download the adapter again, and load it on the base model it was trained for."
+AGAIN = "save or download the adapter again"
 KEY = ".retention_gate."
 # what gives the weights their meaning
 DIGESTED = (
@@ -51,7 +52,9 @@ def check_weights(path: str | Path, shapes: dict[str, list[int]], layers: int) -
         ValueError: naming up to five problems: keys, shapes, dtypes, values that are not finite, or a file that is
             none of safetensors.
     """
-    header = _read_header(path, most=HEADER_BYTES_MORE + HEADER_BYTES_PER_TENSOR * len(shapes) * layers)
+    most = HEADER_BYTES_MORE + HEADER_BYTES_PER_TENSOR * len(shapes) * layers
+    header = read_header(path, most, AGAIN)
+    header.pop("__metadata__", None)
     problems = _problems(header, shapes, layers)
     if not problems:
         try:
@@ -60,7 +63,7 @@ def check_weights(path: str | Path, shapes: dict[str, list[int]], layers: int) -
                     if not file.get_tensor(key).isfinite().all():
                         problems.append(f"{shown(key)} has NaN or infinite values")
         except SafetensorError as error:
-            raise _not_safetensors(path, str(error)) from error
+            raise not_safetensors(path, str(error), AGAIN) from error
     refuse(problems)
 
 
@@ -113,25 +116,29 @@ def shown(name: str) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _read_header(path: str | Path, most: int) -> dict[str, Any]:
+def read_header(path: str | Path, most: int, way_out: str) -> dict[str, Any]:
+    """The header of a safetensors file, `__metadata__` among its keys, if it has at most `most` bytes.
+
+    Raises:
+        ValueError: for a longer one, and for a file that is none of safetensors; it ends with the way out.
+    """
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:
-            raise _not_safetensors(path, f"it has {size} bytes")
+            raise not_safetensors(path, f"it has {size} bytes", way_out)
         (length,) = struct.unpack("<Q", start)
         if length > size - 8:
-            raise _not_safetensors(path, f"it states a header of {length} bytes and has {size}")
+            raise not_safetensors(path, f"it states a header of {length} bytes and has {size}", way_out)
         if length > most:
-            raise _not_safetensors(path, f"its header has {length} bytes, where its gates need at most {most}")
+            raise not_safetensors(path, f"its header has {length} bytes, where at most {most} are needed", way_out)
         text = file.read(length)
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _not_safetensors(path, f"its header is no JSON: {type(error).__name__}") from error
+        raise not_safetensors(path, f"its header is no JSON: {type(error).__name__}", way_out) from error
     if not isinstance(header, dict):
-        raise _not_safetensors(path, f"its header is a {type(header).__name__}")
-    header.pop("__metadata__", None)
+        raise not_safetensors(path, f"its header is a {type(header).__name__}", way_out)
     return header
 
 
@@ -161,5 +168,5 @@ def _problems(header: dict[str, Any], shapes: dict[str, list[int]], layers: int)
     return problems
 
 
-def _not_safetensors(path: str | Path, why: str) -> ValueError:
-    return ValueError(f"{path} is not a whole safetensors file ({why}): save or download the adapter again.")
+def not_safetensors(path: str | Path, why: str, way_out: str) -> ValueError:
+    return ValueError(f"{path} is not a whole safetensors file ({why}): {way_out}.")

@@ -22,7 +22,6 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retention_gates.gates.documents import document_ids_from
-from retention_gates.gates.window_layer import visible_places
 from retention_gates.kernels.retention_attention import retention_attention
 
 PREFIX = "retention_gates_"
@@ -111,7 +110,7 @@ def attention_forward(
 def attention_mask_for(*args: Any, base_implementation: str, **kwargs: Any) -> torch.Tensor | None:
     """The 2-D padding mask as it is for full attention, so that nothing [T, T] is built; the base's for the rest."""
     if kwargs.get("local_size") is not None:
-        if (visible := visible_places.get()) is not None:
+        if isinstance(visible := kwargs.get("kv_offset"), torch.Tensor):  # of a WindowLayer in a recorded step
             return MASKS[base_implementation](visible, kwargs["dtype"])
         return ALL_MASK_ATTENTION_FUNCTIONS[base_implementation](*args, **kwargs)
     if kwargs.get("use_vmap"):

@@ -9,7 +9,7 @@ import torch
 from retention_gates.gates.documents import document_offsets
 from retention_gates.kernels.retention_sum import retention_sum
 
-BUDGETS = ("uniform", "calibrated", "pyramid", "adaptive")
+BUDGETS = ("uniform", "calibrated", "pyramid", "adaptive", "global")
 Budgets = list[list[int]]  # [gated layers][KV heads], in entries
 STEEPNESS = 20  # beta in PyramidKV
 LEAST_CALIBRATED = 12  # the floor under which calibrated budgets were measured, at a memory_size of 32 to 256

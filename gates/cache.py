@@ -1,5 +1,8 @@
 """The caches to pass as past_key_values: one of fixed size, and what it shares with the simulated one."""
 
+import copy
+import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +19,23 @@ from retention_gates.gates.budgets import (
     pyramid_budgets,
     uniform_budgets,
 )
+from retention_gates.gates.cache_checks import (
+    check_heads,
+    check_integer,
+    check_rows,
+    checked_budgets,
+    checked_reserves,
+)
 from retention_gates.gates.decode_graph import DecodeGraph
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
+from retention_gates.gates.memory_file import load_memory, save_memory
 from retention_gates.gates.model import find_gated_model
-from retention_gates.gates.policies import FeedbackPolicy, Policy, as_feedback, find_policy
+from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, as_feedback, find_policy
+from retention_gates.gates.pool import Pool
+from retention_gates.gates.pool_layer import PoolLayer
+from retention_gates.gates.quantized_slots import STORED, QuantizedSlotLayer
 from retention_gates.gates.rotation import rotary_frequencies
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
@@ -31,8 +45,7 @@ from retention_gates.gates.window_layer import WindowLayer
 class EvictingCache(Cache):
     """A cache whose gated layers evict by a rule; every other layer has the cache that transformers gives it."""
 
-    @staticmethod
-    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
         """The cache layer that follows the rule for the gated attention module `owner`."""
         raise NotImplementedError
 
@@ -47,6 +60,7 @@ class EvictingCache(Cache):
         buffer_size: int = 1,
         seed: int = 0,
         reserved: Sequence[Reserve] = (),
+        cache_dtype: str | None = None,
     ):
         gated = find_gated_model(model)
         config = gated.active_config
@@ -54,19 +68,21 @@ class EvictingCache(Cache):
         chosen = find_policy(policy)
         if protected_tokens is None:
             protected_tokens = config.protected_tokens if chosen.keeps_sinks else 0
-        _check_integer("memory_size", memory_size, least=1)
-        _check_integer("protected_tokens", protected_tokens, least=0)
-        _check_integer("buffer_size", buffer_size, least=1)
-        _check_integer("seed", seed, least=0, most=2**32 - 1)
-        self.reserved = _checked_reserves(reserved)
+        check_integer("memory_size", memory_size, least=1)
+        check_integer("protected_tokens", protected_tokens, least=0)
+        check_integer("buffer_size", buffer_size, least=1)
+        check_integer("seed", seed, least=0, most=2**32 - 1)
+        self.reserved = checked_reserves(reserved)
+        self.cache_dtype = cache_dtype
         self.memory_size = memory_size
         self.budgets_from: str | Budgets
         self.budgets_from = ("calibrated" if config.budget_shares else "uniform") if budgets is None else budgets
         assert config.num_key_value_heads is not None
-        self._shares = config.budget_shares
+        self.budget_shares = config.budget_shares
+        self._model = weakref.ref(gated)  # a copy of the cache must not copy the model
         self._shape = (len(owners), config.num_key_value_heads)
         self.protected: tuple[Span, ...] = ((0, protected_tokens),)
-        is_shared = self.budgets_from == "adaptive"
+        is_shared, is_pooled = self.budgets_from == "adaptive", self.budgets_from == "global"
         if is_shared or reserved:
             chosen = as_feedback(chosen)
         needs_rotation = isinstance(chosen, FeedbackPolicy) and chosen.needs_rotation
@@ -74,10 +90,23 @@ class EvictingCache(Cache):
         layers: list[Any] = DynamicCache(config=text_config(gated.model)).layers
         for (layer, owner), row in zip(owners.items(), self._budgets(self.protected), strict=True):
             rule = EvictionRule(
-                chosen, tuple(row), buffer_size, self.protected, seed, layer, frequencies, is_shared, self.reserved
+                chosen,
+                tuple(row),
+                buffer_size,
+                self.protected,
+                seed,
+                layer,
+                frequencies,
+                is_shared,
+                self.reserved,
+                is_pooled,
             )
+            check_heads(rule)
             layers[layer] = self.make_layer(rule, owner)
-            _check_heads(rule)
+        if is_pooled and isinstance(chosen, ScoredPolicy):
+            pool = Pool(*self._shape, memory_size, buffer_size, chosen.linear_in_age)
+            for index, layer in enumerate(owners):
+                layers[layer].join(pool, index)
         super().__init__(layers=layers)
 
     @property
@@ -104,24 +133,24 @@ class EvictingCache(Cache):
                 f"memory_size={self.memory_size} must be at least {least}, for {least - 1} protected tokens and one "
                 "more: raise it, or protect, pin and reserve fewer tokens."
             )
-        if self.budgets_from in ("uniform", "adaptive"):
+        if self.budgets_from in ("uniform", "adaptive", "global"):
             return uniform_budgets(layers, heads, self.memory_size)
         if self.budgets_from == "pyramid":
             return pyramid_budgets(layers, heads, self.memory_size, least)
         if self.budgets_from == "calibrated":
-            if not self._shares:
+            if not self.budget_shares:
                 raise ValueError(
                     'budgets="calibrated" needs budget shares, which the adapter does not have: run `retention-gates '
                     'calibrate` on it, or choose budgets="uniform".'
                 )
             floor = max(least, min(LEAST_CALIBRATED, self.memory_size))
-            return calibrated_budgets(self._shares, self.memory_size, floor)
+            return calibrated_budgets(self.budget_shares, self.memory_size, floor)
         if not isinstance(self.budgets_from, list) or not all(isinstance(row, list) for row in self.budgets_from):
             raise ValueError(
                 f"budgets={self.budgets_from!r} is unknown: choose {', '.join(map(repr, BUDGETS))} or lists "
                 "[layers][heads]."
             )
-        return _checked(self.budgets_from, layers, heads, self.memory_size, least)
+        return checked_budgets(self.budgets_from, layers, heads, self.memory_size, least)
 
     def pin(self, start: int, stop: int) -> None:
         """Keeps the tokens start..stop-1 of every row for good, a system prompt say; they count in every budget.
@@ -133,8 +162,8 @@ class EvictingCache(Cache):
             ValueError: if a head has no room for them beside what is protected already and one token more, or if a
                 head has evicted one of them.
         """
-        _check_integer("start", start, least=0)
-        _check_integer("stop", stop, least=start + 1)
+        check_integer("start", start, least=0)
+        check_integer("stop", stop, least=start + 1)
         protected = (*self.protected, (start, stop))
         budgets = self._budgets(protected) if self.is_empty else self.budgets
         least = count_offsets(protected) + count_reserved(self.reserved) + 1
@@ -158,7 +187,8 @@ class EvictingCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_batch(key_states)
-        self._check_passes(layer_idx)
+        if not torch.compiler.is_compiling():
+            self._check_passes(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
@@ -201,6 +231,11 @@ class BoundedCache(EvictingCache):
     Every KV head keeps the entries that its gate gives the longest life, in slots allocated at the first token and
     never more. One cache serves one batch, over as many calls as a conversation has turns; `reset` starts anew.
 
+    A sequence may have 2^24 tokens, evicted ones included; the next is refused. Positions go on counting, and RoPE
+    with them: transformers computes its angles for any position in fp32, off by up to position * frequency / 2^24
+    radians (0.06 after a million tokens), and as the model's rope_type says beyond the lengths it was trained on. Keys
+    stay turned as they were when they entered.
+
     Method: TRIM-KV, "Cache What Lasts", arXiv 2512.03324.
 
     Args:
@@ -210,7 +245,8 @@ class BoundedCache(EvictingCache):
         budgets: "uniform"; "calibrated" (by the adapter's budget shares); "pyramid" (PyramidKV, less and less from the
             first layer to the last); "adaptive" (AdaKV: the KV heads of a layer hold memory_size entries each in the
             mean, divided anew at every eviction by who has the lowest priorities, and room is allocated for every
-            division); or the entries of every gated layer and KV head, [layers][heads]. None: "calibrated" if the
+            division); "global" (DBTrimKV: as adaptive, of all layers, in one pool with room for the mean; for policies
+            known ahead); or the entries of every gated layer and KV head, [layers][heads]. None: "calibrated" if the
             adapter has shares, else "uniform".
         protected_tokens: leading tokens of each row that are never evicted, counted in every head's budget. None: as
             many as the adapter was trained with, and none for the policy "sliding_window".
@@ -219,28 +255,51 @@ class BoundedCache(EvictingCache):
         reserved: spans with a budget of their own, (start, stop, entries): of the tokens start..stop-1, counted like
             pinned ones, every head keeps at least so many, the best ones, inside its budget. A prompt of several
             instructions can so be kept from forgetting one of them while all compete for the rest.
+        cache_dtype: "int8" or "fp8" (e4m3) holds keys and values in 8 bits, each entry with a scale of its own; for
+            policies known ahead. None: as the model makes them.
         graph: whether `generate` replays its decoding steps as one CUDA graph, recorded at the third; no effect on
             other devices.
+        compile: whether that step goes through torch.compile before, which takes about a minute at the first time and
+            joins the model's small operators.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.
     """
 
-    def __init__(self, model: nn.Module, memory_size: int, *, graph: bool = True, **options: Any):
-        if not isinstance(graph, bool):
-            raise ValueError(f"graph={graph!r} must be True or False.")
+    def __init__(
+        self, model: nn.Module, memory_size: int, *, graph: bool = True, compile: bool = False, **options: Any
+    ):
+        for name, value in (("graph", graph), ("compile", compile)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True or False.")
+        if compile and not graph:
+            raise ValueError("compile=True compiles the step that the graph records: it needs graph=True.")
         super().__init__(model, memory_size, **options)
-        self.decode_graph = DecodeGraph() if graph else None
+        self.decode_graph = DecodeGraph(compile) if graph else None
         kinds = getattr(text_config(find_gated_model(model).model), "layer_types", None) or ()
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicSlidingWindowLayer and "chunked_attention" not in kinds:
                 self.layers[index] = WindowLayer(layer.sliding_window)
 
-    @staticmethod
-    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        if self.cache_dtype is not None:
+            if self.cache_dtype not in STORED:
+                raise ValueError(
+                    f"cache_dtype={self.cache_dtype!r} is unknown: choose {' or '.join(map(repr, STORED))}, or None "
+                    "for keys and values as the model makes them."
+                )
+            if rule.is_pooled or not isinstance(rule.policy, ScoredPolicy):
+                raise ValueError(
+                    f"cache_dtype={self.cache_dtype!r} goes with policies known ahead and budgets of each head, not "
+                    f"with policy={rule.policy.name!r} and budgets={self.budgets_from!r}, or reserved spans: leave it "
+                    "out."
+                )
+            return QuantizedSlotLayer(rule, owner, self.cache_dtype)
+        if rule.is_pooled:
+            return PoolLayer(rule, owner)
         return (FeedbackSlotLayer if isinstance(rule.policy, FeedbackPolicy) else SlotLayer)(rule, owner)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for layer in self.layers:
             states = _states(layer) if isinstance(layer, LinearAttentionLayer) else []
             layer.reorder_cache(beam_idx)
@@ -272,7 +331,8 @@ class BoundedCache(EvictingCache):
     def memory_bytes(self) -> int:
         """Bytes held now, by the slots and by the layers that transformers keeps."""
         return sum(
-            layer.memory_bytes() if isinstance(layer, SlotLayer) else _storage_bytes(layer) for layer in self.layers
+            layer.memory_bytes() if isinstance(layer, SlotLayer | PoolLayer) else _storage_bytes(layer)
+            for layer in self.layers
         )
 
     def copy_row(self, row: int, other: "BoundedCache", other_row: int = 0) -> None:
@@ -285,20 +345,52 @@ class BoundedCache(EvictingCache):
             ValueError: for caches that differ in model, budgets or what they protect, rows that do not exist, and
                 layers or policies of which a row cannot be taken by itself.
         """
-        for layer, source in zip(self.layers, other.layers, strict=True):
-            if type(layer) is not SlotLayer or type(source) is not SlotLayer:
-                raise ValueError(
-                    "copy_row takes rows of gated layers under a policy known ahead, such as retention; this cache "
-                    f"has a {type(layer).__name__}."
-                )
-            if layer.rule != source.rule or layer.owner() is not source.owner():
-                raise ValueError("copy_row wants two caches of one model, made and pinned in the same way.")
-            for name, index, cache_layer in (("row", row, layer), ("other_row", other_row, source)):
-                rows = cache_layer.batch_size if cache_layer.is_initialized else 0
-                if not 0 <= index < rows:
-                    raise ValueError(f"{name}={index} must be one of the cache's {rows} rows, from 0.")
+        check_rows(self.layers, other.layers, row, other_row)
         for layer, source in zip(self.gated_layers, other.gated_layers, strict=True):
             layer.copy_row(row, source, other_row)
+
+    def fork(self) -> "BoundedCache":
+        """A copy of its own, so that one memory can be asked many questions: ask each of another fork."""
+        return copy.deepcopy(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the memory to one safetensors file, which names the model, the adapter and the rule of the cache.
+
+        Raises:
+            ValueError: if nothing has been read, for a policy of your own, for a model whose other layers cannot be
+                saved, and for a path that cannot be a file.
+        """
+        gated = self._model()
+        if gated is None:
+            raise ValueError("The model of this cache is gone, and a memory file must name it: save before it goes.")
+        save_memory(self, gated, path)
+
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module,
+        path: str | os.PathLike,
+        *,
+        memory_size: int | None = None,
+        policy: str | None = None,
+        budgets: str | None = None,
+        cache_dtype: str | None = None,
+    ) -> "BoundedCache":
+        """The cache that was saved in the file; it goes on as if the text had been read just now.
+
+        Nothing of the file is run, and all of it is checked before it is used.
+
+        Args:
+            model: the model that the memory was made with, its gates included.
+            memory_size, policy, budgets, cache_dtype: what the memory must have been made with; None takes what it
+                was, so that a cache_dtype of None is not asked for.
+
+        Raises:
+            ValueError: for a memory of another model, other gates, other budgets or another dtype, naming both; and
+                for a file that is damaged or says what cannot be.
+        """
+        wanted = {"memory_size": memory_size, "policy": policy, "budgets_from": budgets, "cache_dtype": cache_dtype}
+        return load_memory(cls, model, path, **wanted)
 
 
 def _storage_bytes(layer: Any) -> int:
@@ -313,48 +405,3 @@ def _states(layer: LinearAttentionLayer) -> list[tuple[dict, int, torch.Tensor]]
     """Where the layer keeps its tensors: dict, key and tensor."""
     kinds = (layer.conv_states, layer.recurrent_states)
     return [(states, key, state) for states in kinds for key, state in states.items() if state is not None]
-
-
-def _checked(budgets: Any, layers: int, heads: int, memory_size: int, least: int) -> Budgets:
-    entries = [entry for row in budgets for entry in row]
-    sizes = [len(row) for row in budgets]
-    if sizes != [heads] * layers or not all(isinstance(entry, int) and entry >= least for entry in entries):
-        raise ValueError(
-            f"budgets={budgets!r} must be integers of at least {least}, [{layers} gated layers][{heads} KV heads]."
-        )
-    if sum(entries) != memory_size * len(entries):
-        raise ValueError(
-            f"budgets have {sum(entries) / len(entries):g} entries per head in the mean, which must be memory_size, "
-            f"not {memory_size}."
-        )
-    return [list(row) for row in budgets]
-
-
-def _check_heads(rule: EvictionRule) -> None:
-    """Raises ValueError if the policy makes all heads of a layer evict alike and their budgets do not allow it."""
-    if not isinstance(rule.policy, FeedbackPolicy) or not rule.policy.same_for_all_heads:
-        return
-    if rule.is_shared or len(set(rule.budgets)) > 1:
-        budgets = "budgets that they share" if rule.is_shared else f"budgets of {list(rule.budgets)} entries"
-        raise ValueError(
-            f"policy={rule.policy.name!r} evicts the same tokens in all heads of a layer, and those of layer "
-            f'{rule.layer} have {budgets}: choose budgets="uniform", or equal ones within each layer.'
-        )
-
-
-def _checked_reserves(reserved: Sequence[Reserve]) -> tuple[Reserve, ...]:
-    for one in reserved:
-        if not isinstance(one, tuple | list) or len(one) != 3:
-            raise ValueError(f"reserved={list(reserved)!r} must be (start, stop, entries), one for each span.")
-        start, stop, entries = one
-        _check_integer("reserved start", start, least=0)
-        _check_integer("reserved stop", stop, least=start + 1)
-        _check_integer("reserved entries", entries, least=1)
-    return tuple((start, stop, entries) for start, stop, entries in reserved)
-
-
-def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
-        return
-    limit = "" if most is None else f" and at most {most}"
-    raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}, as a Python int.")

@@ -26,7 +26,9 @@ from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_o
 from retention_gates.gates.families import text_config
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder
 from retention_gates.gates.policies import FeedbackPolicy
+from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.gates.slot_layer import SlotLayer
 from retention_gates.gates.window_layer import WindowLayer, Windows
 from retention_gates.kernels.gate_evict import slot_table
 
@@ -42,20 +44,22 @@ class Recording:
 
     key: tuple  # what the step was given, beside the values of tensors
     inputs: dict[str, torch.Tensor]
-    output: Any
+    output: ModelOutput
+    caches: list[str]  # under which names the output has the cache
     replay: Callable[[], None]
     state: list[tuple[dict, Any, Any]]  # a dict, a key and the object that the recording found there
     constants: Any  # kept, because the recording reads them
 
-    def is_valid(self, key: tuple) -> bool:
-        """Whether the recording does what the forward pass would do now."""
-        return self.key == key and all(where.get(name) is value for where, name, value in self.state)
+    def finds_its_state(self) -> bool:
+        """Whether the cache keeps everything where the recording reads it."""
+        return all(where.get(name) is value for where, name, value in self.state)
 
 
 class DecodeGraph:
     """Of one cache: when a step is recorded, when the recording is replayed, and when it is of no use any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
         self.recording: Recording | None = None
         self.weights: tuple = ()  # where the weights were at the recording
         self.warm: tuple | None = None  # key of the steps that ran unrecorded
@@ -68,10 +72,10 @@ class DecodeGraph:
         self.cache: Callable[[], Any] = lambda: None
 
     def __deepcopy__(self, memo: dict) -> "DecodeGraph":
-        return DecodeGraph()  # a copy of the cache has its own slots
+        return DecodeGraph(self.compile)  # a copy of the cache has its own slots
 
     def __reduce__(self) -> tuple:
-        return DecodeGraph, ()
+        return DecodeGraph, (self.compile,)
 
     def forget(self) -> None:
         """Frees the recording."""
@@ -118,13 +122,14 @@ class DecodeGraph:
         key, tensors, others = found
         if not self.is_in_turn:
             self._begin_turn(arguments.get("attention_mask"))
-        if self.recording is not None and self.recording.is_valid(key):
+        if self.recording is not None and self.recording.key == key:
             for name, buffer in self.recording.inputs.items():
                 buffer.copy_(tensors[name])
+            self._count_replay()
             self.recording.replay()
             if self.windows is not None:
-                self.windows.count_replay()
-            return _copied(self.recording.output)
+                self.windows.count()
+            return self._copied(self.recording)
         self.recording = None
         assert self.recorder is not None
         if self.warm != key:
@@ -141,6 +146,8 @@ class DecodeGraph:
 
     def _begin_turn(self, mask: torch.Tensor | None) -> None:
         self.is_in_turn = True
+        if self.recording is not None and not self.recording.finds_its_state():
+            self.forget()
         layers = [layer for layer in self.cache().layers if isinstance(layer, WindowLayer)]
         if self.windows is not None and self.windows.visible.shape[0] == layers[0].batch_size:
             self.windows.restart(mask)
@@ -148,7 +155,16 @@ class DecodeGraph:
             self.forget()
             self.windows = Windows(layers, mask)
 
+    def _count_replay(self) -> None:
+        """What a replay does not do: count on the host."""
+        gated = [layer for layer in self.cache().layers if isinstance(layer, RuledLayer)]
+        gated[0].check_count(1)
+        for layer in gated:
+            layer.columns += 1
+
     def _run(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        if self.compile:
+            forward = torch.compile(forward, dynamic=False)
         with nullcontext() if self.windows is None else self.windows.one_token():
             return forward(**arguments)
 
@@ -156,12 +172,20 @@ class DecodeGraph:
         assert self.recorder is not None
         layers = self.cache().layers
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        gated = [layer for layer in layers if isinstance(layer, RuledLayer)]
+        gated = [layer for layer in layers if isinstance(layer, SlotLayer)]
         constants = [slot_table(layer.head_offsets, layer.device) for layer in gated]
         output, replay = self.recorder.record(lambda: self._run(forward, inputs | others))
         state = [place for layer in layers for place in _places(layer)]
-        self.recording = Recording(key, inputs, output, replay, state, constants)
-        return _copied(output)
+        caches = [name for name, value in output.items() if isinstance(value, Cache)]
+        for name in caches:  # a cache that its own recording keeps would wait for the garbage collector
+            output[name] = None
+        self.recording = Recording(key, inputs, output, caches, replay, state, constants)
+        return self._copied(self.recording)
+
+    def _copied(self, recording: Recording) -> ModelOutput:
+        """The output in tensors that the next replay leaves alone."""
+        values: dict[str, Any] = {name: value.clone() for name, value in recording.output.items() if value is not None}
+        return type(recording.output)(**values, **dict.fromkeys(recording.caches, self.cache()))
 
     def _inputs_of(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, torch.Tensor], dict[str, Any]] | None:
         """A key, the tensors and the other arguments of a step of one token that `generate` made; None of others."""
@@ -170,7 +194,9 @@ class DecodeGraph:
             return None
         if mask is not None and mask.shape[1] <= self.prompt_columns:
             return None
-        tensors, others, key = {}, {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        others: dict[str, Any] = {}
+        key: list[tuple] = []
         for name, value in arguments.items():
             if name == "attention_mask" or value is None:
                 continue
@@ -218,13 +244,6 @@ def _replaced_forward(model: nn.Module) -> Iterator[None]:
                     model.forward = before
 
 
-def _copied(output: ModelOutput) -> ModelOutput:
-    """The output in tensors that the next replay leaves alone."""
-    return type(output)(
-        **{name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in output.items()}
-    )
-
-
 def _places(layer: Any) -> list[tuple[dict, Any, Any]]:
     """Where the layer of a cache keeps tensors, and its rule."""
     found = [(vars(layer), name, value) for name, value in vars(layer).items()]
@@ -258,6 +277,8 @@ def _why_not(model: nn.Module, cache: Cache) -> str | None:
     if windows and attention.startswith(PREFIX) and base_implementation_of(attention) not in MASKS:
         return f"its sliding windows are known with attention by {' and '.join(MASKS)} only"
     for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PoolLayer):
+            return 'budgets="global" sort the entries of all layers'
         if isinstance(layer, RuledLayer):
             policy = layer.rule.policy
             if isinstance(policy, FeedbackPolicy) and policy.reads_back:

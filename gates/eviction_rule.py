@@ -8,6 +8,8 @@ import torch
 from retention_gates.gates.policies import FeedbackPolicy, NewTokens, Policy, Setting
 
 SURE_SHARE = 0.2  # of its budget that a head keeps when the heads share them, alpha in AdaKV, arXiv 2407.11550
+# ages become fp32 when they are multiplied with scores, which holds every whole number up to here
+MOST_TOKENS = 2**24
 Reserve = tuple[int, int, int]  # start, stop, and the entries of the span that each head keeps at least
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
 
@@ -28,6 +30,7 @@ class EvictionRule:
     frequencies: tuple[float, ...] = ()  # of the model's rotary embedding, for policies that need it
     is_shared: bool = False  # whether the heads of the layer move their budgets between them as they go
     reserved: tuple[Reserve, ...] = ()  # needs a policy that looks at what is held
+    is_pooled: bool = False  # whether the heads of all layers move their budgets between them
 
     def __post_init__(self) -> None:
         assert min(self.budgets) > self.kept_count, "a head must be able to hold a token beside those that it must"

@@ -27,7 +27,6 @@ class FeedbackSlotLayer(SlotLayer):
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
-        self.columns = 0  # read so far, known without asking the device
         self.settled: tuple[EvictionRule, int, float] | None = None
 
     @property
@@ -60,7 +59,6 @@ class FeedbackSlotLayer(SlotLayer):
     def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
         barred = torch.zeros_like(new.log_beta).masked_fill(is_protected, float("inf"))
         state = self.policy.initial_state(new)
-        self.columns += positions.shape[1]
         if positions.shape[1] > 1:
             self.chunk = barred, state, positions, is_padded
             return
@@ -202,6 +200,5 @@ class FeedbackSlotLayer(SlotLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.columns = 0
         if self.is_initialized:
             self.head_state.zero_()

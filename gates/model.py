@@ -17,6 +17,7 @@ from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
+from retention_gates.gates.long_prompts import default_chunk, refuse_dropped_cache
 
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
@@ -73,7 +74,11 @@ class RetentionGateModel(BaseTuner):
         return self.model.get_decoder()(*args, **kwargs)[0]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's generate; refuses what cannot work with a cache that forgets."""
+        """As the base model's generate; refuses what cannot work with a cache that forgets.
+
+        With a bounded cache a prompt of more than 32,768 tokens is read in chunks of 4,096, each attending to what is
+        kept and to itself, so that memory does not grow with the prompt. `prefill_chunk_size` decides otherwise.
+        """
         configs = [kwargs.get("generation_config", *args[1:2]), self.model.generation_config]  # its second argument
 
         def option(name: str) -> Any:
@@ -96,6 +101,12 @@ class RetentionGateModel(BaseTuner):
                 "out (of model.generation_config too) and pass past_key_values=BoundedCache(model, memory_size=...), "
                 "or generate under model.disable_adapter()."
             )
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", next(iter(args), None)))
+        if bounded and isinstance(prompt, torch.Tensor):
+            new = option("max_new_tokens") or max((option("max_length") or 0) - prompt.shape[1], 20)
+            refuse_dropped_cache(text_config(self.model), prompt.shape[1] + new)
+            if option("prefill_chunk_size") is None:
+                kwargs["prefill_chunk_size"] = default_chunk(prompt.shape[1])
         cache = kwargs.get("past_key_values")
         if (graph := getattr(cache, "decode_graph", None)) is None:
             return self.model.generate(*args, **kwargs)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from retention_gates.gates.cache_layer import GatedCacheLayer
-from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.eviction_rule import MOST_TOKENS, EvictionRule
 from retention_gates.gates.policies import FeedbackPolicy
 from retention_gates.kernels.gate_evict import GateOutput
 
@@ -29,6 +29,7 @@ class RuledLayer(GatedCacheLayer):
         self.staged: tuple[torch.Tensor | GateOutput, torch.Tensor | None] | None = None
         self.adapter = getattr(owner, "active_gate_name", None)
         self.passes = 0  # forward passes begun, counted without asking the device
+        self.columns = 0  # read so far, counted like that
 
     def set_rule(self, budgets: tuple[int, ...], protected: tuple[tuple[int, int], ...]) -> None:
         """Changes what the rule protects and, while the layer is empty, the budgets."""
@@ -53,6 +54,14 @@ class RuledLayer(GatedCacheLayer):
             )
         self.staged = (log_beta, padding_mask)
 
+    def check_count(self, tokens: int) -> None:
+        """Raises ValueError if so many tokens more are too many; known on the host, without asking the device."""
+        if self.columns + tokens > MOST_TOKENS:
+            raise ValueError(
+                f"This cache has read {self.columns} tokens, and {tokens} more would pass {MOST_TOKENS}, beyond which "
+                "ages are no whole numbers in fp32: call cache.reset() and start a new sequence."
+            )
+
     def take_staged(self) -> tuple[torch.Tensor | GateOutput, torch.Tensor | None]:
         """What was staged for this forward pass: log_beta [B, H, T] or a gate to finish, and the padding mask or None.
 
@@ -74,7 +83,8 @@ class RuledLayer(GatedCacheLayer):
                 "cache.pin(start, stop) for the instruction's tokens before they are read."
             )
         self.is_attending = True
-        self.passes += 1
+        if not torch.compiler.is_compiling():  # a number that changes would call for another compilation
+            self.passes += 1
         return staged
 
     def get_max_length(self) -> int:
@@ -82,7 +92,7 @@ class RuledLayer(GatedCacheLayer):
 
     def reset(self) -> None:
         """Forgets all tokens; what is allocated and what is pinned stay."""
-        self.is_empty, self.is_attending, self.staged, self.passes = True, False, None, 0
+        self.is_empty, self.is_attending, self.staged, self.passes, self.columns = True, False, None, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:

@@ -165,8 +165,14 @@ class SimulatedCache(EvictingCache):
     whole rows.
     """
 
-    @staticmethod
-    def make_layer(rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+        if self.cache_dtype is not None:
+            raise ValueError(f"cache_dtype={self.cache_dtype!r} is for BoundedCache: a simulation stores nothing.")
+        if rule.is_pooled:
+            raise ValueError(
+                'budgets="global" moves entries between layers, which a simulation layer by layer cannot follow: use '
+                'BoundedCache, or choose budgets="calibrated".'
+            )
         return SimulatedLayer(rule, owner)
 
     def __init__(self, *args: Any, **kwargs: Any):

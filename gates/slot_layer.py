@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from retention_gates.gates.chunk_attention import attend_in_blocks, attend_without_mask, even_counts
 from retention_gates.gates.eviction_rule import EvictionRule, Span
-from retention_gates.gates.masked_attention import masked_attention
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.kernels.gate_evict import GateOutput, chunk_evict, drop_padding, gate_evict
@@ -79,7 +79,9 @@ class SlotLayer(RuledLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.check_count(key_states.shape[2])
         log_beta, padding_mask = self.take_staged()
+        self.columns += key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         take = self._take_token if key_states.shape[2] == 1 else self._take_chunk
@@ -213,8 +215,8 @@ class SlotLayer(RuledLayer):
             self.values,
             self.score,
             self.slot_positions,
-            key,
-            value,
+            self.to_store(key),
+            self.to_store(value),
             score,
             positions,
             self.seen - 1,
@@ -237,41 +239,63 @@ class SlotLayer(RuledLayer):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Each token attends to all held entries, and to the chunk up to itself."""
-        heads, tokens = key.shape[1:3]
-        group = query.shape[1] // heads
-        if self.is_empty and not is_padded and softcap is None and sinks is None:
+        is_plain = not is_padded and softcap is None and sinks is None
+        if self.is_empty and is_plain:
             # what transformers does without a cache, so that a prompt gives what it gives there
+            group = query.shape[1] // key.shape[1]
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
-        if tokens <= LONGEST_RUN:
+        held = self.read_back(self.keys), self.read_back(self.values), self.slot_positions
+        if key.shape[2] <= LONGEST_RUN:
             return slot_attention(
                 query,
-                self.keys,
-                self.values,
-                self.slot_positions,
+                *held,
                 self.head_offsets,
                 scale=scale,
                 softcap=softcap,
                 sinks=sinks,
                 run=Run(key, value, positions),
             )
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril()
-        visible_chunk = causal & (positions >= 0)[:, None, None]  # [B, 1, T, T]
-        outputs = []
-        for head in range(heads):  # one at a time: budgets differ
-            own = slice(0, 0) if self.is_empty else slice(self.head_offsets[head], self.head_offsets[head + 1])
-            held = (self.slot_positions[:, own] >= 0)[:, None, None].expand(-1, -1, tokens, -1)
-            queries = slice(head * group, (head + 1) * group)
-            output = masked_attention(
-                query[:, queries],
-                torch.cat([self.keys[:, None, own], key[:, head : head + 1]], dim=2),
-                torch.cat([self.values[:, None, own], value[:, head : head + 1]], dim=2),
-                torch.cat([held, visible_chunk], dim=3),
-                scale=scale,
-                softcap=softcap,
-                sinks=None if sinks is None else sinks[queries],
-            )
-            outputs.append(output)
-        return torch.cat(outputs, dim=1)
+        slots = None if self.is_empty else held
+        chunk = key, value, positions
+        if slots is not None and is_plain and query.is_cuda and len(set(self.rule.sizes)) == 1:
+            counts = even_counts(self.slot_positions, self.head_offsets)
+            if counts is not None and len(set(counts)) == 1:
+                return attend_without_mask(query, slots, chunk, self.head_offsets, counts[0], scale=scale)
+        return attend_in_blocks(
+            query,
+            slots,
+            chunk,
+            self.head_offsets,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            together=query.is_cuda and softcap is None and sinks is None,  # else all logits would be held at once
+        )
+
+    def saved_state(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self.row_state}
+
+    def restore(self, state: dict[str, torch.Tensor], columns: int) -> None:
+        """Takes over the tensors of `row_state`, of any number of rows, as after so many columns read in one pass."""
+        for name, tensor in state.items():
+            setattr(self, name, tensor)
+        self.batch_size = len(self.start)
+        self.seen.fill_(columns)
+        self.columns, self.passes = columns, 1
+        self.is_empty = self.is_attending = False
+
+    def to_store(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values [..., D] as the slots hold them."""
+        return x
+
+    def read_back(self, stored: torch.Tensor) -> torch.Tensor:
+        """The keys or values that slots hold, [..., D]."""
+        return stored
+
+    @property
+    def entry_numbers(self) -> int:
+        """Numbers of an entry's key and value together."""
+        return self.keys.shape[-1] + self.values.shape[-1]
 
     def copy_row(self, row: int, other: "SlotLayer", other_row: int) -> None:
         """Overwrites one row by another layer's, as if both had read their last token at the same step.
@@ -281,6 +305,7 @@ class SlotLayer(RuledLayer):
         ahead = (other.seen - self.seen).clamp(min=0)  # columns are counted from 0, so the other's must fit
         self._shift_columns(slice(None), ahead)
         self.seen += ahead
+        self.columns = max(self.columns, other.columns)
         for name in self.row_state:
             getattr(self, name)[row].copy_(getattr(other, name)[other_row])
         self._shift_columns(slice(row, row + 1), self.seen - other.seen)

@@ -2,24 +2,23 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
-
-# bool [B, W] while a recorded step runs: which places its one token sees, in every layer with a window
-visible_places: ContextVar[torch.Tensor | None] = ContextVar("visible_places", default=None)
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
     """What transformers keeps of such a layer, with the entry of column c in place c % window.
 
     State: keys [B, H, W, D]; values [B, H, W, Dv]; seen [], columns so far, which is cumulative_length on the device.
+    While a step is recorded that reads no number of the host, `visible` says which places its one token sees.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     seen: torch.Tensor
+    visible: torch.Tensor | None = None  # bool [B, W]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -39,21 +38,21 @@ class WindowLayer(DynamicSlidingWindowLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
-        if visible_places.get() is not None:
+        if self.visible is not None:
             place = (self.seen % self.sliding_window)[None]
             self.keys.index_copy_(2, place, key_states)
             self.values.index_copy_(2, place, value_states)
-            full = self.keys, self.values
-        else:
-            past = self._places(self.cumulative_length - self.sliding_window + 1, self.cumulative_length)
-            full = (
-                torch.cat([self.keys[:, :, past], key_states], dim=2),
-                torch.cat([self.values[:, :, past], value_states], dim=2),
-            )
-            end = self.cumulative_length + tokens
-            last = self._places(max(self.cumulative_length, end - self.sliding_window), end)
-            self.keys[:, :, last] = key_states[:, :, -len(last) :]
-            self.values[:, :, last] = value_states[:, :, -len(last) :]
+            self.seen += 1
+            return self.keys, self.values
+        past = self._places(self.cumulative_length - self.sliding_window + 1, self.cumulative_length)
+        full = (
+            torch.cat([self.keys[:, :, past], key_states], dim=2),
+            torch.cat([self.values[:, :, past], value_states], dim=2),
+        )
+        end = self.cumulative_length + tokens
+        last = self._places(max(self.cumulative_length, end - self.sliding_window), end)
+        self.keys[:, :, last] = key_states[:, :, -len(last) :]
+        self.values[:, :, last] = value_states[:, :, -len(last) :]
         self.seen += tokens
         self.cumulative_length += tokens
         return full
@@ -61,6 +60,16 @@ class WindowLayer(DynamicSlidingWindowLayer):
     def _places(self, start: int, stop: int) -> torch.Tensor:
         """Where the columns start..stop-1 lie; there are none below 0."""
         return torch.arange(max(0, start), stop, device=self.device) % self.sliding_window
+
+    def get_seq_length(self) -> Any:
+        """Columns so far; for a recorded step on the device."""
+        return self.cumulative_length if self.visible is None else self.seen.clone()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """Entries to attend to and the column of the first; for a recorded step `visible`, from which its mask is."""
+        if self.visible is None:
+            return super().get_mask_sizes(query_length)
+        return self.sliding_window, self.visible
 
     def reset(self) -> None:
         self.cumulative_length = 0
@@ -105,13 +114,16 @@ class Windows:
     def one_token(self) -> Iterator[None]:
         """Inside of it one token enters, and sees what is in the window."""
         self.visible.index_fill_(1, (self.layers[0].seen % self.window)[None], True)
-        token = visible_places.set(self.visible)
+        for layer in self.layers:
+            layer.visible = self.visible
         try:
             yield
         finally:
-            visible_places.reset(token)
+            for layer in self.layers:
+                layer.visible = None
+        self.count()
 
-    def count_replay(self) -> None:
-        """What a replay does not do: count on the host."""
+    def count(self) -> None:
+        """A token on the host; the recorded step counts on the device."""
         for layer in self.layers:
             layer.cumulative_length += 1

@@ -1,11 +1,14 @@
 """Generates text with a memory of fixed size; the text goes to stdout, one line of figures to stderr.
 
 retention-gates generate --adapter user/adapter --memory-size 64 "Once upon a time"
+retention-gates generate --adapter user/adapter --memory-size 512 --prompt-file book.txt --save-memory book.memory
+retention-gates generate --adapter user/adapter --memory book.memory "Who found the map? It was"
 """
 
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retention_gates.recipes.loading import (
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     from retention_gates.gates.cache import BoundedCache
 
+MEMORY_SIZE = 64  # entries per KV head, unless the caller says
 # The likeliest token each time, whatever the model's generation_config.json asks for.
 GREEDY = {
     "do_sample": False,
@@ -39,21 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("text", nargs="?", metavar="PROMPT", help="what to go on from")
     prompt.add_argument("--prompt", metavar="TEXT", help="the same, for scripts")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file, UTF-8")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message, in the model's chat form")
     parser.add_argument(
-        "--memory-size", type=int, default=64, metavar="M", help="entries kept per KV head, in the mean (default: 64)"
+        "--memory-size", type=int, metavar="M", help="entries kept per KV head, in the mean (default: 64)"
     )
     parser.add_argument(
-        "--policy",
-        default="retention",
-        help="retention (the trained gates), streaming_llm, h2o, snapkv, ... (default: retention)",
+        "--policy", help="retention (the trained gates), streaming_llm, h2o, snapkv, ... (default: retention)"
     )
     parser.add_argument(
         "--budgets",
         help="uniform, calibrated, pyramid or adaptive (default: calibrated if the adapter has been, else uniform)",
     )
     parser.add_argument(
-        "--prefill-chunk-size", type=int, metavar="T", help="tokens of the prompt read at a time (default: all)"
+        "--cache-dtype", metavar="KIND", help="int8 or fp8: keys and values in 8 bits (default: as the model has them)"
+    )
+    parser.add_argument(
+        "--prefill-chunk-size",
+        type=int,
+        metavar="T",
+        help="tokens of the prompt read at a time (default: all, or 4096 beyond 32768)",
+    )
+    parser.add_argument(
+        "--memory", metavar="FILE", help="a memory to go on from, of the same model and adapter; it brings its options"
+    )
+    parser.add_argument(
+        "--save-memory", metavar="FILE", help="read the prompt, write what is kept to FILE and generate nothing"
     )
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
     parser.add_argument(
@@ -68,8 +83,13 @@ def main(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more.")
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"--temperature {options.temperature} must be 0 or more, and finite.")
-    check_gates_trained([options.policy], options.adapter)
-    prompt = options.text if options.prompt is None else options.prompt
+    policy = options.policy or "retention"
+    if options.memory is not None:
+        from retention_gates.gates.memory_checks import read_memory_header
+
+        policy = read_memory_header(options.memory)[1].policy
+    check_gates_trained([policy], options.adapter)
+    prompt = _prompt(options)
 
     import torch
 
@@ -77,10 +97,30 @@ def main(options: argparse.Namespace) -> None:
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
-    ids = prompt_ids(tokenizer, prompt, chat=options.chat)
+    ids = prompt_ids(
+        tokenizer,
+        prompt,
+        chat=options.chat,
+        goes_on=options.memory is not None,
+        is_answered=options.save_memory is None,
+    )
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
-    cache = BoundedCache(model, options.memory_size, policy=options.policy, budgets=options.budgets, seed=options.seed)
+    if options.memory is not None:
+        names = ("memory_size", "policy", "budgets", "cache_dtype")
+        cache = BoundedCache.load(model, options.memory, **{name: getattr(options, name) for name in names})
+    else:
+        size = MEMORY_SIZE if options.memory_size is None else options.memory_size
+        cache = BoundedCache(
+            model, size, policy=policy, budgets=options.budgets, seed=options.seed, cache_dtype=options.cache_dtype
+        )
+    past = int(cache.get_seq_length())
     inputs = torch.tensor([ids], device=model.device)
+    if options.save_memory is not None:
+        read_text(model, cache, inputs, options.prefill_chunk_size)
+        cache.save(options.save_memory)
+        seen = past + len(ids)
+        print(f"{options.save_memory} holds {seen} tokens read; {_held(cache, seen)}", file=sys.stderr)
+        return
     settings: dict[str, Any] = {**GREEDY}
     if options.temperature > 0:
         settings = {"do_sample": True, "temperature": options.temperature}
@@ -90,52 +130,87 @@ def main(options: argparse.Namespace) -> None:
     streamer = _timed_streamer(tokenizer)
     output = model.generate(
         input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
+        attention_mask=torch.ones(1, past + len(ids), dtype=torch.int64, device=model.device),
         past_key_values=cache,
         max_new_tokens=options.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=streamer,
         **settings,
     )
-    print(_figures(cache, output.shape[1], streamer.times), file=sys.stderr)
+    print(_figures(cache, past + output.shape[1], streamer.times), file=sys.stderr)
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, *, chat: bool) -> list[int]:
-    """Token ids of a prompt, opened as the model's documents are, or as a user's turn in its chat template."""
+def _prompt(options: argparse.Namespace) -> str:
+    if options.prompt_file is None:
+        return options.text if options.prompt is None else options.prompt
+    try:
+        return Path(options.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file {options.prompt_file} cannot be read as UTF-8 text: {error}") from error
+
+
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, *, chat: bool, goes_on: bool = False, is_answered: bool = True
+) -> list[int]:
+    """Token ids of a prompt, opened as the model's documents are, or as a user's turn in its chat template.
+
+    Args:
+        goes_on: whether a text stands before it, so that no document begins here.
+        is_answered: whether the model's turn begins after it in the chat template.
+    """
     from retention_gates.data.tokens import document_prefix
 
     if not prompt.strip():
         raise ValueError("The prompt is empty: give a text to go on from.")
     if not chat:
-        return document_prefix(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+        prefix = [] if goes_on else document_prefix(tokenizer)
+        return prefix + tokenizer.encode(prompt, add_special_tokens=False)
     if not tokenizer.chat_template:
         raise ValueError("The model's tokenizer has no chat template: leave --chat out.")
     turn = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=is_answered, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_size: int | None) -> None:
+    """Lets the cache read tokens [B, T], some at a time, without making any."""
+    import torch
+
+    from retention_gates.gates.long_prompts import default_chunk
+    from retention_gates.gates.model import find_gated_model
+
+    gated, tokens = find_gated_model(model), inputs.shape[1]
+    with torch.no_grad():
+        for chunk in inputs.split(chunk_size or default_chunk(tokens) or tokens, dim=1):
+            gated(input_ids=chunk, past_key_values=cache, use_cache=True, last_hidden_state_only=True)
 
 
 def full_cache_bytes(cache: "BoundedCache", tokens: int) -> int:
     """Keys and values that a full cache would hold after so many tokens of each row, other layers as they are."""
     size = cache.memory_bytes()
     for layer in cache.gated_layers:
-        widths = (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size()
+        widths = layer.entry_numbers * layer.dtype.itemsize
         size += layer.batch_size * tokens * len(layer.rule.budgets) * widths - layer.memory_bytes()
     return size
 
 
 def _figures(cache: "BoundedCache", tokens: int, times: list[float]) -> str:
     """Entries, bytes and speed in one line. `times`: of the prompt's start and of every new token."""
-    entries = [budget for row in cache.budgets for budget in row]
-    spread = f" ({min(entries)} to {max(entries)})" if min(entries) != max(entries) else ""
-    held, full = cache.memory_bytes(), full_cache_bytes(cache, tokens - 1)  # the last token never enters
     new = len(times) - 1
     # the first token pays for the prompt, so that speed is measured between new tokens where there are two
     first, count = (times[1], new - 1) if new > 1 else (times[0], new)
     speed = count / max(times[-1] - first, 1e-9)
+    return f"{_held(cache, tokens - 1)} after {tokens} tokens; {speed:.1f} tokens/s"  # the last token never enters
+
+
+def _held(cache: "BoundedCache", tokens: int) -> str:
+    """Entries and bytes, beside those of a full cache that has read so many tokens."""
+    entries = [budget for row in cache.budgets for budget in row]
+    spread = f" ({min(entries)} to {max(entries)})" if min(entries) != max(entries) else ""
+    held, full = cache.memory_bytes(), full_cache_bytes(cache, tokens)
     return (
         f"{cache.memory_size} entries per head{spread}; {held / 2**20:.2f} MiB held, a full cache would hold "
-        f"{full / 2**20:.2f} MiB after {tokens} tokens; {speed:.1f} tokens/s"
+        f"{full / 2**20:.2f} MiB"
     )
 
 

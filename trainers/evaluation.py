@@ -17,7 +17,7 @@ from retention_gates.gates.budgets import BUDGETS
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
-from retention_gates.gates.policies import FeedbackPolicy, Policy, find_policy
+from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, find_policy
 from retention_gates.gates.simulation import SimulatedCache
 
 FULL_CACHE = "full"
@@ -92,6 +92,8 @@ def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Se
 def _fits(policy: Policy, budgets: str) -> bool:
     if budgets == "calibrated":
         return policy.needs_gates
+    if budgets == "global":
+        return isinstance(policy, ScoredPolicy)
     return budgets != "adaptive" or not (isinstance(policy, FeedbackPolicy) and policy.same_for_all_heads)
 
 

@@ -77,25 +77,53 @@ def slot_attention(
         if one is not None and not one.is_contiguous():
             raise ValueError(f"{name} has strides {one.stride()}; the fused kernel takes contiguous state only.")
     new_key, new_value, new_positions = (None, None, None) if run is None else run
-    return _slot_attention(
-        query,
-        keys,
-        values,
-        positions,
-        head_offsets,
-        new_key,
-        new_value,
-        new_positions,
-        sinks,
-        received,
-        scale,
-        softcap,
-    )
+    arguments = (query, keys, values, positions, head_offsets, new_key, new_value, new_positions, sinks)
+    if received is None:
+        return _slot_attention(*arguments, scale, softcap)
+    return _slot_attention_received(*arguments, received, scale, softcap)
 
 
-@torch.library.custom_op("retention_gates::slot_attention", mutates_args=("received",))
+# two operators: the compiler of torch 2.11 to 2.13 fails on one whose only argument to change is None
+@torch.library.custom_op("retention_gates::slot_attention", mutates_args=())
 @on_own_device
 def _slot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    head_offsets: Sequence[int],
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    new_positions: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    arguments = (query, keys, values, positions, head_offsets, new_key, new_value, new_positions, sinks)
+    return _attend(*arguments, None, scale, softcap)
+
+
+@torch.library.custom_op("retention_gates::slot_attention_received", mutates_args=("received",))
+@on_own_device
+def _slot_attention_received(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    head_offsets: Sequence[int],
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    new_positions: Tensor | None,
+    sinks: Tensor | None,
+    received: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    arguments = (query, keys, values, positions, head_offsets, new_key, new_value, new_positions, sinks)
+    return _attend(*arguments, received, scale, softcap)
+
+
+def _attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -224,7 +252,8 @@ def _slot_attention(
 
 
 @_slot_attention.register_fake
-def _(query, keys, values, positions, head_offsets, key, value, new_positions, sinks, received, scale, cap):
+@_slot_attention_received.register_fake
+def _(query, keys, values, *others):
     return _empty_output(query, values).transpose(1, 2)
 
 

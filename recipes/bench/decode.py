@@ -1,9 +1,10 @@
 """Tokens per second of `model.generate` with a bounded cache, against full caches and eager eviction.
 
-    python recipes/bench/decode.py                                # batch 4 and rivals; about 60 s on an H100 of 80 GB
+    python recipes/bench/decode.py                                # batch 4 and rivals; about 70 s on an H100 of 80 GB
+    python recipes/bench/decode.py --compile --kernels            # ours through torch.compile as well: a minute more
     python recipes/bench/decode.py --batches 1 4 32 --no-rivals
     python recipes/bench/decode.py --static                       # transformers' static cache, compiled: 75 s more
-    python recipes/bench/decode.py --contexts 1024 8192 32768 131072 --plot decode_context.png
+    python recipes/bench/decode.py --batches 1 --contexts 1024 8192 32768 131072 --plot decode_context.png
     python recipes/bench/decode.py --shape smollm2-135m --device cpu --context 4096 --memory-size 256 --batches 1
 
 Random weights in the shape of Qwen3-4B, bf16. Every contender is a cache that has read `--context` tokens: bounded
@@ -15,6 +16,7 @@ limit is the time in which the device reads the weights and the entries once, at
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +27,8 @@ from transformers.cache_utils import Cache
 
 from retention_gates import BoundedCache, RetentionGateConfig
 from retention_gates.recipes.bench.decode_rivals import EagerCache
-from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, report
+from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, report, time_ms
+from retention_gates.recipes.plots import require_matplotlib
 
 QWEN3: dict[str, Any] = dict(head_dim=128, num_key_value_heads=8, vocab_size=151_936)
 SHAPES: dict[str, Any] = {
@@ -41,7 +44,10 @@ SHAPES: dict[str, Any] = {
         **QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
         tie_word_embeddings=False,
     ),
-    "tiny": lambda: LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=100, tie_word_embeddings=True),
+    "tiny": lambda: LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=100, tie_word_embeddings=True,
+    ),
     "smollm2-135m": lambda: LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         head_dim=64, vocab_size=49_152, tie_word_embeddings=True, max_position_embeddings=8192,
@@ -144,10 +150,10 @@ def limit_ms(model: PeftModel, batch: int, entries: int, rate: float) -> float:
 
 
 def contenders(
-    arguments: argparse.Namespace, model: PeftModel, batch: int
+    arguments: argparse.Namespace, model: PeftModel, batch: int, context: int
 ) -> dict[str, tuple[Callable[[], Any], int]]:
     """Name -> what makes a cache that has read the context, and the entries that it holds per head."""
-    size, context, config = arguments.memory_size, arguments.context, model.config
+    size, config = arguments.memory_size, model.config
 
     def bounded(**options: Any) -> Callable[[], Any]:
         def make() -> BoundedCache:
@@ -171,7 +177,13 @@ def contenders(
         return make
 
     budgets = ragged_budgets(config.num_hidden_layers, config.num_key_value_heads, size)
-    found = {"ours": (bounded(), size), "ours, ragged budgets": (bounded(budgets=budgets), size)}
+    found: dict[str, tuple[Callable[[], Any], int]] = {"ours": (bounded(), size)}
+    if arguments.compile:
+        found["ours, compiled"] = (bounded(compile=True), size)
+    if arguments.plot:
+        found["full cache, eager"] = (full(lambda: DynamicCache(config=config)), context)
+        return found
+    found["ours, ragged budgets"] = (bounded(budgets=budgets), size)
     if not arguments.rivals:
         return found
     found["ours, graph=False"] = (bounded(graph=False), size)
@@ -183,16 +195,17 @@ def contenders(
     return found
 
 
-def measure(arguments: argparse.Namespace, model: PeftModel, batch: int, rate: float | None) -> list[Measurement]:
-    context = arguments.context
+def measure(
+    arguments: argparse.Namespace, model: PeftModel, batch: int, context: int, rate: float | None
+) -> list[Measurement]:
     case = f"{arguments.shape} B={batch} M={arguments.memory_size} context {context}"
     rows = []
-    for name, (make, entries) in contenders(arguments, model, batch).items():
+    for name, (make, entries) in contenders(arguments, model, batch, context).items():
         with torch.no_grad():
             begin = time.perf_counter()
             cache = make()
             ours, full = isinstance(cache, BoundedCache), name.startswith("full")
-            options: dict[str, Any] = {} if name.endswith("compiled") else {"disable_compile": True}
+            options: dict[str, Any] = {"disable_compile": "static" not in name}
             tokens = (SHORT, LONG) if ours and cache.decode_graph else (8, 40)
             if full:
                 with model.disable_adapter():
@@ -206,14 +219,14 @@ def measure(arguments: argparse.Namespace, model: PeftModel, batch: int, rate: f
         if ours and cache.decode_graph and cache.decode_graph.recording:
             value, spread = replay_ms(cache)
             rows.append(Measurement(case, f"{name}, the graph alone", 1e3 * batch / value, "tok/s", None, limit))
+            if arguments.kernels:
+                print_kernels(cache)
         del cache
     return rows
 
 
 def replay_ms(cache: BoundedCache) -> tuple[float, float]:
     """Time of the graph itself, one replay after the other."""
-    from retention_gates.recipes.bench.harness import time_ms
-
     assert cache.decode_graph is not None and cache.decode_graph.recording is not None
     return time_ms(cache.decode_graph.recording.replay, repeats=50)
 
@@ -234,12 +247,35 @@ def print_kernels(cache: BoundedCache, top: int = 25) -> None:
         print(f"{each.self_device_time_total / 5e3:8.3f} ms {each.count // 5:5} x {each.key[:100]}")
 
 
+def plot(points: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Time of a step against the tokens of context, one line per contender."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, line in points.items():
+        if "alone" not in name:
+            axes.plot(*zip(*line, strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("ms per decoding step")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
     parser.add_argument("--batches", type=int, nargs="+", default=[4])
     parser.add_argument("--memory-size", type=int, default=1024)
     parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--contexts", type=int, nargs="+", help="several, for --plot")
+    parser.add_argument("--plot", type=Path, help="PNG of ms per step against the context, beside the full cache")
+    parser.add_argument("--compile", action="store_true", help="ours through torch.compile as well")
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--static", action="store_true", help="compile transformers' static cache, 75 s")
     parser.add_argument("--kernels", action="store_true", help="print the kernels of one step")
@@ -258,12 +294,17 @@ def main() -> None:
         for tokens, what in ((1, "first token"), (4, "first replay")):
             seconds = generate_seconds(model, cache, batch, 0, tokens)
             rows.append(Measurement(f"{arguments.shape} B={batch} after loading", f"ours, {what}", seconds, "s"))
-        if arguments.kernels:
-            print_kernels(cache)
         del cache
+    points: dict[str, list[tuple[int, float]]] = {}
     for batch in arguments.batches:
-        rows += measure(arguments, model, batch, rate)
+        for context in arguments.contexts or [arguments.context]:
+            measured = measure(arguments, model, batch, context, rate)
+            rows += measured
+            for row in measured:
+                points.setdefault(row.contender, []).append((context, 1e3 * batch / row.value))
     report("decode", rows)
+    if arguments.plot:
+        plot(points, arguments.plot)
 
 
 if __name__ == "__main__":

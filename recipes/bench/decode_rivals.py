@@ -12,6 +12,8 @@ from retention_gates.gates.cache_layer import GatedCacheLayer
 class EagerLayer(GatedCacheLayer):
     """Learned eviction as operators of eager torch: concatenate, and once in `buffer_size` steps choose and gather."""
 
+    keys: Tensor
+    values: Tensor
     is_sliding = False
     is_compileable = False
 

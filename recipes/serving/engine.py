@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from retention_gates.gates.eviction_rule import MOST_TOKENS
 from retention_gates.recipes.serving.chat import Chat, Refused
 from retention_gates.recipes.serving.rows import ChatRows
 from retention_gates.recipes.serving.sampling import Sampler, next_tokens
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-MOST_STEPS = 2**24  # ages are computed in fp32, which counts to here
 UNHEALTHY = 3  # steps that fail in a row
 
 
@@ -148,7 +148,7 @@ class Engine:
             with self._changed:
                 if not self.waiting or self.active == len(self.running):
                     return
-                if self.rows.steps + self.rows.context > MOST_STEPS:  # once in days: start anew when all have ended
+                if self.rows.steps + self.rows.context > MOST_TOKENS:  # once in days: start anew when all have ended
                     if self.active:
                         return
                     self.rows.reset()

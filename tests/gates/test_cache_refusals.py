@@ -34,7 +34,7 @@ from retention_gates.gates.simulation import SimulatedCache
             r"layer 2 have budgets of \[6, 10\]",
         ),
         (dict(memory_size=8, policy="tova", budgets="adaptive"), "layer 0 have budgets that they share"),
-        (dict(memory_size=8, budgets="global"), "budgets='global'"),
+        (dict(memory_size=8, budgets="globl"), "budgets='globl' is unknown"),
         (dict(memory_size=8, budgets=7), "budgets=7"),
         (dict(memory_size=8, budgets="calibrated"), "no budget shares|does not have"),
         (dict(memory_size=8, budgets=[[8, 8]]), r"\[4 gated layers\]\[2 KV heads\]"),

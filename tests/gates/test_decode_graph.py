@@ -1,7 +1,9 @@
 """Decoding steps give the same recorded and replayed, by a tape on a CPU and by a graph on CUDA."""
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -171,6 +173,20 @@ def test_a_copy_records_for_itself(device, recordings):
     assert len(recordings) == 3
 
 
+def test_a_recording_goes_with_its_cache(device):
+    model = on(device)
+    cache = BoundedCache(model, memory_size=8)
+    model.generate(past_key_values=cache, **padded_batch(device), **GREEDY)
+    slots = weakref.ref(cache.gated_layers[0].keys)
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert slots() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("change", ["repeat", "select", "pin"])
 def test_other_slots_or_another_rule(device, change, recordings):
     model, arguments = on(device), padded_batch(device)
@@ -323,6 +339,103 @@ def test_the_models_forward_is_its_own_again(device):
     assert "forward" not in vars(inner) and inner.forward == own
 
 
-def test_graph_must_be_a_bool():
+class EveryStep:
+    """A Recorder that never replays, so that every step goes through what was compiled."""
+
+    def __init__(self, device):
+        pass
+
+    def warm_up(self, step):
+        return step(), None
+
+
+def test_one_compilation_for_all_lengths_and_caches(monkeypatch):
+    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
+    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")  # operators, as on CUDA: nothing inside is compiled
+    compiled, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compile(forward, backend=backend, **options))
+    model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4), do_sample=False, max_new_tokens=7)
+    for _ in range(2):
+        cache = BoundedCache(model, 4, compile=True)
+        for _ in range(2):
+            tokens = model.generate(input_ids=ids, past_key_values=cache, do_sample=False, max_new_tokens=7)
+            assert torch.equal(tokens, plain)
+            cache.reset()
+    assert len(compiled) == 1
+
+
+def merged(given):
+    tensors, others = given
+    return [tensors | others]
+
+
+@pytest.mark.slow  # inductor builds C++
+def test_compiled_for_the_processor(monkeypatch):
+    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
+    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
+    options = dict(do_sample=False, max_new_tokens=7)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, graph=False), **options)
+    compiled = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, compile=True), **options)
+    assert torch.equal(compiled, plain)
+
+
+@pytest.mark.gpu
+def test_compiled_and_recorded():
+    model = on("cuda", "qwen3")
+    recorded, plain = BoundedCache(model, 8, compile=True), BoundedCache(model, 8, graph=False)
+    assert_same(model, recorded, plain, **padded_batch("cuda"), **GREEDY)
+
+
+def test_options_must_be_bools():
+    model = gated_model()
     with pytest.raises(ValueError, match="graph='yes'"):
-        BoundedCache(gated_model(), 8, graph="yes")
+        BoundedCache(model, 8, graph="yes")
+    with pytest.raises(ValueError, match="it needs graph=True"):
+        BoundedCache(model, 8, graph=False, compile=True)
+
+
+@three_kinds
+def test_replays_are_counted_and_what_they_leave_can_be_saved(device, recordings, tmp_path, family):
+    model = on(device, family)
+    recorded, plain = caches(model)
+    ids = token_ids(1, 9).to(device)
+    for cache in (recorded, plain):
+        model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+        assert {layer.columns for layer in cache.gated_layers} == {int(cache.get_seq_length())} == {9 + 15}
+    assert recordings
+    recorded.save(tmp_path / "memory")
+    loaded = BoundedCache.load(model, tmp_path / "memory")
+    seen = torch.ones(1, 24 + 9, dtype=torch.long, device=device)
+    one, other = (
+        model.generate(input_ids=ids, attention_mask=seen, past_key_values=cache, **GREEDY)
+        for cache in (loaded, plain)
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_replay_that_cannot_be_counted_is_refused(device, recordings):
+    model = on(device)
+    cache = caches(model)[0]
+    model.generate(input_ids=token_ids(1, 9).to(device), past_key_values=cache, **GREEDY)
+    for layer in cache.gated_layers:
+        layer.columns = 2**24 - 20
+    with pytest.raises(ValueError, match="would pass 16777216"):
+        seen = torch.ones(1, 24 + 9, dtype=torch.long, device=device)
+        model.generate(input_ids=token_ids(1, 9).to(device), attention_mask=seen, past_key_values=cache, **GREEDY)
+    assert {layer.columns for layer in cache.gated_layers} == {2**24}
+
+
+def test_global_budgets_are_not_recorded(device, recordings):
+    model = on(device)
+    cache = caches(model, budgets="global")[0]
+    model.generate(input_ids=token_ids(1, 9).to(device), past_key_values=cache, **GREEDY)
+    assert not recordings

@@ -1,13 +1,15 @@
 """The benches of whole training steps and runs, as far as a CPU goes; on a GPU, a run that follows the naive one."""
 
+import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from retention_gates import RetentionGateConfig, find_gated_model
-from retention_gates.recipes.bench import follow_naive, train_step
+from retention_gates import BoundedCache, RetentionGateConfig, find_gated_model
+from retention_gates.recipes.bench import decode, follow_naive, train_step
+from retention_gates.recipes.bench.decode_rivals import EagerCache
 from retention_gates.recipes.bench.train_step import gated_step, make_batch, make_model, make_trainer, plain_step
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -57,3 +59,35 @@ def test_a_run_follows_the_naive_run(form: str):
     reference, ours = run("naive"), run(form)
     assert len(reference) == 10 and reference[-1] != reference[0]
     assert follow_naive.largest_difference(ours, reference) <= (0 if form == "naive" else follow_naive.GOAL)
+
+
+def test_decode_bench_budgets_and_its_eager_rival():
+    budgets = decode.ragged_budgets(6, 4, 256)
+    entries = [entry for row in budgets for entry in row]
+    assert sum(entries) == 24 * 256 and min(entries) >= 32 and max(entries) > 3 * 256
+    model = decode.make_model("tiny", "cpu", torch.float32)
+    ids = torch.randint(100, (2, 20), generator=torch.Generator().manual_seed(0))
+    found = [
+        model.generate(input_ids=ids, past_key_values=cache, do_sample=False, max_new_tokens=30)
+        for cache in (BoundedCache(model, 12, protected_tokens=0), EagerCache(model, 12, buffer_size=1))
+    ]
+    assert torch.equal(*found)
+
+
+def test_decode_bench_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(decode, "report", partial(decode.report, results=tmp_path))
+    monkeypatch.setattr(decode, "SHORT", 3)
+    monkeypatch.setattr(decode, "LONG", 6)
+    arguments = ["--shape", "tiny", "--device", "cpu", "--context", "90", "--memory-size", "40", "--batches", "2"]
+    monkeypatch.setattr("sys.argv", ["decode.py", *arguments])
+    decode.main()
+    rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+    assert [row["contender"] for row in rows] == [
+        "ours",
+        "ours, ragged budgets",
+        "ours, graph=False",
+        "eager cat, top-k, gather",
+        "full cache, eager",
+    ]
+    assert all(row["value"] > 0 and row["unit"] == "tok/s" for row in rows)
+    assert "full cache, eager" in capsys.readouterr().out

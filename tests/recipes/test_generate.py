@@ -102,3 +102,34 @@ def test_a_chat_prompt_is_in_the_models_own_form(files):
     ids = prompt_ids(tokenizer, "the sea", chat=True)
     assert tokenizer.decode(ids) == "king the sea storm queen"
     assert prompt_ids(tokenizer, "the sea", chat=False)[0] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+
+def test_a_text_is_read_once_and_answered_later(files, tmp_path, capsys):
+    text, memory = tmp_path / "book.txt", tmp_path / "book.memory"
+    text.write_text(" ".join([PROMPT] * 5), encoding="utf-8")
+    adapter = ["generate", "--adapter", str(files.adapter)]
+    options = ["--memory-size", "8", "--policy", "streaming_llm", "--prefill-chunk-size", "9"]
+    assert main([*adapter, *options, "--prompt-file", str(text), "--save-memory", str(memory)]) == 0
+    read = capsys.readouterr()
+    assert read.out == "" and re.search(r"book.memory holds \d+ tokens read; 8 entries per head", read.err)
+    answers = []
+    for _ in range(2):  # the file is not changed by being asked
+        assert main([*adapter, "--memory", str(memory), "--max-new-tokens", "20", "the queen"]) == 0
+        answers.append(capsys.readouterr().out)
+    model, tokenizer = load_model(None, str(files.adapter)), load_tokenizer(str(files.model))
+    cache = BoundedCache(model, 8, policy="streaming_llm")
+    ids = torch.tensor([prompt_ids(tokenizer, text.read_text(encoding="utf-8"), chat=False)])
+    question = torch.tensor([tokenizer.encode("the queen", add_special_tokens=False)])
+    with torch.no_grad():
+        for chunk in ids.split(9, dim=1):
+            model(input_ids=chunk, past_key_values=cache)
+    everything = torch.ones(1, ids.shape[1] + question.shape[1], dtype=torch.int64)
+    output = model.generate(
+        input_ids=question, attention_mask=everything, past_key_values=cache, max_new_tokens=20, do_sample=False
+    )
+    expected = tokenizer.decode(output[0, question.shape[1] :], skip_special_tokens=True)
+    assert [a.strip() for a in answers] == [expected.strip()] * 2
+    assert main([*adapter, "--memory", str(memory), "--memory-size", "9", "the queen"]) == 2
+    assert "memory_size=8, not 9" in capsys.readouterr().err
+    assert main([*adapter, "--memory", str(tmp_path / "none"), "the queen"]) == 2
+    assert main([*adapter, "--prompt-file", str(tmp_path / "none")]) == 2

@@ -1,0 +1,100 @@
+"""Slots that hold keys and values in 8 bits, each entry with a scale of its own."""
+
+import torch
+from torch import nn
+
+from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.policies import ScoredPolicy
+from retention_gates.gates.slot_layer import SlotLayer
+from retention_gates.kernels.gate_evict import GateOutput, naive
+from retention_gates.kernels.slot_attention import slot_attention
+
+SCALE_BYTES = 4  # fp32
+# cache_dtype -> how a number is stored, and the largest that can be
+STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+
+
+def pack(x: torch.Tensor, cache_dtype: str) -> torch.Tensor:
+    """x [..., D] as bytes [..., D + 4]: numbers of 8 bits, then the fp32 scale that they are to be multiplied with.
+
+    The largest number of an entry becomes the largest that can be stored. In one tensor of bytes, scales move with
+    their entries wherever those go.
+    """
+    dtype, largest = STORED[cache_dtype]
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / largest
+    scaled = (x / scale).clamp(-largest, largest)
+    numbers = scaled.round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
+    return torch.cat([numbers.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
+
+
+def unpack(stored: torch.Tensor, cache_dtype: str, dtype: torch.dtype) -> torch.Tensor:
+    """What `pack` has stored, [..., D] in dtype."""
+    numbers, scale = stored.split([stored.shape[-1] - SCALE_BYTES, SCALE_BYTES], dim=-1)
+    scale = scale.contiguous().view(torch.float32)
+    return (numbers.contiguous().view(STORED[cache_dtype][0]).float() * scale).to(dtype)
+
+
+class QuantizedSlotLayer(SlotLayer):
+    """A SlotLayer whose `keys` [B, N, D + 4] and `values` [B, N, Dv + 4] are bytes, as `pack` makes them.
+
+    New tokens of a chunk attend to each other as they are and to the slots as these are stored. Attention and eviction
+    run in plain torch, whatever the device.
+    """
+
+    def __init__(self, rule: EvictionRule, owner: nn.Module, cache_dtype: str):
+        super().__init__(rule, owner)
+        self.cache_dtype = cache_dtype
+        self.finishes_gate = False  # which only the fused kernel does
+
+    @property
+    def entry_numbers(self) -> int:
+        return super().entry_numbers - 2 * SCALE_BYTES
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(*(pack(x[:, :, :1], self.cache_dtype) for x in (key_states, value_states)))
+        self.dtype = key_states.dtype
+
+    def _take_token(
+        self,
+        log_beta: torch.Tensor | GateOutput,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+    ) -> None:
+        policy = self.rule.policy
+        assert isinstance(policy, ScoredPolicy) and isinstance(log_beta, torch.Tensor)
+        offset = self.seen - self.start
+        if padding_mask is not None:  # a row begins later if this token is padding
+            offset = offset - (~padding_mask[:, -1] & (offset == 0)).long()
+        naive.gate_evict(
+            self.keys,
+            self.values,
+            self.score,
+            self.slot_positions,
+            self.pending,
+            self.start,
+            self.seen,
+            pack(key, self.cache_dtype),
+            pack(value, self.cache_dtype),
+            policy.score(self.rule.new_tokens(log_beta, key, value, offset[:, None]))[:, :, 0],
+            self.head_offsets,
+            linear_in_age=policy.linear_in_age,
+            buffer_size=self.rule.buffer_size,
+            recent=self.recent,
+            protected=self.protected,
+            padding_mask=padding_mask,
+        )
+
+    def _attend_token(
+        self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        keys, values = (self.read_back(stored).to(query.dtype) for stored in (self.keys, self.values))
+        arguments = (query, keys, values, self.slot_positions, self.head_offsets)
+        return slot_attention(*arguments, scale=scale, softcap=softcap, sinks=sinks)
+
+    def to_store(self, x: torch.Tensor) -> torch.Tensor:
+        return pack(x, self.cache_dtype)
+
+    def read_back(self, stored: torch.Tensor) -> torch.Tensor:
+        return unpack(stored, self.cache_dtype, self.dtype)
