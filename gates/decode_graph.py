@@ -125,7 +125,7 @@ class DecodeGraph:
         if self.recording is not None and self.recording.key == key:
             for name, buffer in self.recording.inputs.items():
                 buffer.copy_(tensors[name])
-            self._count_replay()
+            self._count()
             self.recording.replay()
             if self.windows is not None:
                 self.windows.count()
@@ -155,8 +155,8 @@ class DecodeGraph:
             self.forget()
             self.windows = Windows(layers, mask)
 
-    def _count_replay(self) -> None:
-        """What a replay does not do: count on the host."""
+    def _count(self) -> None:
+        """What replayed and compiled steps do not do: count on the host."""
         gated = [layer for layer in self.cache().layers if isinstance(layer, RuledLayer)]
         gated[0].check_count(1)
         for layer in gated:
@@ -164,6 +164,7 @@ class DecodeGraph:
 
     def _run(self, forward: Forward, arguments: dict[str, Any]) -> Any:
         if self.compile:
+            self._count()
             forward = torch.compile(forward, dynamic=False)
         with nullcontext() if self.windows is None else self.windows.one_token():
             return forward(**arguments)

@@ -58,9 +58,7 @@ class PoolLayer(RuledLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.check_count(key_states.shape[2])
-        log_beta, padding_mask = self.take_staged()
-        self.columns += key_states.shape[2]
+        log_beta, padding_mask = self.take_staged(key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         pool = self.pool

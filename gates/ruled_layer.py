@@ -62,14 +62,19 @@ class RuledLayer(GatedCacheLayer):
                 "ages are no whole numbers in fp32: call cache.reset() and start a new sequence."
             )
 
-    def take_staged(self) -> tuple[torch.Tensor | GateOutput, torch.Tensor | None]:
+    def take_staged(self, tokens: int) -> tuple[torch.Tensor | GateOutput, torch.Tensor | None]:
         """What was staged for this forward pass: log_beta [B, H, T] or a gate to finish, and the padding mask or None.
 
         The mask is [B, S], and its last T columns are new.
 
+        Args:
+            tokens: T.
+
         Raises:
-            ValueError: if no gate ran, and if the policy needs an instruction that nobody pinned.
+            ValueError: for too many tokens, if no gate ran, and if the policy needs an instruction that nobody pinned.
         """
+        if not torch.compiler.is_compiling():
+            self.check_count(tokens)
         if self.staged is None:
             raise ValueError(
                 "This cache got keys but no gate ran: the gates are off (disable_adapter), or another model uses it. "
@@ -83,8 +88,9 @@ class RuledLayer(GatedCacheLayer):
                 "cache.pin(start, stop) for the instruction's tokens before they are read."
             )
         self.is_attending = True
-        if not torch.compiler.is_compiling():  # a number that changes would call for another compilation
+        if not torch.compiler.is_compiling():  # a compiled step would be compiled for every number: counted outside
             self.passes += 1
+            self.columns += tokens
         return staged
 
     def get_max_length(self) -> int:

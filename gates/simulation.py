@@ -56,7 +56,7 @@ class SimulatedLayer(RuledLayer):
                 f"This SimulatedCache has {len(self.rules)} caches side by side and got a batch of {batch}: repeat "
                 "the rows once for each."
             )
-        log_beta, valid = self.take_staged()  # the whole sequence is new
+        log_beta, valid = self.take_staged(key_states.shape[2])  # the whole sequence is new
         assert isinstance(log_beta, torch.Tensor)
         self.lazy_initialization(key_states, value_states)
         offset = torch.arange(tokens, device=self.device).expand(batch, tokens)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gated_models import gated_model, step_by_step, token_ids
@@ -30,7 +31,8 @@ class PlainPool:
     def order(self, entry, step, recent):
         layer, head, position, score = entry
         age = step - position
-        priority = score if math.isinf(score) or not self.linear_in_age else age * score
+        # in fp32, where other products are equal than in the fp64 of Python
+        priority = score if math.isinf(score) or not self.linear_in_age else float(np.float32(age) * np.float32(score))
         return (math.inf if age < recent else priority, position, layer, head)
 
     def cut(self, new, step, recent):

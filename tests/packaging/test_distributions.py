@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("gates", "trainers", "data", "kernels", "recipes", "checkpoints")
-SUFFIXES = {".py", ".yaml", ".json", ".md"}
+SUFFIXES = {".py", ".yaml", ".json", ".md", ".safetensors"}
 LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out", "tests")
 
 
