@@ -12,8 +12,8 @@ help: ## list the targets
 demo: $(INSTALLED) ## train gates on a small real model, bound its memory, compare; MODEL=name, OUTPUT=folder
 	PYTHONSAFEPATH=1 $(BIN)/python recipes/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
-test: $(INSTALLED) ## the tests that need neither a GPU nor a network; ARGS=... goes to pytest
-	$(BIN)/pytest $(ARGS)
+test: $(INSTALLED) ## the tests that need neither a GPU nor a network, on all cores; ARGS=... goes to pytest
+	$(BIN)/pytest -n auto $(ARGS)
 
 # With the Python that is active, not .venv: the pinned torch has no CUDA. The package need not be installed.
 test-gpu: ## the tests that need a GPU, with whatever torch and Triton `python` has; ARGS=... goes to pytest
