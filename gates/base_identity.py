@@ -87,3 +87,17 @@ def _same_name(one: str, other: str) -> bool:
 
 def _is_local(name: str) -> bool:
     return name.startswith((".", "/")) or Path(name).is_absolute() or Path(name).is_dir()
+
+
+def check_same(name: str, adapter: Any, base: Any) -> None:
+    """Raises ValueError where what the adapter was made for is not what the base has."""
+    if adapter != base:
+        raise ValueError(
+            f"The adapter was made for a base model with {name} = {_short(adapter)}, but this one has {_short(base)}: "
+            "load the base model named in its adapter_config.json."
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

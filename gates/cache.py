@@ -26,6 +26,7 @@ from retention_gates.gates.cache_checks import (
     checked_budgets,
     checked_reserves,
 )
+from retention_gates.gates.cache_layer import storage_bytes
 from retention_gates.gates.decode_graph import DecodeGraph
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
@@ -331,7 +332,7 @@ class BoundedCache(EvictingCache):
     def memory_bytes(self) -> int:
         """Bytes held now, by the slots and by the layers that transformers keeps."""
         return sum(
-            layer.memory_bytes() if isinstance(layer, SlotLayer | PoolLayer) else _storage_bytes(layer)
+            layer.memory_bytes() if isinstance(layer, SlotLayer | PoolLayer) else storage_bytes(layer)
             for layer in self.layers
         )
 
@@ -391,14 +392,6 @@ class BoundedCache(EvictingCache):
         """
         wanted = {"memory_size": memory_size, "policy": policy, "budgets_from": budgets, "cache_dtype": cache_dtype}
         return load_memory(cls, model, path, **wanted)
-
-
-def _storage_bytes(layer: Any) -> int:
-    """Bytes of all tensors that are attributes of a layer of transformers, or values of a dict that is one."""
-    held = [value for value in vars(layer).values() if not isinstance(value, dict)]
-    held += [value for states in vars(layer).values() if isinstance(states, dict) for value in states.values()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _states(layer: LinearAttentionLayer) -> list[tuple[dict, int, torch.Tensor]]:

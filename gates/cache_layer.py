@@ -1,6 +1,7 @@
 """What a gated attention layer asks of a cache layer that bounds its memory."""
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,3 +47,11 @@ class GatedCacheLayer(CacheLayerMixin):
             key, value: what `update` returned: the new entries, [B, H, T, D].
             sinks: an extra logit per query head [HQ] in the softmax's denominator.
         """
+
+
+def storage_bytes(layer: Any) -> int:
+    """Bytes of all tensors that are attributes of a layer of transformers, or values of a dict that is one."""
+    held = [value for value in vars(layer).values() if not isinstance(value, dict)]
+    held += [value for states in vars(layer).values() if isinstance(states, dict) for value in states.values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
+    return sum(storage.nbytes() for storage in storages.values())

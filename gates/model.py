@@ -11,7 +11,7 @@ from torch import nn
 
 from retention_gates.gates.adapter_checks import check_digest, digest, refuse
 from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
-from retention_gates.gates.base_identity import identity, warn_if_another_base
+from retention_gates.gates.base_identity import check_same, identity, warn_if_another_base
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
@@ -166,10 +166,10 @@ class RetentionGateModel(BaseTuner):
             "target_modules": module_pattern({layer: full[layer] for layer in chosen}),
         }
         if peft_config.gated_layers is not None and peft_config.layers_to_transform is None:
-            _compare("gated_layers", peft_config.gated_layers, list(full))
+            check_same("gated_layers", peft_config.gated_layers, list(full))
         for name, fact in facts.items():
             if getattr(peft_config, name) is not None:
-                _compare(name, getattr(peft_config, name), fact)
+                check_same(name, getattr(peft_config, name), fact)
             setattr(peft_config, name, fact)
         shares = peft_config.budget_shares
         if shares is not None and [len(row) for row in shares] != [facts["num_key_value_heads"]] * len(chosen):
@@ -383,19 +383,6 @@ def _check_placement(model: nn.Module, *, loads_weights: bool) -> None:
             f"Parts of {type(model).__name__} are offloaded to the disk (hf_device_map), and PEFT cannot load gates "
             "beside those: give device_map more memory (max_memory=), or a smaller or quantised base model."
         )
-
-
-def _compare(name: str, adapter: Any, base: Any) -> None:
-    if adapter != base:
-        raise ValueError(
-            f"The adapter was made for a base model with {name} = {_short(adapter)}, but this one has {_short(base)}: "
-            "load the base model named in its adapter_config.json."
-        )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 # plain strings: PEFT's own enumeration of methods is closed

@@ -334,7 +334,7 @@ class RetentionTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
             if self.args.should_save:
-                self._drop_old_checkpoints()
+                drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
             return TrainOutput(state.global_step, math.nan, {})
@@ -393,10 +393,7 @@ class RetentionTrainer(Trainer):
             if self.args.should_save:
                 write_manifest(staging, self._run_facts())
         if self.args.should_save:
-            self._drop_old_checkpoints()
-
-    def _drop_old_checkpoints(self) -> None:
-        drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _run_facts(self) -> dict[str, Any]:
         return run_facts(self.args, self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
