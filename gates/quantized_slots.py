@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 from retention_gates.gates.eviction_rule import EvictionRule
-from retention_gates.gates.policies import ScoredPolicy
 from retention_gates.gates.slot_layer import SlotLayer
-from retention_gates.kernels.gate_evict import GateOutput, naive
+from retention_gates.kernels.gate_evict import naive
 from retention_gates.kernels.slot_attention import slot_attention
 
 SCALE_BYTES = 4  # fp32
@@ -42,6 +41,8 @@ class QuantizedSlotLayer(SlotLayer):
     run in plain torch, whatever the device.
     """
 
+    _evict = staticmethod(naive.gate_evict)
+
     def __init__(self, rule: EvictionRule, owner: nn.Module, cache_dtype: str):
         super().__init__(rule, owner)
         self.cache_dtype = cache_dtype
@@ -54,37 +55,6 @@ class QuantizedSlotLayer(SlotLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(*(pack(x[:, :, :1], self.cache_dtype) for x in (key_states, value_states)))
         self.dtype = key_states.dtype
-
-    def _take_token(
-        self,
-        log_beta: torch.Tensor | GateOutput,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        padding_mask: torch.Tensor | None,
-    ) -> None:
-        policy = self.rule.policy
-        assert isinstance(policy, ScoredPolicy) and isinstance(log_beta, torch.Tensor)
-        offset = self.seen - self.start
-        if padding_mask is not None:  # a row begins later if this token is padding
-            offset = offset - (~padding_mask[:, -1] & (offset == 0)).long()
-        naive.gate_evict(
-            self.keys,
-            self.values,
-            self.score,
-            self.slot_positions,
-            self.pending,
-            self.start,
-            self.seen,
-            pack(key, self.cache_dtype),
-            pack(value, self.cache_dtype),
-            policy.score(self.rule.new_tokens(log_beta, key, value, offset[:, None]))[:, :, 0],
-            self.head_offsets,
-            linear_in_age=policy.linear_in_age,
-            buffer_size=self.rule.buffer_size,
-            recent=self.recent,
-            protected=self.protected,
-            padding_mask=padding_mask,
-        )
 
     def _attend_token(
         self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class SlotLayer(RuledLayer):
     pending: torch.Tensor
     start: torch.Tensor
     seen: torch.Tensor
+    _evict: ClassVar[Callable[..., None]] = staticmethod(gate_evict)
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
@@ -104,7 +105,7 @@ class SlotLayer(RuledLayer):
             if padding_mask is not None:  # a row begins later if this token is padding
                 offset = offset - (~padding_mask[:, -1] & (offset == 0)).long()
             score = policy.score(self.rule.new_tokens(log_beta, key, value, offset[:, None]))[:, :, 0]
-        gate_evict(
+        self._evict(
             self.keys,
             self.values,
             self.score,
@@ -112,8 +113,8 @@ class SlotLayer(RuledLayer):
             self.pending,
             self.start,
             self.seen,
-            key,
-            value,
+            self.to_store(key),
+            self.to_store(value),
             score,
             self.head_offsets,
             linear_in_age=policy.linear_in_age,
