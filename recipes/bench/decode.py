@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 
 from retention_gates import BoundedCache, RetentionGateConfig
 from retention_gates.recipes.bench.decode_rivals import EagerCache
-from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, report, time_ms
+from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, bandwidth_gbs, report, time_ms
 from retention_gates.recipes.plots import require_matplotlib
 
 QWEN3: dict[str, Any] = dict(head_dim=128, num_key_value_heads=8, vocab_size=151_936)
@@ -48,10 +48,7 @@ SHAPES: dict[str, Any] = {
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, vocab_size=100, tie_word_embeddings=True,
     ),
-    "smollm2-135m": lambda: LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        head_dim=64, vocab_size=49_152, tie_word_embeddings=True, max_position_embeddings=8192,
-    ),
+    "smollm2-135m": lambda: LlamaConfig(**SMOLLM2_135M),
 }  # fmt: skip
 SHORT, LONG = 32, 160  # new tokens of the two runs whose difference is measured
 PROMPT = 1536  # tokens that a bounded cache really reads

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retention_gates import RetentionGateConfig
-from retention_gates.recipes.bench.harness import Measurement, report
+from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, report
 from retention_gates.trainers.evaluation import compare_rows, contenders
 
 POLICIES = ["retention", "streaming_llm", "random", "key_norm", "h2o", "tova", "snapkv", "morphkv", "keydiff", "rkv"]
@@ -30,10 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = LlamaConfig(**SMOLLM2_135M)
     torch.manual_seed(0)
     base: Any = LlamaForCausalLM(config)
     model = get_peft_model(base.to(device, dtype), RetentionGateConfig()).eval()

@@ -23,22 +23,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set
 
 from retention_gates import RetentionGateConfig
 from retention_gates.kernels.dispatch import VARIABLE
+from retention_gates.recipes.bench.harness import SMOLLM2_135M
 from retention_gates.recipes.loading import load_base, load_tokenizer
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.trainer import RetentionTrainer
 
 GOAL = 1e-3
-SHAPE = {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100_000.0,
-    "tie_word_embeddings": True,
-}
 
 
 class Windows(Dataset):
@@ -104,7 +94,9 @@ def largest_difference(ours: list[float], reference: list[float]) -> float:
 
 def random_base(**changes: Any) -> PreTrainedModel:
     """Random weights, larger than a default init: with those, hardly any attention depends on its keys."""
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**(SHAPE | changes)), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**(SMOLLM2_135M | {"rope_theta": 100_000.0} | changes)), dtype=torch.float32
+    )
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.05)

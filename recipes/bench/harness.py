@@ -15,6 +15,16 @@ from retention_gates.recipes.provenance import commit
 
 SLEEP_CYCLES = 5_000_000  # about 3 ms
 RESULTS = Path(__file__).parent / "results"
+SMOLLM2_135M: dict[str, Any] = {  # arguments of LlamaConfig
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass

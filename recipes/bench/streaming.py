@@ -19,19 +19,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from retention_gates import BoundedCache, RetentionGateConfig
-from retention_gates.recipes.bench.harness import Measurement, report
+from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, report
 
-SMOLLM2: dict[str, Any] = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-TINY = SMOLLM2 | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+TINY = SMOLLM2_135M | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 TENTHS = 10
 
@@ -65,7 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device, part = options.device, options.tokens // TENTHS
-    model = make_model(SMOLLM2 if device == "cuda" else TINY, device)
+    model = make_model(SMOLLM2_135M if device == "cuda" else TINY, device)
     cache = BoundedCache(model, options.memory_size)
     last = torch.ones(1, 1, dtype=torch.int64, device=device)
     clock = time.perf_counter if device == "cuda" else time.process_time

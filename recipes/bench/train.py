@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, TrainerCallback
 
 from retention_gates import RetentionGateConfig
-from retention_gates.recipes.bench.harness import Measurement, matrix_tflops, report, time_ms
+from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, matrix_tflops, report, time_ms
 from retention_gates.recipes.bench.train_step import (
     SHAPE,
     gated_step,
@@ -46,16 +46,6 @@ from retention_gates.trainers.trainer import RetentionTrainer
 
 BENCH = "train"
 START_STEPS = 10
-SMALL_SHAPE: dict[str, Any] = {  # SmolLM2-135M
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 
 
 def say(what: str) -> None:
@@ -153,7 +143,7 @@ def small(steps: int) -> list[Measurement]:
     """Seconds of RetentionTrainer.train() with its own loader, optimiser and logs; ms of a step after the start."""
     say("making the model")
     with torch.device("cuda"):
-        base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL_SHAPE), dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2_135M), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         trainer = small_trainer(get_peft_model(base, RetentionGateConfig()), steps, folder, cuda_graph=True)
         progress = Progress()
@@ -182,7 +172,7 @@ def small_trainer(model: Any, steps: int, folder: str, **changes: Any) -> Retent
         disable_tqdm=True,
         **changes,
     )
-    return RetentionTrainer(model, arguments, RandomRows(4 * steps, 1024, SMALL_SHAPE["vocab_size"]))
+    return RetentionTrainer(model, arguments, RandomRows(4 * steps, 1024, SMOLLM2_135M["vocab_size"]))
 
 
 def start(layers: int) -> list[Measurement]:

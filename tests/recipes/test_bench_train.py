@@ -26,7 +26,9 @@ def test_only_gradients_of_gates_cross_the_wire():
 
 
 def test_the_base_has_no_gradient_and_no_optimiser_state(tmp_path: Path, monkeypatch, capsys):
-    tiny = LlamaConfig(**wire.SHAPE | {"max_position_embeddings": 1024, "vocab_size": train.SMALL_SHAPE["vocab_size"]})
+    tiny = LlamaConfig(
+        **wire.SHAPE | {"max_position_embeddings": 1024, "vocab_size": train.SMOLLM2_135M["vocab_size"]}
+    )
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_config(tiny), RetentionGateConfig(gate_width=16))
     monkeypatch.setattr(train, "START_STEPS", 1)
