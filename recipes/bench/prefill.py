@@ -8,11 +8,6 @@ attention over a full cache that is allocated beforehand, in the same chunks, an
 anything is timed, the second chunk must give what fp32 attention over the same entries gives. Memory is what is
 allocated at most above queries, keys and values of the prompt, and caches. The goal: at most 1.1 times the time of the
 full cache in chunks, and as much memory at 131K tokens as at 32K.
-
-Measured on an H100 80GB, torch 2.11, triton 3.6, chunks of 4,096 and M = 1,024 (commit d7fc695): uniform budgets take
-19.1 ms for 32K tokens and 72.9 ms for 131K, 0.75 and 0.18 times the full cache in chunks (25.5 and 410 ms), and 89 MiB
-either way. Ragged budgets, whose heads attended one after the other then, took 41.7 and 170 ms: 1.6 times at 32K,
-which misses the goal, and 0.41 times at 131K. Since then they attend together; that has not been measured.
 """
 
 import argparse
