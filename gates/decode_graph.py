@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput, logging
 from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
 from retention_gates.gates.families import text_config
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder
+from retention_gates.gates.linears import Linears, Watch
 from retention_gates.gates.policies import FeedbackPolicy
 from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.ruled_layer import RuledLayer
@@ -62,7 +63,9 @@ class DecodeGraph:
         self.compile = compile
         self.recording: Recording | None = None
         self.weights: tuple = ()  # where the weights were at the recording
-        self.warm: tuple | None = None  # key of the steps that ran unrecorded
+        self.watched: tuple | None = None  # key of the step whose linear layers were watched
+        self.linears = Linears([])  # what was seen then
+        self.warm: tuple | None = None  # key of the steps that ran unrecorded as the recorded one will
         self.waited = False  # whether the first of them waited for the device
         self.refusal: str | None = None  # why this cache's steps are not recorded
         self.prompt_columns = 0
@@ -70,6 +73,7 @@ class DecodeGraph:
         self.is_in_turn = False  # whether the last forward pass was a step of this turn
         self.recorder: Recorder | None = None
         self.cache: Callable[[], Any] = lambda: None
+        self.model: Callable[[], Any] = lambda: None
 
     def __deepcopy__(self, memo: dict) -> "DecodeGraph":
         return DecodeGraph(self.compile)  # a copy of the cache has its own slots
@@ -79,7 +83,7 @@ class DecodeGraph:
 
     def forget(self) -> None:
         """Frees the recording."""
-        self.recording = self.warm = self.windows = None
+        self.recording = self.watched = self.warm = self.windows = None
 
     def refuse(self, reason: str) -> None:
         self.refusal = reason
@@ -105,6 +109,7 @@ class DecodeGraph:
             self.forget()
         self.weights, self.prompt_columns, self.refusal = weights, prompt_columns, None
         self.recorder, self.cache = RECORDERS[device.type](device), weakref.ref(cache)
+        self.model = weakref.ref(model)
         self.is_in_turn = False
         try:
             with _replaced_forward(model):
@@ -133,10 +138,13 @@ class DecodeGraph:
         self.recording = None
         assert self.recorder is not None
         if self.warm != key:
-            output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others))
-            if wait is None:
+            watch = Watch() if self.watched != key else None
+            output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others, watch))
+            if watch is not None:
+                self.watched, self.linears = key, watch.found(self.model())
+            if wait is None and (watch is None or not (self.compile or self.linears.groups)):
                 self.warm = key
-            elif self.waited:  # at its first step a model may make tables, at the second it makes them always
+            elif wait is not None and self.waited:  # at its first step a model may make tables, at the second it makes them always
                 self.refuse(wait)
             self.waited = wait is not None
             if kinds := [name for name, value in output.items() if not isinstance(value, torch.Tensor | Cache)]:
@@ -162,11 +170,12 @@ class DecodeGraph:
         for layer in gated:
             layer.columns += 1
 
-    def _run(self, forward: Forward, arguments: dict[str, Any]) -> Any:
-        if self.compile:
+    def _run(self, forward: Forward, arguments: dict[str, Any], watch: Watch | None = None) -> Any:
+        if self.compile and watch is None:
             self._count()
             forward = torch.compile(forward, dynamic=False)
-        with nullcontext() if self.windows is None else self.windows.one_token():
+        linears = self.linears.together() if watch is None else watch.watching(self.model())
+        with linears, nullcontext() if self.windows is None else self.windows.one_token():
             return forward(**arguments)
 
     def _record(self, forward: Forward, key: tuple, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Any:

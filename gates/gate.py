@@ -11,6 +11,13 @@ from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.kernels.gate_evict import GateOutput
 
 
+class GateLinear(nn.Linear):
+    """A linear layer that reads what has fewer bits than its weights as if it had as many."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 class RetentionGate(nn.Module):
     """`log_beta = logsigmoid(logits(x))`, always computed and stored in fp32.
 
@@ -29,7 +36,7 @@ class RetentionGate(nn.Module):
 
     output: nn.Linear
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> [B, T, W], what the output layer reads
+    def features(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> fp32 [B, T, W], what the output layer reads
         raise NotImplementedError
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C] -> [B, T, H]
@@ -43,14 +50,14 @@ class RetentionGate(nn.Module):
     def unfinished(self, hidden_states: torch.Tensor) -> GateOutput:
         """All but the output layer for one token per row [B, 1, C]: a cache's kernel can do the rest."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            features = self.features(hidden_states.float())[:, 0]
+            features = self.features(hidden_states)[:, 0]
         weight, bias = (x.to(features.device) for x in (self.output.weight, self.output.bias))  # of a shared layer
         return GateOutput(features, weight, bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden states [B, T, C] -> log_beta [B, H, T], fp32, below 0."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return F.logsigmoid(self.logits(hidden_states.float())).transpose(1, 2)
+            return F.logsigmoid(self.logits(hidden_states)).transpose(1, 2)
 
     def _apply(self, fn, recurse=True):
         def keep_fp32(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +72,7 @@ class MLPGate(RetentionGate):
 
     def __init__(self, hidden_size: int, heads: int, config: RetentionGateConfig):
         super().__init__()
-        self.hidden = nn.Linear(hidden_size, config.gate_width, dtype=torch.float32)
+        self.hidden = GateLinear(hidden_size, config.gate_width, dtype=torch.float32)
         self.output = nn.Linear(config.gate_width, heads, dtype=torch.float32)
         self.activation = ACT2FN[config.activation]
         _initialise(self.hidden, 0.0)
@@ -89,7 +96,7 @@ class TiedMLPGate(RetentionGate):
 
     def __init__(self, hidden_size: int, heads: int, config: RetentionGateConfig):
         super().__init__()
-        self.hidden = nn.Linear(hidden_size, config.gate_width, dtype=torch.float32)
+        self.hidden = GateLinear(hidden_size, config.gate_width, dtype=torch.float32)
         self.middle = nn.Linear(config.gate_width, config.gate_width, dtype=torch.float32)
         self.output = nn.Linear(config.gate_width, heads, dtype=torch.float32)
         self.activation = ACT2FN[config.activation]
@@ -125,7 +132,7 @@ class LinearGate(RetentionGate):
         return _linear("output", heads, hidden_size)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+        return x.float()
 
 
 GATES: dict[str, type[RetentionGate]] = {"mlp": MLPGate, "linear": LinearGate, "tied_mlp": TiedMLPGate}

@@ -1,14 +1,37 @@
 """How a long prompt reaches a bounded cache through `generate`."""
 
+from importlib.metadata import version
+
+from packaging.version import Version
 from transformers import PreTrainedConfig
 
 LONG_PROMPT, CHUNK = 32_768, 4096  # tokens: a longer prompt is read so many at a time, unless the caller says
 DROPS_CACHE = ("phi3", "phi4_multimodal")  # whose generate forgets the cache where RoPE changes its frequencies
 
 
-def default_chunk(tokens: int) -> int | None:
-    """Tokens of a prompt to read at a time, or None to read all of it at once."""
-    return CHUNK if tokens > LONG_PROMPT else None
+CHUNKS_LATER_TURNS = Version("5.23")  # of transformers; older ones read what the cache has read once more
+
+
+def chunk_size(given: int | None, tokens: int, seen: int) -> int | None:
+    """Tokens to read at a time, or None to read all at once.
+
+    Args:
+        given: the caller's choice, or None.
+        tokens: of the prompt, without what the cache has seen.
+        seen: tokens that the cache has read before.
+
+    Raises:
+        ValueError: where transformers' generate would read the seen tokens again.
+    """
+    size = CHUNK if given is None and tokens > LONG_PROMPT else given
+    installed = Version(version("transformers"))
+    if size is not None and seen and installed < CHUNKS_LATER_TURNS:
+        raise ValueError(
+            f"The cache has read {seen} tokens and a further {tokens} are to be read {size} at a time, which "
+            f"transformers {installed} can do with an empty cache only: install transformers>={CHUNKS_LATER_TURNS}, "
+            f"or read them before with model(input_ids=..., past_key_values=cache), at most {LONG_PROMPT} at once."
+        )
+    return size
 
 
 def refuse_dropped_cache(config: PreTrainedConfig, tokens: int) -> None:

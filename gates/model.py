@@ -17,7 +17,7 @@ from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
-from retention_gates.gates.long_prompts import default_chunk, refuse_dropped_cache
+from retention_gates.gates.long_prompts import chunk_size, refuse_dropped_cache
 
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
@@ -105,8 +105,10 @@ class RetentionGateModel(BaseTuner):
         if bounded and isinstance(prompt, torch.Tensor):
             new = option("max_new_tokens") or max((option("max_length") or 0) - prompt.shape[1], 20)
             refuse_dropped_cache(text_config(self.model), prompt.shape[1] + new)
-            if option("prefill_chunk_size") is None:
-                kwargs["prefill_chunk_size"] = default_chunk(prompt.shape[1])
+            seen, mask = int(kwargs["past_key_values"].get_seq_length()), kwargs.get("attention_mask")
+            holds_all = mask is None or mask.shape[1] == prompt.shape[1]  # as transformers tells it
+            unread = prompt.shape[1] - (seen if holds_all else 0)
+            kwargs["prefill_chunk_size"] = chunk_size(option("prefill_chunk_size"), unread, seen)
         cache = kwargs.get("past_key_values")
         if (graph := getattr(cache, "decode_graph", None)) is None:
             return self.model.generate(*args, **kwargs)

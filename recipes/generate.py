@@ -176,12 +176,13 @@ def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_s
     """Lets the cache read tokens [B, T], some at a time, without making any."""
     import torch
 
-    from retention_gates.gates.long_prompts import default_chunk
+    from retention_gates.gates import long_prompts
     from retention_gates.gates.model import find_gated_model
 
     gated, tokens = find_gated_model(model), inputs.shape[1]
+    size = long_prompts.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
     with torch.no_grad():
-        for chunk in inputs.split(chunk_size or default_chunk(tokens) or tokens, dim=1):
+        for chunk in inputs.split(size, dim=1):
             gated(input_ids=chunk, past_key_values=cache, use_cache=True, last_hidden_state_only=True)
 
 

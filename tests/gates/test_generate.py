@@ -7,6 +7,7 @@ import torch
 from gated_models import gated_model, token_ids
 from transformers import DynamicCache, GenerationConfig
 
+from retention_gates.gates import long_prompts
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.layer import logger
 from retention_gates.gates.policies import POLICIES
@@ -327,3 +328,28 @@ def test_padding_that_the_next_turn_tells_of_is_forgotten():
         turn = {"attention_mask": mask, "position_ids": positions[:, 16:], "past_key_values": cache}
         logits.append(model(input_ids=ids[:, 16:], **turn).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_later_turn_is_read_in_chunks_only_if_it_is_long(monkeypatch):
+    """What the cache has read does not count, and is not read again."""
+    monkeypatch.setattr(long_prompts, "LONG_PROMPT", 16)
+    monkeypatch.setattr(long_prompts, "CHUNK", 4)
+    model = gated_model()
+    cache = BoundedCache(model, memory_size=60)
+    ids = model.generate(input_ids=token_ids(1, 12), past_key_values=cache, **GREEDY)
+    asked, given = [], model.get_base_model().generate
+    monkeypatch.setattr(
+        model.get_base_model(),
+        "generate",
+        lambda *args, **kwargs: asked.append(kwargs["prefill_chunk_size"]) or given(*args, **kwargs),
+    )
+    for new in (10, 20):
+        ids = torch.cat([ids, token_ids(1, new, seed=new)], dim=1)
+        ids = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+        assert cache.get_seq_length() == ids.shape[1] - 1
+    assert asked == [None, 4]
+    monkeypatch.setattr(long_prompts, "version", lambda name: "5.22.1")
+    more = torch.cat([ids, token_ids(1, 20)], dim=1)
+    with pytest.raises(ValueError, match=r"has read 116 tokens and a further 21 .* transformers>=5.23"):
+        model.generate(input_ids=more, past_key_values=cache, **GREEDY)
+    assert cache.get_seq_length() == 116

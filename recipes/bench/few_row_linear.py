@@ -1,0 +1,97 @@
+"""Time of the linear layers of one decoding step, in the shapes of Qwen3-4B by default, bf16.
+
+    python recipes/bench/few_row_linear.py --rows 1 4 16 32
+
+Weights of their own for as many layers as overflow the cache of the device are read in one CUDA graph, and the time is
+a replay's divided by their number. The rival is F.linear, one call per weight, as a model's layers call it. The error
+is the largest of the first 64 outputs against fp64, over their standard deviation. The limit is every weight read once
+at the measured rate of a copy.
+"""
+
+import argparse
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from retention_gates.kernels.few_row_linear import fused, naive
+from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, replayed_us, report
+
+LEAST_BYTES = 512 * 2**20  # read by one graph, ten times the cache of the device
+TILES = [
+    fused.Tile(16, 128, 4, 6),
+    fused.Tile(16, 256, 2, 4),
+    fused.Tile(16, 256, 4, 4),
+    fused.Tile(16, 256, 4, 6),
+    fused.Tile(32, 128, 4, 5),
+    fused.Tile(32, 256, 8, 4),
+]
+
+
+def shapes(hidden: int, inner: int, heads: int, kv_heads: int, dim: int, width: int, vocabulary: int) -> dict:
+    """Name -> columns, and outputs of each weight; the gate's comes first, in fp32."""
+    return {
+        "gate, q, k, v": (hidden, [width, heads * dim, kv_heads * dim, kv_heads * dim]),
+        "o": (heads * dim, [hidden]),
+        "gate_proj, up_proj": (hidden, [inner, inner]),
+        "down_proj": (inner, [hidden]),
+        "lm_head": (hidden, [vocabulary]),
+    }
+
+
+def measure(name: str, columns: int, sizes: list[int], rows: int, rate: float, tiles: list) -> list[Measurement]:
+    options: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, columns, **options)
+
+    def random_weights() -> list[torch.Tensor]:
+        made = [torch.randn(n, columns, **options) * columns**-0.5 for n in sizes]
+        if "gate," in name:
+            made[0] = made[0].float()
+        return made
+
+    first = random_weights()
+    each = sum(weight.nbytes for weight in first)
+    layers = [first, *(random_weights() for _ in range(max(1, LEAST_BYTES // each)))]
+    biases = [None] * len(sizes)
+    limit = each / rate / 1e3  # us
+
+    def times(form: Any) -> tuple[float, float]:
+        return replayed_us([partial(form, x, weights, biases) for weights in layers])
+
+    exact = x.double() @ first[-1][:64].double().T
+    found = []
+    for contender, form in (("ours", fused.few_row_linear), ("F.linear", naive.few_row_linear)):
+        error = ((form(x, first, biases)[-1][:, :64].double() - exact).abs().max() / exact.std()).item()
+        value, spread = times(form)
+        found.append(Measurement(f"{name} rows={rows}", contender, value, "us", spread, limit, error=error))
+    for tile in tiles:
+        with patch.object(fused, "tile_for", return_value=tile):
+            value, spread = times(fused.few_row_linear)
+        found.append(
+            Measurement(f"{name} rows={rows}", f"ours, {' '.join(map(str, tile))}", value, "us", spread, limit)
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[4])
+    parser.add_argument("--sweep", action="store_true", help="tiles as well: outputs, columns, warps, stages")
+    options = parser.parse_args()
+    rate = bandwidth_gbs()
+    found: list[Measurement] = []
+    for rows in options.rows:
+        total = dict.fromkeys(("ours", "F.linear"), 0.0)
+        for name, (columns, sizes) in shapes(2560, 9728, 32, 8, 128, 512, 151_936).items():
+            measured = measure(name, columns, sizes, rows, rate, TILES if options.sweep else [])
+            for each in measured[:2]:
+                total[each.contender] += each.value * (1 if name == "lm_head" else 36) / 1e3
+            found += measured
+        case = f"36 layers and lm_head, rows={rows}"
+        found += [Measurement(case, contender, value, "ms") for contender, value in total.items()]
+    report("few_row_linear" + ("_sweep" if options.sweep else ""), found)
+
+
+if __name__ == "__main__":
+    main()

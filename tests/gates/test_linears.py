@@ -1,0 +1,130 @@
+"""Linear layers of a recorded step that are computed together."""
+
+import threading
+
+import pytest
+import torch
+from gated_models import gated_model, token_ids
+from tape import TapeRecorder
+from torch import nn
+
+from retention_gates import BoundedCache, find_gated_model
+from retention_gates.gates import decode_graph, linears
+from retention_gates.gates.linears import Linears, Watch
+
+GREEDY = dict(do_sample=False, max_new_tokens=7)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")  # on a CPU in Triton's interpreter
+    return request.param
+
+
+def half(family, device, **changes):
+    return gated_model(family, **changes).half().to(device)
+
+
+def names(model, group):
+    paths = {module: name for name, module in model.named_modules()}
+    return [paths[layer].split(".")[-1] for layer in group.layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_step_with_all_together(device, family):
+    """The gate's first layer, q, k and v are one product, and so are the two that the activation multiplies."""
+    model, ids = half(family, device, num_hidden_layers=2), token_ids(2, 9).to(device)
+    cache = BoundedCache(model, 6)
+    together = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+    groups = [names(model, group) for group in cache.decode_graph.linears.groups]
+    layer = [["hidden", "q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert groups == [*layer, *layer, ["lm_head"]]
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
+    assert torch.equal(together, plain)
+    assert not [module for module in model.modules() if isinstance(module, nn.Linear) and "forward" in vars(module)]
+
+
+def test_a_second_cache_finds_the_same_functions(device):
+    """Else a compiled step would be compiled again."""
+    model, ids = half("llama", device, num_hidden_layers=1), token_ids(1, 5).to(device)
+    found = []
+    for _ in range(2):
+        cache = BoundedCache(model, 4)
+        model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+        found.append(cache.decode_graph.linears)
+    assert found[0] is found[1]
+
+
+def test_float32_is_left_to_torch(device):
+    model = gated_model(num_hidden_layers=1).to(device)
+    cache = BoundedCache(model, 4)
+    model.generate(input_ids=token_ids(1, 5).to(device), past_key_values=cache, **GREEDY)
+    assert cache.decode_graph.recording is not None and not cache.decode_graph.linears.groups
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    first, second, twice = (nn.Linear(16, 8, dtype=torch.float16) for _ in range(3))
+    return nn.ModuleList([first, second, twice])
+
+
+def step(layers, x):
+    other = x * 2
+    return [layers[0](x), layers[2](other), layers[1](x), layers[2](x)]
+
+
+def watched(layers, x):
+    watch = Watch()
+    with watch.watching(layers):
+        step(layers, x)
+    return watch.found(layers)
+
+
+@torch.no_grad()
+def test_what_is_called_twice_is_left_alone(layers, monkeypatch):
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    x = torch.randn(2, 1, 16).half()
+    found = watched(layers, x)
+    assert [group.layers for group in found.groups] == [[layers[0], layers[1]]]
+    plain = step(layers, x)
+    with found.together():
+        for one, other in zip(step(layers, x), plain, strict=True):
+            torch.testing.assert_close(one, other)
+        here = threading.Thread(target=lambda: results.extend(step(layers, x)))
+        results: list[torch.Tensor] = []
+        here.start()
+        here.join()
+        assert all(torch.equal(one, other) for one, other in zip(results, plain, strict=True))
+
+
+@torch.no_grad()
+def test_a_step_that_reads_otherwise_is_refused(layers, monkeypatch):
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    found = watched(layers, torch.randn(2, 16).half())
+    with found.together(), pytest.raises(RuntimeError, match="graph=False"):
+        layers[0](torch.randn(2, 16).half())
+        layers[1](torch.randn(2, 16).half())
+    with found.together():  # nothing is left of it
+        step(layers, torch.randn(2, 16).half())
+
+
+def test_many_rows_and_other_classes_are_left_alone(layers, monkeypatch):
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+
+    class Quantized(nn.Linear):
+        pass
+
+    layers[1] = Quantized(16, 8, dtype=torch.float16)
+    assert [group.layers for group in watched(layers, torch.randn(3, 16).half()).groups] == [[layers[0]]]
+    assert isinstance(watched(layers, torch.randn(linears.MOST_ROWS + 1, 16).half()), Linears)
+    assert not watched(layers, torch.randn(linears.MOST_ROWS + 1, 16).half()).groups
+
+
+def test_the_gates_themselves_say_the_same(device):
+    """In 16 bits the gate reads what the base's layers read, and computes in fp32 as before."""
+    model = half("llama", device, num_hidden_layers=1)
+    gate = find_gated_model(model).gated_layers[0].active_gate
+    x = torch.randn(2, 3, model.config.hidden_size, device=device).half()
+    assert torch.equal(gate(x), gate(x.float())) and gate(x).dtype == torch.float32
