@@ -25,11 +25,11 @@ from transformers.utils import ModelOutput, logging
 from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
 from retention_gates.gates.families import text_config
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder
-from retention_gates.gates.linears import Linears, Watch
 from retention_gates.gates.policies import FeedbackPolicy
 from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
+from retention_gates.gates.step_layers import StepLayers, Watch
 from retention_gates.gates.window_layer import WindowLayer, Windows
 from retention_gates.kernels.gate_evict import slot_table
 
@@ -63,8 +63,8 @@ class DecodeGraph:
         self.compile = compile
         self.recording: Recording | None = None
         self.weights: tuple = ()  # where the weights were at the recording
-        self.watched: tuple | None = None  # key of the step whose linear layers were watched
-        self.linears = Linears([])  # what was seen then
+        self.watched: tuple | None = None  # key of the step whose layers were watched
+        self.layers = StepLayers([], [])  # what was seen then
         self.warm: tuple | None = None  # key of the steps that ran unrecorded as the recorded one will
         self.waited = False  # whether the first of them waited for the device
         self.refusal: str | None = None  # why this cache's steps are not recorded
@@ -141,10 +141,12 @@ class DecodeGraph:
             watch = Watch() if self.watched != key else None
             output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others, watch))
             if watch is not None:
-                self.watched, self.linears = key, watch.found(self.model())
-            if wait is None and (watch is None or not (self.compile or self.linears.groups)):
+                self.watched, self.layers = key, watch.found(self.model())
+            if wait is None and (watch is None or not (self.compile or self.layers)):
                 self.warm = key
-            elif wait is not None and self.waited:  # at its first step a model may make tables, at the second it makes them always
+            elif (
+                wait is not None and self.waited
+            ):  # at its first step a model may make tables, at the second it makes them always
                 self.refuse(wait)
             self.waited = wait is not None
             if kinds := [name for name, value in output.items() if not isinstance(value, torch.Tensor | Cache)]:
@@ -174,8 +176,8 @@ class DecodeGraph:
         if self.compile and watch is None:
             self._count()
             forward = torch.compile(forward, dynamic=False)
-        linears = self.linears.together() if watch is None else watch.watching(self.model())
-        with linears, nullcontext() if self.windows is None else self.windows.one_token():
+        layers = self.layers.replaced() if watch is None else watch.watching(self.model())
+        with layers, nullcontext() if self.windows is None else self.windows.one_token():
             return forward(**arguments)
 
     def _record(self, forward: Forward, key: tuple, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Linear layers of a recorded step that are computed together."""
+"""Layers of a recorded step that are computed in fewer launches."""
 
 import threading
 
@@ -9,8 +9,8 @@ from tape import TapeRecorder
 from torch import nn
 
 from retention_gates import BoundedCache, find_gated_model
-from retention_gates.gates import decode_graph, linears
-from retention_gates.gates.linears import Linears, Watch
+from retention_gates.gates import decode_graph
+from retention_gates.gates.step_layers import MOST_ROWS, Watch
 
 GREEDY = dict(do_sample=False, max_new_tokens=7)
 
@@ -37,9 +37,11 @@ def test_a_step_with_all_together(device, family):
     model, ids = half(family, device, num_hidden_layers=2), token_ids(2, 9).to(device)
     cache = BoundedCache(model, 6)
     together = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
-    groups = [names(model, group) for group in cache.decode_graph.linears.groups]
+    groups = [names(model, group) for group in cache.decode_graph.layers.groups]
     layer = [["hidden", "q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert groups == [*layer, *layer, ["lm_head"]]
+    norms = [module for name, module in model.named_modules() if "norm" in name]
+    assert len(norms) == (9 if family == "qwen3" else 5) and set(cache.decode_graph.layers.norms) == set(norms)
     plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
     assert torch.equal(together, plain)
     assert not [module for module in model.modules() if isinstance(module, nn.Linear) and "forward" in vars(module)]
@@ -52,7 +54,7 @@ def test_a_second_cache_finds_the_same_functions(device):
     for _ in range(2):
         cache = BoundedCache(model, 4)
         model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
-        found.append(cache.decode_graph.linears)
+        found.append(cache.decode_graph.layers)
     assert found[0] is found[1]
 
 
@@ -60,7 +62,7 @@ def test_float32_is_left_to_torch(device):
     model = gated_model(num_hidden_layers=1).to(device)
     cache = BoundedCache(model, 4)
     model.generate(input_ids=token_ids(1, 5).to(device), past_key_values=cache, **GREEDY)
-    assert cache.decode_graph.recording is not None and not cache.decode_graph.linears.groups
+    assert cache.decode_graph.recording is not None and not cache.decode_graph.layers
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_what_is_called_twice_is_left_alone(layers, monkeypatch):
     found = watched(layers, x)
     assert [group.layers for group in found.groups] == [[layers[0], layers[1]]]
     plain = step(layers, x)
-    with found.together():
+    with found.replaced():
         for one, other in zip(step(layers, x), plain, strict=True):
             torch.testing.assert_close(one, other)
         here = threading.Thread(target=lambda: results.extend(step(layers, x)))
@@ -103,10 +105,10 @@ def test_what_is_called_twice_is_left_alone(layers, monkeypatch):
 def test_a_step_that_reads_otherwise_is_refused(layers, monkeypatch):
     monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
     found = watched(layers, torch.randn(2, 16).half())
-    with found.together(), pytest.raises(RuntimeError, match="graph=False"):
+    with found.replaced(), pytest.raises(RuntimeError, match="graph=False"):
         layers[0](torch.randn(2, 16).half())
         layers[1](torch.randn(2, 16).half())
-    with found.together():  # nothing is left of it
+    with found.replaced():  # nothing is left of it
         step(layers, torch.randn(2, 16).half())
 
 
@@ -118,8 +120,7 @@ def test_many_rows_and_other_classes_are_left_alone(layers, monkeypatch):
 
     layers[1] = Quantized(16, 8, dtype=torch.float16)
     assert [group.layers for group in watched(layers, torch.randn(3, 16).half()).groups] == [[layers[0]]]
-    assert isinstance(watched(layers, torch.randn(linears.MOST_ROWS + 1, 16).half()), Linears)
-    assert not watched(layers, torch.randn(linears.MOST_ROWS + 1, 16).half()).groups
+    assert not watched(layers, torch.randn(MOST_ROWS + 1, 16).half()).groups
 
 
 def test_the_gates_themselves_say_the_same(device):
@@ -128,3 +129,28 @@ def test_the_gates_themselves_say_the_same(device):
     gate = find_gated_model(model).gated_layers[0].active_gate
     x = torch.randn(2, 3, model.config.hidden_size, device=device).half()
     assert torch.equal(gate(x), gate(x.float())) and gate(x).dtype == torch.float32
+
+
+class OnePlus(nn.Module):
+    """A norm that weighs by 1 + weight, as Gemma's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.full((16,), 0.5, dtype=torch.float16)), 1e-6
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, [16], 1 + self.weight, self.eps)
+
+
+@torch.no_grad()
+def test_a_norm_of_another_kind_is_left_alone(monkeypatch):
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    norms, x, watch = (
+        nn.ModuleList([nn.RMSNorm(16, eps=1e-6, dtype=torch.float16), OnePlus()]),
+        torch.randn(3, 16).half(),
+        Watch(),
+    )
+    with watch.watching(norms):
+        for norm in norms:
+            norm(x)
+    assert watch.found(norms).norms == [norms[0]]
