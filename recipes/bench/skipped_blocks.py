@@ -11,7 +11,9 @@ otherwise: "auto" makes fp32 of a GGUF file, whose kernels take several times as
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -47,12 +49,13 @@ def main() -> None:
         print(f"{time.perf_counter() - begun:6.1f} s  {text}", flush=True)
 
     name = base_name(options.model, options.adapter)
-    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
-    progress("tokenizer loaded")
-    rows = load_rows(options, tokenizer, load_token_documents(options, tokenizer))
-    progress("text tokenised")
-    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device="cuda", dtype=options.dtype)
-    progress("model loaded")
+    # a GGUF file is read by Python alone, which takes its time: for the tokenizer in a process beside this one
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as beside:
+        reading = beside.submit(read_rows, name, options)
+        model = load_model(name, options.adapter, gguf_file=options.gguf_file, device="cuda", dtype=options.dtype)
+        progress("model loaded")
+        rows = reading.result()
+    progress("text read")
     layers = attention_inputs(model, rows.cuda())
     visited, times = [], []
     for index, arguments in enumerate(layers):
@@ -73,6 +76,11 @@ def main() -> None:
     found.append(Measurement(case, "blocks visited, mean", sum(visited) / len(visited), "share"))
     found.append(Measurement(case, "blocks visited, least of a layer", min(visited), "share"))
     report("skipped_blocks", found)
+
+
+def read_rows(name: str, options: argparse.Namespace) -> torch.Tensor:
+    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    return load_rows(options, tokenizer, load_token_documents(options, tokenizer))
 
 
 def attention_inputs(model: Any, rows: torch.Tensor) -> list[dict[str, Any]]:
