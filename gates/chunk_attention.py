@@ -1,15 +1,105 @@
 """Several new tokens attend to ragged slots and to each other, in the memory of slots and one block of queries."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from retention_gates.gates.masked_attention import masked_attention
 from retention_gates.kernels.gate_evict import slot_table
 
 QUERIES = 512  # of a chunk that have a mask at a time, QUERIES x (slots + chunk) bytes per row and head
+flash_attention = torch.ops.aten._flash_attention_forward  # the one that takes sequences of different lengths
+
+
+def attend_chunk(
+    query: torch.Tensor,
+    slots: Sequence[torch.Tensor] | None,
+    chunk: Sequence[torch.Tensor],
+    head_offsets: tuple[int, ...],
+    *,
+    is_padded: bool,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `attend_in_blocks`, by flash attention where that can do it.
+
+    Args:
+        is_padded: whether there may be padding in the chunk.
+    """
+    is_plain = softcap is None and sinks is None
+    if slots is not None and is_plain and not is_padded and _flash_takes(query, *chunk[:2]):
+        return attend_packed(query, slots, chunk, head_offsets, scale=scale)
+    return attend_in_blocks(
+        query,
+        slots,
+        chunk,
+        head_offsets,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        together=query.is_cuda and is_plain,  # else all logits would be held at once
+    )
+
+
+def _flash_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the device, the dtype, the sizes and torch's switches of backends are such that it can be called."""
+    if not query.is_cuda or query.shape[3] % 8:
+        return False
+    is_grouped = query.shape[1] > key.shape[1]
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
+
+
+def attend_packed(
+    query: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    chunk: Sequence[torch.Tensor],
+    head_offsets: tuple[int, ...],
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """As `attend_in_blocks` for a chunk without padding, without a mask and without filling anything up.
+
+    Every KV head of every row is a sequence of its own in one launch: its held entries, in any order, and the chunk
+    after them, so that the mask is causal from the lower right. Nothing is asked of the device.
+    """
+    key, value = chunk[:2]
+    batch, heads, tokens, head_dim = key.shape
+    device = key.device
+    table = slot_table(head_offsets, device)
+    held = (table.by_head(slots[2]) >= 0) & table.exists  # [B, H, S]
+    counts = held.sum(2, keepdim=True)
+    ends = (counts + tokens).flatten().cumsum(0)  # [B * H], of the sequences
+    begins = ends.view(batch, heads, 1) - counts - tokens
+    nowhere = batch * (head_offsets[-1] + heads * tokens)  # behind the last place that a sequence can need
+    of_slots = table.ragged((begins + held.cumsum(2) - 1).where(held, nowhere))  # [B, N]
+    of_chunk = begins + counts + torch.arange(tokens, device=device)  # [B, H, T]
+
+    def packed(in_slots: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        sequences = new.new_empty(nowhere + 1, 1, new.shape[3])
+        sequences[of_slots, 0] = in_slots
+        sequences[of_chunk, 0] = new
+        return sequences
+
+    output = flash_attention(
+        query.view(batch, heads, -1, tokens, head_dim).transpose(2, 3).reshape(batch * heads * tokens, -1, head_dim),
+        packed(slots[0], key),
+        packed(slots[1], value),
+        torch.arange(0, (batch * heads + 1) * tokens, tokens, dtype=torch.int32, device=device),
+        F.pad(ends, (1, 0)).int(),
+        tokens,
+        tokens + max(stop - start for start, stop in pairwise(head_offsets)),
+        0.0,  # dropout
+        True,  # causal
+        False,  # without a mask to debug
+        scale=scale,
+    )[0]
+    # laid out as the output projection reads it, [B, T, HQ, D]
+    by_token = output.view(batch, heads, tokens, -1, head_dim).transpose(1, 2).reshape(batch, tokens, -1, head_dim)
+    return by_token.transpose(1, 2)
 
 
 def attend_in_blocks(
@@ -69,39 +159,3 @@ def _of_heads(slots: Sequence[torch.Tensor], head_offsets: tuple[int, ...], own:
     table = slot_table(head_offsets, slots[0].device)
     keys, values, positions = (table.by_head(tensor) for tensor in slots)
     return [keys, values, positions.masked_fill(~table.exists, -1)]
-
-
-def even_counts(positions: torch.Tensor, head_offsets: tuple[int, ...]) -> list[int] | None:
-    """Entries that each head holds, if that is the same number in every row, else None. Asks the device."""
-    table = slot_table(head_offsets, positions.device)
-    counts = ((table.by_head(positions) >= 0) & table.exists).sum(2)  # [B, H]
-    least, most = torch.stack([counts.amin(0), counts.amax(0)]).tolist()
-    return least if least == most else None
-
-
-def attend_without_mask(
-    query: torch.Tensor,
-    slots: Sequence[torch.Tensor],
-    chunk: Sequence[torch.Tensor],
-    head_offsets: tuple[int, ...],
-    count: int,
-    *,
-    scale: float,
-) -> torch.Tensor:
-    """As `attend_in_blocks` without padding, where all heads of all rows hold `count` entries: CUDA needs no mask.
-
-    Held entries come first and the chunk after them, so that the mask is causal from the lower right, which flash
-    attention knows.
-    """
-    key, value = chunk[:2]
-    table = slot_table(head_offsets, key.device)
-    held = (table.by_head(slots[2]) >= 0) & table.exists  # [B, H, S]
-    in_order = (~held).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :count]  # held ones first
-    place = table.slot.expand_as(held).gather(2, in_order)  # [B, H, count]
-    rows = torch.arange(len(key), device=key.device)[:, None, None]
-    keys, values = (
-        torch.cat([tensor[rows, place], new], dim=2) for tensor, new in zip(slots[:2], (key, value), strict=True)
-    )
-    mask = causal_lower_right(query.shape[2], keys.shape[2])
-    is_grouped = query.shape[1] > key.shape[1]
-    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=is_grouped)

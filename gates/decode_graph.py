@@ -6,6 +6,11 @@ tensors that the recording reads, the graph runs, and the logits are copied out.
 
 The padding mask, which grows by a column at every step, is no part of it. The prompt's pass has told the cache which
 columns are padding, and every token that `generate` makes itself is real.
+
+A step that waits for the device cannot be recorded. Of transformers' forms of sparse experts, "eager" waits, and so
+does "grouped_mm" where torch has no grouped product for the device and dtype, as on CUDA in fp32. "grouped_mm" reads
+prompts. Sampling goes on with "batched_mm", which does not wait; beams do so only after
+`model.set_experts_implementation("batched_mm")`.
 """
 
 import threading

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from retention_gates.gates.chunk_attention import attend_in_blocks, attend_without_mask, even_counts
+from retention_gates.gates.chunk_attention import attend_chunk
 from retention_gates.gates.eviction_rule import EvictionRule, Span
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
@@ -238,8 +238,7 @@ class SlotLayer(RuledLayer):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Each token attends to all held entries, and to the chunk up to itself."""
-        is_plain = not is_padded and softcap is None and sinks is None
-        if self.is_empty and is_plain:
+        if self.is_empty and not is_padded and softcap is None and sinks is None:
             # what transformers does without a cache, so that a prompt gives what it gives there
             group = query.shape[1] // key.shape[1]
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
@@ -254,21 +253,15 @@ class SlotLayer(RuledLayer):
                 sinks=sinks,
                 run=Run(key, value, positions),
             )
-        slots = None if self.is_empty else held
-        chunk = key, value, positions
-        if slots is not None and is_plain and query.is_cuda and len(set(self.rule.sizes)) == 1:
-            counts = even_counts(self.slot_positions, self.head_offsets)
-            if counts is not None and len(set(counts)) == 1:
-                return attend_without_mask(query, slots, chunk, self.head_offsets, counts[0], scale=scale)
-        return attend_in_blocks(
+        return attend_chunk(
             query,
-            slots,
-            chunk,
+            None if self.is_empty else held,
+            (key, value, positions),
             self.head_offsets,
+            is_padded=is_padded,
             scale=scale,
             softcap=softcap,
             sinks=sinks,
-            together=query.is_cuda and softcap is None and sinks is None,  # else all logits would be held at once
         )
 
     def saved_state(self) -> dict[str, torch.Tensor]:

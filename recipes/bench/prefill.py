@@ -142,7 +142,8 @@ def main() -> None:
     if measured:
         report("prefill", measured)
         for rows in (measured[i : i + 4] for i in range(0, len(measured), 4)):
-            print(f"{rows[0].case}: {rows[0].value / rows[2].value:.2f} times the full cache in chunks")
+            ratios = " and ".join(f"{ours.value / rows[2].value:.2f}" for ours in rows[:2])
+            print(f"{rows[0].case}: uniform and ragged {ratios} times the full cache in chunks")
         print(f"peaks of ours, uniform, over {options.tokens} tokens: {[round(peak, 1) for peak in peaks]} MiB")
 
 

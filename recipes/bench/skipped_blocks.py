@@ -3,11 +3,17 @@
     python recipes/bench/skipped_blocks.py --adapter out/run/adapter --length 8192
 
 For every gated layer: the share of blocks that the forward pass visits, and the time of forward and backward pass with
-and without skipping, on the same inputs. The sum over layers is reported.
+and without skipping, on the same inputs; the median of 5 calls after one that is not timed, as each call is steady and
+there are two for every layer. The sum over layers is reported. In bf16, as gates are trained, unless --dtype says
+otherwise: "auto" makes fp32 of a GGUF file, whose kernels take several times as long to compile and to run.
 """
 
 import argparse
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -26,29 +32,55 @@ from retention_gates.recipes.loading import (
     load_tokenizer,
 )
 
+NEVER = 2**62  # tokens
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, adapter_required=True)
     add_text_arguments(parser, rows=1, length=8192, rows_option="--rows")
+    parser.set_defaults(dtype="bfloat16")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device.")
+    begun = time.perf_counter()
+
+    def progress(text: str) -> None:
+        print(f"{time.perf_counter() - begun:6.1f} s  {text}", flush=True)
+
     name = base_name(options.model, options.adapter)
-    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
-    rows = load_rows(options, tokenizer, load_token_documents(options, tokenizer))
-    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device="cuda", dtype=options.dtype)
+    # a GGUF file is read by Python alone, which takes its time: for the tokenizer in a process beside this one
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as beside:
+        reading = beside.submit(read_rows, name, options)
+        model = load_model(name, options.adapter, gguf_file=options.gguf_file, device="cuda", dtype=options.dtype)
+        progress("model loaded")
+        rows = reading.result()
+    progress("text read")
     layers = attention_inputs(model, rows.cuda())
-    case = f"{name.rpartition('/')[2]}, {len(layers)} layers, T={options.length}"
-    found = []
-    for contender, least in (("all blocks", 2**62), ("skipping", 0)):
-        fused.LEAST_TOKENS = least
-        times = [time_ms(both_passes(arguments), repeats=7)[0] for arguments in layers]
-        found.append(Measurement(case + " fwd+bwd", contender, sum(times), "ms"))
-    visited = [share_visited(arguments) for arguments in layers]
+    visited, times = [], []
+    for index, arguments in enumerate(layers):
+        run = both_passes(arguments)
+        with skipping_from(NEVER):
+            everything, _ = time_ms(run, warmup=1, repeats=5)
+        with skipping_from(0):
+            skipping, _ = time_ms(run, warmup=1, repeats=5)
+            visited.append(share_visited(arguments))
+        times.append((everything, skipping))
+        progress(f"layer {index}: all {everything:.3f} ms, skipping {skipping:.3f} ms, visits {visited[-1]:.3f}")
+    dtype = str(layers[0]["query"].dtype).removeprefix("torch.")
+    case = f"{name.rpartition('/')[2]}, {len(layers)} layers, T={options.length} {dtype}"
+    found = [
+        Measurement(case + " fwd+bwd", contender, sum(column), "ms")
+        for contender, column in zip(("all blocks", "skipping"), zip(*times, strict=True), strict=True)
+    ]
     found.append(Measurement(case, "blocks visited, mean", sum(visited) / len(visited), "share"))
     found.append(Measurement(case, "blocks visited, least of a layer", min(visited), "share"))
     report("skipped_blocks", found)
+
+
+def read_rows(name: str, options: argparse.Namespace) -> torch.Tensor:
+    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    return load_rows(options, tokenizer, load_token_documents(options, tokenizer))
 
 
 def attention_inputs(model: Any, rows: torch.Tensor) -> list[dict[str, Any]]:
@@ -67,6 +99,16 @@ def attention_inputs(model: Any, rows: torch.Tensor) -> list[dict[str, Any]]:
     finally:
         gated_attention.retention_attention = original
     return seen
+
+
+@contextmanager
+def skipping_from(tokens: int) -> Iterator[None]:
+    """Inside of it, blocks are skipped in rows of at least so many tokens."""
+    before, fused.LEAST_TOKENS = fused.LEAST_TOKENS, tokens
+    try:
+        yield
+    finally:
+        fused.LEAST_TOKENS = before
 
 
 def both_passes(arguments: dict[str, Any]) -> Callable[[], Any]:

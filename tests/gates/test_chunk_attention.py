@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retention_gates.gates import chunk_attention
 from retention_gates.gates.cache import BoundedCache
-from retention_gates.gates.chunk_attention import attend_in_blocks, attend_without_mask, even_counts
+from retention_gates.gates.chunk_attention import attend_chunk, attend_in_blocks, attend_packed
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
-def case(offsets, counts, tokens, group, batch=2, seed=0):
+def case(offsets, counts, tokens, group, batch=2, seed=0, dims=(8, 6)):
     """Slots of which each head holds so many of, in places of their own in every row; positions of the chunk."""
     generator = torch.Generator().manual_seed(seed)
     heads, slots = len(counts), offsets[-1]
@@ -29,9 +30,9 @@ def case(offsets, counts, tokens, group, batch=2, seed=0):
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    held = randn(batch, slots, 8), randn(batch, slots, 6), positions
-    chunk = randn(batch, heads, tokens, 8), randn(batch, heads, tokens, 6), torch.arange(100, 100 + tokens)[None]
-    return randn(batch, heads * group, tokens, 8), held, (*chunk[:2], chunk[2].expand(batch, -1))
+    held = *(randn(batch, slots, dim) for dim in dims), positions
+    chunk = *(randn(batch, heads, tokens, dim) for dim in dims), torch.arange(100, 100 + tokens).expand(batch, -1)
+    return randn(batch, heads * group, tokens, dims[0]), held, chunk
 
 
 def by_hand(query, slots, chunk, offsets, scale):
@@ -52,6 +53,32 @@ def by_hand(query, slots, chunk, offsets, scale):
     return output
 
 
+def flash_by_hand(query, key, value, ends_q, ends_k, most_q, most_k, dropout, causal, mask, *, scale):
+    """What CUDA's operator gives: a causal mask from the lower right in each sequence."""
+    assert causal and not dropout and not mask and ends_q.dtype == ends_k.dtype == torch.int32
+    output = torch.full((*query.shape[:2], value.shape[2]), float("nan"), dtype=query.dtype)
+    for (begin, end), (first, stop) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+        assert end - begin <= most_q and stop - first <= most_k and stop <= len(key)
+        logits = torch.einsum("thd,sud->hts", query[begin:end], key[first:stop]) * scale  # one KV head
+        mask = torch.ones(logits.shape[1:], dtype=torch.bool).tril(stop - first - (end - begin))
+        weights = logits.masked_fill(~mask, float("-inf")).softmax(2)
+        output[begin:end] = torch.einsum("hts,sud->thd", weights, value[first:stop])
+    return (output,)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """What CUDA takes for 16 bits, on a CPU."""
+    calls = []
+    monkeypatch.setattr(chunk_attention, "_flash_takes", lambda *tensors: True)
+    monkeypatch.setattr(
+        chunk_attention,
+        "flash_attention",
+        lambda *given, **options: calls.append(1) or flash_by_hand(*given, **options),
+    )
+    return calls
+
+
 @pytest.mark.parametrize(
     ("offsets", "counts", "tokens", "group"),
     [
@@ -63,17 +90,34 @@ def by_hand(query, slots, chunk, offsets, scale):
         ((0, 4, 8), (0, 1), 4, 4),
     ],
 )
-def test_all_ways_are_softmax_attention(offsets, counts, tokens, group, monkeypatch):
+def test_all_ways_are_softmax_attention(offsets, counts, tokens, group, monkeypatch, as_on_cuda):
     monkeypatch.setattr(chunk_attention, "QUERIES", 3)
-    query, slots, chunk = case(offsets, counts, tokens, group)
+    query, slots, chunk = case(offsets, counts, tokens, group, dims=(8, 8))
+    slots[2][1, : offsets[1]] = -1  # rows may hold differently
+    for tensor in slots[:2]:
+        tensor[slots[2] < 0] = 1e9  # of an evicted entry
     expected = by_hand(query, slots, chunk, offsets, 0.4)
     for together in (False, True):
         found = attend_in_blocks(query, slots, chunk, offsets, scale=0.4, together=together)
         torch.testing.assert_close(found, expected)
-    assert even_counts(slots[2], offsets) == list(counts)
-    if len(set(counts)) == 1:
-        found = attend_without_mask(query, slots, chunk, offsets, counts[0], scale=0.4)
-        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(attend_packed(query, slots, chunk, offsets, scale=0.4), expected)
+    assert as_on_cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dim", "tokens", "group"), [(128, 200, 4), (64, 129, 1), (8, 17, 3)])
+def test_flash_attention_of_sequences(dim, tokens, group, monkeypatch):
+    """The operator of CUDA, which no CPU has, in 16 bits against fp64."""
+    monkeypatch.setattr(chunk_attention, "attend_in_blocks", None)
+    offsets = (0, 40, 340, 475)
+    query, slots, chunk = case(offsets, (39, 90, 0), tokens, group, dims=(dim, dim))
+    slots[2][1, :50] = -1
+    rounded = [[x.bfloat16() if x.is_floating_point() else x for x in part] for part in ([query], slots, chunk)]
+    query, slots, chunk = ([x.double() if x.is_floating_point() else x for x in part] for part in rounded)
+    expected = by_hand(*query, slots, chunk, offsets, dim**-0.5)
+    (query,), slots, chunk = ([x.cuda() for x in part] for part in rounded)
+    found = attend_chunk(query, slots, chunk, offsets, is_padded=False, scale=dim**-0.5)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=0.02, atol=0.02)
 
 
 def test_rows_that_hold_differently_and_padding(monkeypatch):
@@ -84,7 +128,6 @@ def test_rows_that_hold_differently_and_padding(monkeypatch):
     padded = (*chunk[:2], chunk[2].clone())
     padded[2][0, :2] = -1
     padded[2][1, 4:6] = -1
-    assert even_counts(slots[2], offsets) is None
     expected = by_hand(query, slots, padded, offsets, 0.4)
     nobody = (*slots[:2], torch.full_like(slots[2], -1))
     alone = by_hand(query, nobody, padded, offsets, 0.4)
@@ -97,24 +140,22 @@ def test_rows_that_hold_differently_and_padding(monkeypatch):
 
 
 @pytest.mark.parametrize("budgets", ["uniform", [[9, 15], [12, 12], [20, 4], [5, 19]]])
-def test_a_cache_reads_the_same_either_way(budgets, monkeypatch):
+def test_a_cache_reads_the_same_either_way(budgets, request):
     model, ids, logits = gated_model(), token_ids(2, 70), []
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :7] = 0  # so that rows hold differently, and the first chunk takes the other way
     for on_cuda in (False, True):
-        cache = BoundedCache(model, memory_size=12, budgets=budgets)
-        if on_cuda:  # what CUDA takes, on this device
-            monkeypatch.setattr("retention_gates.gates.slot_layer.attend_in_blocks", as_on_cuda)
+        calls = request.getfixturevalue("as_on_cuda") if on_cuda else []
+        cache, parts, seen = BoundedCache(model, memory_size=12, budgets=budgets), [], 0
         with torch.no_grad():
-            parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([20, 30, 1, 19], 1)]
+            for part in ids.split([20, 30, 1, 19], dim=1):
+                seen += part.shape[1]
+                output = model(input_ids=part, attention_mask=mask[:, :seen], past_key_values=cache)
+                parts.append(output.logits)
         logits.append(torch.cat(parts, dim=1))
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
-
-
-def as_on_cuda(query, slots, chunk, offsets, *, scale, softcap, sinks, together):
-    counts = even_counts(slots[2], offsets)
-    assert counts is not None and softcap is None and sinks is None and not together
-    if len(set(counts)) == 1:
-        return attend_without_mask(query, slots, chunk, offsets, counts[0], scale=scale)
-    return attend_in_blocks(query, slots, chunk, offsets, scale=scale, together=True)
+        assert len(calls) == (2 * len(cache.gated_layers) if on_cuda else 0)
+    torch.testing.assert_close(logits[1][0], logits[0][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1][1, 7:], logits[0][1, 7:], rtol=1e-4, atol=1e-4)
 
 
 class Largest(TorchDispatchMode):

@@ -18,6 +18,7 @@ from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.decode_graph import logger
 
 GREEDY = dict(do_sample=False, max_new_tokens=16)
+BEAMS = dict(num_beams=3, num_return_sequences=2)
 FAMILIES = ["llama", "qwen3", "qwen3_moe", "qwen3_next", "gemma2", "gemma3_text", "gpt_oss", "cohere2"]
 KINDS = ["llama", "gemma3_text", "qwen3_next"]  # of cache layers
 three_kinds = pytest.mark.parametrize("family", KINDS)
@@ -97,9 +98,24 @@ def test_500_steps(device, recordings):
 @three_kinds
 def test_beams(device, family, recordings):
     model = on(device, family)
-    beams = dict(num_beams=3, num_return_sequences=2)
-    assert_same(model, *caches(model), **padded_batch(device), **beams, **GREEDY)
+    if family == "qwen3_next":  # as transformers itself does where it samples
+        find_gated_model(model).model.set_experts_implementation("batched_mm")
+    assert_same(model, *caches(model), **padded_batch(device), **BEAMS, **GREEDY)
     assert len(recordings) == 1
+
+
+def test_beams_over_experts_that_wait_are_not_recorded(device, recordings, caplog):
+    """Beams keep a prompt's experts: as "eager" does, CUDA's grouped_mm in fp32 asks how many tokens each got."""
+    model = on(device, "qwen3_next")
+    find_gated_model(model).model.set_experts_implementation("grouped_mm" if device == "cuda" else "eager")
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        recorded, plain = (
+            model.generate(past_key_values=cache, **padded_batch(device), **BEAMS, **GREEDY) for cache in caches(model)
+        )
+    assert torch.equal(recorded, plain) and not recordings
+    said = [message for message in caplog.messages if "without a CUDA graph" in message]
+    assert len(said) == 1 and re.search("waits for the device|_local_scalar_dense|nonzero", said[0])
 
 
 def test_sampling_and_outputs(device):
