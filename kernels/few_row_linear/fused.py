@@ -1,4 +1,4 @@
-"""Up to four linear layers of the same few rows as one Triton kernel, an operator that torch.compile and graphs take."""
+"""Up to four linear layers of the same few rows as one Triton kernel, an operator that compilers and graphs take."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
