@@ -67,7 +67,9 @@ def _merge(
 @triton.jit
 def _read(positions, pending, score, slot, size, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
     """What the slots slot, slot + BLOCK, ... hold, ROUNDS tensors of each kind."""
-    held, marked, scores = (), (), ()
+    held: tl.tuple = ()
+    marked: tl.tuple = ()
+    scores: tl.tuple = ()
     for i in tl.static_range(ROUNDS):
         there = slot + i * BLOCK < size
         held += (tl.load(positions + slot + i * BLOCK, mask=there, other=FAR),)
@@ -202,7 +204,8 @@ def evict_step(
     if GATE_WIDTH > 0:
         source += row.to(tl.int64) * source_stride_b
         gate_weight += head * GATE_WIDTH
-        hidden, weight = (), ()
+        hidden: tl.tuple = ()
+        weight: tl.tuple = ()
         for i in tl.static_range(GATE_ROUNDS):
             unit = index + i * BLOCK
             hidden += (tl.load(source + unit, mask=unit < GATE_WIDTH, other=0.0),)
