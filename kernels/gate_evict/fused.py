@@ -69,7 +69,7 @@ def gate_evict(
 
 
 def shape_of(largest: int) -> tuple[int, int, int]:
-    """Warps of a program whose longest head has `largest` slots, rounds of LANES slots a warp in a pass, and passes."""
+    """Warps of a program whose longest head has `largest` slots, rounds of a slot a lane in a pass, and passes."""
     warps = min(MOST_WARPS, next_power_of_2(max(1, largest // SLOTS_PER_WARP)))
     rounds = cdiv(largest, warps * LANES)
     passes = cdiv(rounds, MOST_ROUNDS)
