@@ -42,9 +42,12 @@ def most_rows(head_dim: int, element_size: int) -> int:
 
 
 def tile_for(block: int, length: int, rows: int) -> Tile:
-    """For parts of `length` slots and `rows` queries. In short parts, two warps have less to wait for than four."""
+    """For parts of `length` slots and `rows` queries. In short parts, two warps have less to wait for than four.
+
+    With two stages, a tile is asked for when the one before has been read; with three, while that is waited for.
+    """
     if block >= 32 and length <= SHORT_PART and rows <= 16:
-        return Tile(block // 2, 2, 2)
+        return Tile(block // 2, 2, 2 if length <= block else 3)
     return Tile(block, 4, 2)
 
 

@@ -130,7 +130,7 @@ def compare(layers: Layers, case: str, limit: float, is_uniform: bool, run: int)
 def sweep(layers: Layers, case: str, limit: float) -> list[Measurement]:
     """The default with some constants changed; a tile is slots, warps and stages."""
     expected, measured = layers.ours(), []
-    tiles = ((32, 2, 2), (32, 2, 3), (32, 1, 2), (32, 4, 2), (64, 2, 1), (64, 4, 1))
+    tiles = ((32, 2, 2), (32, 2, 3), (32, 1, 2), (32, 4, 2), (64, 2, 1), (64, 4, 1), (64, 4, 3))
     changes: dict[str, list[tuple[Any, str, Any]]] = {
         "as it is": [],
         **{f"tile {' '.join(map(str, tile))}": [always(tile)] for tile in tiles},
