@@ -16,6 +16,7 @@ from retention_gates.kernels.slot_attention.parts import parts_of
 LARGEST_HEAD_DIM = 256
 SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that are read at a time
 SUM_WARPS = 4
+SUM_BEGINS_EARLY = False  # on devices that can, programs of the sum are started while parts are read, and wait
 SHORT_PART = 128  # slots
 TILES_WITH_QUERIES = 4  # parts of so many tiles load the queries again with each
 
@@ -41,9 +42,12 @@ def most_rows(head_dim: int, element_size: int) -> int:
 
 
 def tile_for(block: int, length: int, rows: int) -> Tile:
-    """For parts of `length` slots and `rows` queries. In short parts, two warps have less to wait for than four."""
+    """For parts of `length` slots and `rows` queries. In short parts, two warps have less to wait for than four.
+
+    With two stages, a tile is asked for when the one before has been read; with three, while that is waited for.
+    """
     if block >= 32 and length <= SHORT_PART and rows <= 16:
-        return Tile(block // 2, 2, 2)
+        return Tile(block // 2, 2, 2 if length <= block else 3)
     return Tile(block, 4, 2)
 
 
@@ -151,6 +155,7 @@ def _attend(
     parts = parts_of(tuple(head_offsets), batch * row_blocks, block, query.device, is_run)
     tile = tile_for(block, parts.length, rows)
     is_uniform = parts.per_head > 0
+    early = SUM_BEGINS_EARLY and parts.most > 1 and _can_begin_early(query.device)
 
     query = with_unit_stride(query)
     new_key, new_value, new_positions = (
@@ -214,6 +219,7 @@ def _attend(
         IS_RUN=is_run,
         SOFTCAP=softcap is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        SUM_BEGINS_EARLY=early,
         num_warps=tile.warps,
         **common,
     )
@@ -229,8 +235,10 @@ def _attend(
             parts.total,
             tokens,
             PARTS_AT_A_TIME=min(next_power_of_2(parts.most), SUM_NUMBERS // block_value),
+            SUM_BEGINS_EARLY=early,
             num_warps=SUM_WARPS,
             **common,
+            **({"launch_pdl": True} if early else {}),
         )
     if received is not None:
         sum_received[grid](
@@ -255,6 +263,11 @@ def _attend(
 @_slot_attention_received.register_fake
 def _(query, keys, values, *others):
     return _empty_output(query, values).transpose(1, 2)
+
+
+def _can_begin_early(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launch, which graphs take too."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _empty_output(query: Tensor, values: Tensor) -> Tensor:

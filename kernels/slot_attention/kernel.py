@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MINUS_INF: tl.constexpr = tl.constexpr(float("-inf"))
@@ -100,7 +101,10 @@ def attend_parts(
     HAS_SINKS: tl.constexpr,
     HAS_RECEIVED: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUM_BEGINS_EARLY: tl.constexpr,
 ):
+    if SUM_BEGINS_EARLY:
+        gdc_launch_dependents()
     part, row_block, batch_row = tl.program_id(0) // ROW_BLOCKS, tl.program_id(0) % ROW_BLOCKS, tl.program_id(2)
     head, first_slot, size, begin = _find_part(part, tl.program_id(1), table, size, length, UNIFORM)
     row_count = G * tokens
@@ -211,8 +215,11 @@ def sum_parts(
     HAS_SINKS: tl.constexpr,
     HAS_RECEIVED: tl.constexpr,
     UNIFORM: tl.constexpr,
+    SUM_BEGINS_EARLY: tl.constexpr,
 ):
     """The softmax of one query over all parts of its head, in order, so that two runs give the same bits."""
+    if SUM_BEGINS_EARLY:
+        gdc_wait()
     row, head, batch_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if UNIFORM:
         count, first_part = per_head, head * per_head

@@ -7,11 +7,7 @@ from typing import NamedTuple
 import torch
 from triton import cdiv
 
-FEWEST_PROGRAMS, MOST_PROGRAMS = (
-    2,
-    4,
-)  # per multiprocessor: each costs a prologue and a partial result, and hides others
-LONG_PART = 256  # slots; parts become no longer while there are not MOST_PROGRAMS
+PROGRAMS = 4  # per multiprocessor: each costs a prologue and a partial result, and hides what others wait for
 MOST_PARTS = 128  # of one head: all of them are summed by one program
 ASSUMED_UNITS = 132  # where there is no device to ask
 
@@ -39,9 +35,7 @@ def parts_of(head_offsets: tuple[int, ...], rows: int, block: int, device: torch
     largest = max(stop - start for start, stop in pairwise(head_offsets))
     least = cdiv(largest, MOST_PARTS - with_run)
     share = cdiv(head_offsets[-1] * rows, _units(device))  # slots of a multiprocessor
-    length = max(cdiv(share, FEWEST_PROGRAMS), least)
-    if length > LONG_PART:
-        length = max(LONG_PART, cdiv(share, MOST_PROGRAMS), least)
+    length = max(cdiv(share, PROGRAMS), least)
     return _divided(head_offsets, cdiv(length, block) * block, device, with_run)
 
 

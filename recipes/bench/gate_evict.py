@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--memory-size", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--gate-width", type=int, default=512)
-    parser.add_argument("--sweep", action="store_true", help="slots per warp as well")
+    parser.add_argument("--sweep", action="store_true", help="warps and rounds as well")
     options = parser.parse_args()
     bandwidth = bandwidth_gbs()
     measured = []
@@ -86,19 +86,23 @@ def cases(batch: int, heads: int, size: int, dim: int, width: int, bandwidth: fl
 
 
 def sweep(batch: int, heads: int, size: int, dim: int) -> list[Measurement]:
-    measured, chosen = [], fused.SLOTS_PER_WARP
-    offsets = tuple(accumulate([size + 1] * heads, initial=0))
-    states = [full_state(batch, offsets, dim) for _ in range(LAYERS)]
+    measured, chosen = [], (fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.MOST_ROUNDS)
     token = [torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     score = -torch.rand(batch, heads, device="cuda")
-    for fused.SLOTS_PER_WARP in (128, 256, 512, 1024):
+    uniform, unequal = [size] * heads, ragged(size, heads)
+    shapes = [("uniform", uniform, warps, 32) for warps in (4, 8, 16, 32)]
+    shapes += [("ragged", unequal, warps, rounds) for warps, rounds in ((8, 16), (16, 8), (16, 16), (32, 8))]
+    for kind, sizes, warps, rounds in shapes:
+        offsets = tuple(accumulate((entries + 1 for entries in sizes), initial=0))
+        states = [full_state(batch, offsets, dim) for _ in range(LAYERS)]
+        fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.MOST_ROUNDS = 1, warps, rounds
         form: Form = fused.gate_evict
         value, spread = replayed_us([partial(form, *s, *token, score, offsets, linear_in_age=True) for s in states])
-        contender = f"ours, {fused.SLOTS_PER_WARP} slots a warp"
+        contender = f"ours, {warps} warps, {rounds} rounds"
         measured.append(
-            Measurement(f"B={batch} H={heads} D={dim} M={size} bf16 uniform", contender, value, "us", spread)
+            Measurement(f"B={batch} H={heads} D={dim} M={size} bf16 {kind}", contender, value, "us", spread)
         )
-    fused.SLOTS_PER_WARP = chosen
+    fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.MOST_ROUNDS = chosen
     return measured
 
 

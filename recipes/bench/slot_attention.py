@@ -11,9 +11,11 @@ measured bandwidth.
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -126,26 +128,34 @@ def compare(layers: Layers, case: str, limit: float, is_uniform: bool, run: int)
 
 
 def sweep(layers: Layers, case: str, limit: float) -> list[Measurement]:
-    measured = []
-    chosen, fewest, queries = fused.tile_for, parts.FEWEST_PROGRAMS, fused.TILES_WITH_QUERIES
-    tiles = ((32, 1, 2), (32, 2, 2), (32, 2, 3), (64, 2, 2), (64, 4, 1), (64, 4, 2))
-    for (block, warps, stages), parts.FEWEST_PROGRAMS in product(tiles, (1, 2, 4)):
-        tile = fused.Tile(block, warps, stages)
-        fused.tile_for = lambda *_: tile  # noqa: B023
+    """The default with some constants changed; a tile is slots, warps and stages."""
+    expected, measured = layers.ours(), []
+    tiles = ((32, 2, 2), (32, 2, 3), (32, 1, 2), (32, 4, 2), (64, 2, 1), (64, 4, 1), (64, 4, 3))
+    changes: dict[str, list[tuple[Any, str, Any]]] = {
+        "as it is": [],
+        **{f"tile {' '.join(map(str, tile))}": [always(tile)] for tile in tiles},
+        "x2": [(parts, "PROGRAMS", 2)],
+        "x3, parts in 32s": [(parts, "PROGRAMS", 3), (fused, "block_for", lambda *_: 32), always((32, 2, 2))],
+        "x8, parts in 32s": [(parts, "PROGRAMS", 8), (fused, "block_for", lambda *_: 32), always((32, 2, 1))],
+        "queries first": [(fused, "TILES_WITH_QUERIES", 0)],
+        **{f"sum by {warps} warps": [(fused, "SUM_WARPS", warps)] for warps in (1, 2, 8)},
+        "the sum begins early": [(fused, "SUM_BEGINS_EARLY", True)],
+        "queries first, the sum early": [(fused, "TILES_WITH_QUERIES", 0), (fused, "SUM_BEGINS_EARLY", True)],
+    }
+    for name, changed in changes.items():
+        with ExitStack() as stack:
+            for owner, attribute, value in changed:
+                stack.enter_context(mock.patch.object(owner, attribute, value))
+            torch.testing.assert_close(layers.ours(), expected, rtol=0.02, atol=0.002)
+            value, spread = replayed_us([partial(layers.ours, i) for i in range(layers.count)])
+        measured.append(Measurement(case, f"ours, {name}", value, "us", spread, limit))
+    with mock.patch.object(fused, "sum_parts", Nothing()):
         value, spread = replayed_us([partial(layers.ours, i) for i in range(layers.count)])
-        contender = f"ours, {block} {warps} {stages} x{parts.FEWEST_PROGRAMS}"
-        measured.append(Measurement(case, contender, value, "us", spread, limit))
-    fused.tile_for, parts.FEWEST_PROGRAMS = chosen, fewest
-    for fused.TILES_WITH_QUERIES in (0, 100):
-        value, spread = replayed_us([partial(layers.ours, i) for i in range(layers.count)])
-        contender = "ours, queries with every tile" if fused.TILES_WITH_QUERIES else "ours, queries first"
-        measured.append(Measurement(case, contender, value, "us", spread, limit))
-    fused.TILES_WITH_QUERIES = queries
-    sum_parts = fused.sum_parts
-    fused.sum_parts = Nothing()
-    value, spread = replayed_us([partial(layers.ours, i) for i in range(layers.count)])
-    fused.sum_parts = sum_parts
     return [*measured, Measurement(case, "ours, without the sum over parts", value, "us", spread, limit)]
+
+
+def always(tile: tuple[int, int, int]) -> tuple[Any, str, Any]:
+    return fused, "tile_for", lambda *_: fused.Tile(*tile)
 
 
 class Nothing:
