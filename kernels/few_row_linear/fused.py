@@ -22,11 +22,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(rows: int, outputs: int) -> Tile:
-    """For so many rows, and outputs of all weights together: much of the weights has to be under way at any time."""
-    if rows > 16 or outputs >= 65_536:
-        return Tile(32, 128, 4, 5)
-    return Tile(16, 256, 4, 4)
+def tile_for(rows: int) -> Tile:
+    """For so many rows. Much of the weights has to be under way at any time."""
+    return Tile(32, 128, 4, 5) if rows > 16 else Tile(16, 256, 2, 4)
 
 
 def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -45,7 +43,7 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     x = x if x.stride(1) == 1 else x.contiguous()
     count, (rows, columns) = len(weights), x.shape
     outputs = _empty(x, weights)
-    tile = tile_for(rows, sum(len(weight) for weight in weights))
+    tile = tile_for(rows)
     blocks = [triton.cdiv(len(weight), tile.outputs) for weight in weights]
     ends = [sum(blocks[: index + 1]) for index in range(count)]
     none = [None] * (MOST_TOGETHER - count)
@@ -186,14 +184,15 @@ def _linear(
     x, weight, bias, output, size, stride, block, rows, columns, x_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    # of a weight in fp32, fewer columns at a time: three products of it need registers
+    # of a weight in fp32, fewer columns at a time, because three products of it need registers, and more steps ahead
     WIDE: tl.constexpr = weight.dtype.element_ty == tl.float32
     STEP: tl.constexpr = BK // 4 if WIDE else BK
+    AHEAD: tl.constexpr = 2 * STAGES - 1 if WIDE else STAGES
     row, out, column = tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, STEP)
     x_rows = x + row[:, None] * x_stride
     weight_rows = weight + out[:, None].to(tl.int64) * stride
     total = tl.zeros([BM, BN], tl.float32)
-    for start in tl.range(0, columns, STEP, num_stages=STAGES):
+    for start in tl.range(0, columns, STEP, num_stages=AHEAD):
         at = start + column[None, :]
         weight_mask, x_mask = (out < size)[:, None], (row < rows)[:, None]
         if not EVEN:

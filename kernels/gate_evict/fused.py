@@ -14,7 +14,9 @@ from retention_gates.kernels.gate_evict.layout import device_offsets
 LANES = 32  # slots that a warp takes at once
 SLOTS_PER_WARP = 128
 MOST_WARPS = 16
-MOST_ROUNDS = 16  # slots of a lane that are asked for before any is waited for: registers hold them
+# slots of a lane that are asked for before any is waited for, so that registers must hold them; one more than a power
+# of two takes a budget that is one, with the slot for the next token
+ROUNDS = (1, 2, 3, 5, 9, 16)
 
 
 def gate_evict(
@@ -71,9 +73,10 @@ def gate_evict(
 def shape_of(largest: int) -> tuple[int, int, int]:
     """Warps of a program whose longest head has `largest` slots, rounds of a slot a lane in a pass, and passes."""
     warps = min(MOST_WARPS, next_power_of_2(max(1, largest // SLOTS_PER_WARP)))
-    rounds = cdiv(largest, warps * LANES)
-    passes = cdiv(rounds, MOST_ROUNDS)
-    return warps, cdiv(rounds, passes), passes
+    needed = cdiv(largest, warps * LANES)
+    # few different numbers: each is a kernel to compile, and calibrated budgets differ in every layer
+    rounds = next(rounds for rounds in ROUNDS if rounds >= min(needed, ROUNDS[-1]))
+    return warps, rounds, cdiv(needed, rounds)
 
 
 @torch.library.custom_op(

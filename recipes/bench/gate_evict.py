@@ -86,7 +86,7 @@ def cases(batch: int, heads: int, size: int, dim: int, width: int, bandwidth: fl
 
 
 def sweep(batch: int, heads: int, size: int, dim: int) -> list[Measurement]:
-    measured, chosen = [], (fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.MOST_ROUNDS)
+    measured, chosen = [], (fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.ROUNDS)
     token = [torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     score = -torch.rand(batch, heads, device="cuda")
     uniform, unequal = [size] * heads, ragged(size, heads)
@@ -95,14 +95,14 @@ def sweep(batch: int, heads: int, size: int, dim: int) -> list[Measurement]:
     for kind, sizes, warps, rounds in shapes:
         offsets = tuple(accumulate((entries + 1 for entries in sizes), initial=0))
         states = [full_state(batch, offsets, dim) for _ in range(LAYERS)]
-        fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.MOST_ROUNDS = 1, warps, rounds
+        fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.ROUNDS = 1, warps, tuple(range(1, rounds + 1))
         form: Form = fused.gate_evict
         value, spread = replayed_us([partial(form, *s, *token, score, offsets, linear_in_age=True) for s in states])
         contender = f"ours, {warps} warps, {rounds} rounds"
         measured.append(
             Measurement(f"B={batch} H={heads} D={dim} M={size} bf16 {kind}", contender, value, "us", spread)
         )
-    fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.MOST_ROUNDS = chosen
+    fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.ROUNDS = chosen
     return measured
 
 
