@@ -16,7 +16,7 @@ SLOTS_PER_WARP = 128
 MOST_WARPS = 16
 # slots of a lane that are asked for before any is waited for, so that registers must hold them; one more than a power
 # of two takes a budget that is one, with the slot for the next token
-ROUNDS = (1, 2, 3, 5, 9, 16)
+ROUNDS: tuple[int, ...] = (1, 2, 3, 5, 9, 16)
 
 
 def gate_evict(
