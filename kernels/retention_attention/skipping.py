@@ -18,7 +18,7 @@ from retention_gates.kernels.retention_attention.forward import capped, load_row
 
 UNIT = 16  # queries or keys whose bounds are taken together; every tile is a multiple
 NEGLIGIBLE = 2.0**-25
-LEAST_TOKENS = 2048  # below, there is too little to skip
+LEAST_TOKENS = 16_384  # at 8,192, trained gates skipped too little to pay for the lists
 MOST_TOKENS = 2**15 * UNIT  # an index of a block has 16 bits
 
 
