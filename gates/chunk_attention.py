@@ -157,5 +157,5 @@ def _of_heads(slots: Sequence[torch.Tensor], head_offsets: tuple[int, ...], own:
     if own.stop - own.start == 1:
         return [tensor[:, None, head_offsets[own.start] : head_offsets[own.stop]] for tensor in slots]
     table = slot_table(head_offsets, slots[0].device)
-    keys, values, positions = (table.by_head(tensor) for tensor in slots)
-    return [keys, values, positions.masked_fill(~table.exists, -1)]
+    keys, values, positions = slots
+    return [table.by_head(keys), table.by_head(values), table.held(positions)]

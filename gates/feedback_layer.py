@@ -105,7 +105,7 @@ class FeedbackSlotLayer(SlotLayer):
         )
         is_real, is_padded = self.token
         held = Held(
-            table.by_head(self.slot_positions).masked_fill(~table.exists, -1),
+            table.held(self.slot_positions),
             table.by_head(self.state),
             self.head_state,
             query,

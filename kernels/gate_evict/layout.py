@@ -14,12 +14,21 @@ class SlotTable(NamedTuple):
     exists: torch.Tensor  # [H, S] bool
     cell: torch.Tensor  # [N] int64, where in the flattened [H * S] a slot lies
     sizes: torch.Tensor  # [H] int64, slots of a head
+    is_even: bool  # whether all heads have the same number, so that both ways are views
 
     def by_head(self, row: torch.Tensor) -> torch.Tensor:  # [B, N, ...] -> [B, H, S, ...]
-        return row[:, self.slot]
+        """To be read only: it may be the row itself."""
+        return row.unflatten(1, self.slot.shape) if self.is_even else row[:, self.slot]
+
+    def held(self, positions: torch.Tensor) -> torch.Tensor:  # [B, N] -> [B, H, S], -1 where there is no slot
+        """To be read only."""
+        by_head = self.by_head(positions)
+        return by_head if self.is_even else by_head.masked_fill(~self.exists, -1)
 
     def ragged(self, by_head: torch.Tensor) -> torch.Tensor:  # [B, H, S, ...] -> [B, N, ...]
-        return by_head.flatten(1, 2)[:, self.cell]
+        """To be read only."""
+        row = by_head.flatten(1, 2)
+        return row if self.is_even else row[:, self.cell]
 
 
 @lru_cache(maxsize=256)
@@ -31,7 +40,8 @@ def slot_table(head_offsets: tuple[int, ...], device: torch.device) -> SlotTable
     exists = within < sizes[:, None]
     slot = offsets[:-1, None] + within.where(exists, 0)
     cell = exists.flatten().nonzero().squeeze(1)
-    return SlotTable(*(tensor.to(device) for tensor in (slot, exists, cell, sizes)))
+    is_even = len({stop - start for start, stop in pairwise(head_offsets)}) == 1
+    return SlotTable(slot.to(device), exists.to(device), cell.to(device), sizes.to(device), is_even)
 
 
 class DeviceOffsets(NamedTuple):

@@ -79,12 +79,14 @@ def enter_token(
         positions: [B, N], changed in place; new_position: [B], -1 for padding.
     """
     table = slot_table(head_offsets, positions.device)
-    held = table.by_head(positions).masked_fill(~table.exists, -1)  # [B, H, S]
-    first = (table.exists & (held < 0)).to(torch.uint8).argmax(2, keepdim=True)  # [B, H, 1]
+    held = table.held(positions)  # [B, H, S]
+    empty = held < 0
+    first = (empty if table.is_even else table.exists & empty).to(torch.uint8).argmax(2, keepdim=True)  # [B, H, 1]
     slot = table.slot.expand_as(held).gather(2, first).squeeze(2)  # [B, H]
+    after = held.scatter(2, first, new_position[:, None, None].expand_as(first))
     for state, new in (*entering, (positions, new_position[:, None].expand_as(slot))):
         state.scatter_(1, slot.view(*slot.shape, *[1] * (state.ndim - 2)).expand_as(new), new)
-    return held.scatter_(2, first, new_position[:, None, None].expand_as(first))
+    return after
 
 
 def chunk_evict(
@@ -107,7 +109,7 @@ def chunk_evict(
     table = slot_table(head_offsets, keys.device)
     batch, heads, tokens, _ = new_key.shape
     slots = table.slot.shape[1]
-    held = table.by_head(positions).masked_fill(~table.exists, -1)
+    held = table.held(positions)
     everyone = torch.cat([held, new_positions[:, None].expand(batch, heads, tokens)], dim=2)  # [B, H, S + T]
     scores = torch.cat([table.by_head(score), new_score], dim=2)
     count = (everyone >= 0).sum(2)
@@ -133,7 +135,7 @@ def place_chunk(
     """
     table = slot_table(head_offsets, positions.device)
     batch, heads, tokens = len(positions), len(table.sizes), new_positions.shape[1]
-    held = table.by_head(positions).masked_fill(~table.exists, -1)
+    held = table.held(positions)
     new = new_positions[:, None].expand(batch, heads, tokens)
     stays, enters = ((torch.cat([held, new], dim=2) >= 0) & ~victims).split([held.shape[2], tokens], dim=2)
     free = table.exists & ~stays
