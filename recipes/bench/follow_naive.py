@@ -4,8 +4,8 @@
     python recipes/bench/follow_naive.py --model FOLDER --gguf-file NAME [--text FILE]
 
 50 steps of 4 rows of 1,024 tokens, end to end, from one seed; --steps, --rows and --length make it shorter. Prints how
-long each run took, loading and compiling included, and the losses side by side, and exits with 1 where they differ by
-more than 1e-3 of the loss.
+long each run took, compiling included, and the losses side by side, and exits with 1 where they differ by more than
+1e-3 of the loss.
 """
 
 import argparse
@@ -13,8 +13,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set
 
 from retention_gates import RetentionGateConfig
 from retention_gates.kernels.dispatch import VARIABLE
-from retention_gates.recipes.bench.harness import SMOLLM2_135M
+from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, report
 from retention_gates.recipes.loading import load_base, load_tokenizer
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.trainer import RetentionTrainer
@@ -62,13 +60,18 @@ class LossesKept(RetentionTrainer):
     def compute_loss(self, *arguments: Any, **options: Any) -> torch.Tensor:
         loss = super().compute_loss(*arguments, **options)
         self.losses.append(loss.item())
+        if len(self.losses) % 10 == 0:
+            print(f"  step {len(self.losses)} of {self.args.max_steps}, loss {self.losses[-1]:.4f}", flush=True)
         return loss
 
 
 def losses_of(
-    form: str, make_base: Callable[[], PreTrainedModel], rows: Dataset, gate: RetentionGateConfig, **training: Any
+    form: str, base: Any, rows: Dataset, gate: RetentionGateConfig, **training: Any
 ) -> list[float]:
-    """The loss of every step of a run that starts from seed 0, with the kernels in one form: naive or fused."""
+    """The loss of every step of a run that starts from seed 0, with the kernels in one form: naive or fused.
+
+    The base is as it was afterwards.
+    """
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = form
     try:
@@ -76,10 +79,12 @@ def losses_of(
         with tempfile.TemporaryDirectory() as folder:
             options: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "seed": 0}
             arguments = RetentionTrainingArguments(output_dir=folder, **(options | training))
-            base: Any = make_base()
             model = get_peft_model(base.to(arguments.device), gate)  # kernels run before training starts, too
             trainer = LossesKept(model, arguments, rows)
-            trainer.train()
+            try:
+                trainer.train()
+            finally:
+                model.unload()
         return trainer.losses
     finally:
         if before is None:
@@ -129,13 +134,15 @@ def main() -> int:
         raise SystemExit("follow_naive compares with kernels that run on a CUDA GPU, and there is none here.")
 
     text = text_of(options.text)
-    make_base: Callable[[], PreTrainedModel] = random_base
+    begun = time.perf_counter()
     if options.random:
         ids = torch.tensor(list(text.encode()))
+        base = random_base()
     else:
         tokenizer = load_tokenizer(options.model, gguf_file=options.gguf_file)
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        make_base = partial(load_base, options.model, gguf_file=options.gguf_file, dtype="float32")
+        base = load_base(options.model, gguf_file=options.gguf_file, dtype="float32")
+    print(f"loaded in {time.perf_counter() - begun:.1f} s", flush=True)
 
     rows = Windows(ids, options.steps * options.rows, options.length)
     training: dict[str, Any] = {
@@ -150,13 +157,16 @@ def main() -> int:
     runs = []
     for form in ("naive", "fused"):
         begun = time.perf_counter()
-        runs.append(losses_of(form, make_base, rows, gate, **training))
+        runs.append(losses_of(form, base, rows, gate, **training))
         print(f"{form} run: {time.perf_counter() - begun:.1f} s", flush=True)
     reference, ours = runs
     print(f"{'step':>4} {'naive':>12} {'fused':>12} {'difference':>10}")
     for step, (fused, naive) in enumerate(zip(ours, reference, strict=True), start=1):
         print(f"{step:4} {naive:12.6f} {fused:12.6f} {abs(fused - naive) / abs(naive):10.1e}")
     worst = largest_difference(ours, reference)
+    name = "random, SmolLM2-135M shape" if options.random else Path(options.model).name
+    case = f"{name}, {options.steps} steps of {options.rows} x {options.length}, fp32"
+    report("follow_naive", [Measurement(case, "largest difference of a loss", worst, "of the loss", limit=GOAL)])
     print(f"largest difference {worst:.1e} of the loss (goal: at most {GOAL:.0e}); {torch.cuda.get_device_name()}")
     return int(not worst <= GOAL)
 

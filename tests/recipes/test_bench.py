@@ -49,7 +49,7 @@ def test_a_run_follows_the_naive_run(form: str):
     """On a CPU the same run twice, which must not differ; on a GPU with fused kernels."""
     ids = torch.randint(300, (4000,), generator=torch.Generator().manual_seed(1))
     rows = follow_naive.Windows(ids, 20, 100)
-    base = partial(follow_naive.random_base, **TINY)
+    base = follow_naive.random_base(**TINY)
 
     def run(form: str, steps: int = 10) -> list[float]:
         gate = RetentionGateConfig(gate_width=16, initial_half_life=20.0)
