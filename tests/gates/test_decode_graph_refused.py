@@ -1,0 +1,137 @@
+"""Steps that are not recorded, or compiled first."""
+
+import re
+
+import pytest
+import torch
+from gated_models import gated_model, token_ids
+from recorded import GREEDY, assert_same, caches, is_recorded, on, padded_batch
+
+from retention_gates import find_gated_model
+from retention_gates.gates import decode_graph
+from retention_gates.gates.cache import BoundedCache
+from retention_gates.gates.decode_graph import logger
+
+
+def waiting(module):
+    forward = module.forward
+
+    def ask_first(x):
+        return forward(x) if x.isfinite().all() else x
+
+    module.forward = ask_first
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("hook", "mlp.up_proj has a forward hook"),
+        ("lagkv", "policy='lagkv' waits for the device"),
+        ("expected_attention", "gives priorities at every 8th step only"),
+        ("waits", "waits for the device|_local_scalar_dense"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_as_it_is_and_that_is_said(device, case, reason, caplog):
+    model = on(device)
+    options = {} if case in ("hook", "waits") else dict(policy=case, memory_size=20)
+    mlp = find_gated_model(model).model.get_decoder().layers[0].mlp
+    calls = []
+    if case == "hook":
+        mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    elif case == "waits":
+        waiting(mlp.up_proj)
+    logger.warning_once.cache_clear()
+    recorded, plain = caches(model, **options)
+    with caplog.at_level("WARNING"):
+        for cache in (recorded, plain):
+            model.generate(past_key_values=cache, **padded_batch(device), **GREEDY)
+    assert not is_recorded(recorded)
+    said = [message for message in caplog.messages if "without a CUDA graph" in message]
+    assert len(said) == 1 and re.search(reason, said[0]) and "graph=False" in said[0]
+    assert len(calls) == (32 if case == "hook" else 0)
+
+
+def test_hidden_states_are_of_plain_steps(device, recordings):
+    model, found = on(device), []
+    options = dict(output_hidden_states=True, return_dict_in_generate=True)
+    for cache in caches(model):
+        found.append(model.generate(past_key_values=cache, **padded_batch(device), **options, **GREEDY).hidden_states)
+    assert not recordings
+    assert torch.equal(found[0][-1][-1], found[1][-1][-1])
+    # transformers' own hooks are in the model from now on, and do nothing
+    assert_same(model, *caches(model), **padded_batch(device), **GREEDY)
+
+
+def test_the_models_forward_is_its_own_again(device):
+    model = on(device)
+    inner = find_gated_model(model).model
+    own = inner.forward
+    with pytest.raises(ValueError, match="batch of 2"):
+        cache = BoundedCache(model, memory_size=8)
+        model.generate(past_key_values=cache, **padded_batch(device), **GREEDY)
+        model.generate(input_ids=token_ids(1, 80).to(device), past_key_values=cache, **GREEDY)
+    assert "forward" not in vars(inner) and inner.forward == own
+
+
+class EveryStep:
+    """A Recorder that never replays, so that every step goes through what was compiled."""
+
+    def __init__(self, device):
+        pass
+
+    def warm_up(self, step):
+        return step(), None
+
+
+def test_one_compilation_for_all_lengths_and_caches(monkeypatch):
+    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
+    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")  # operators, as on CUDA: nothing inside is compiled
+    compiled, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compile(forward, backend=backend, **options))
+    model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4), do_sample=False, max_new_tokens=7)
+    for _ in range(2):
+        cache = BoundedCache(model, 4, compile=True)
+        for _ in range(2):
+            tokens = model.generate(input_ids=ids, past_key_values=cache, do_sample=False, max_new_tokens=7)
+            assert torch.equal(tokens, plain)
+            cache.reset()
+    assert len(compiled) == 1
+
+
+def merged(given):
+    tensors, others = given
+    return [tensors | others]
+
+
+@pytest.mark.slow  # inductor builds C++
+def test_compiled_for_the_processor(monkeypatch):
+    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
+    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
+    options = dict(do_sample=False, max_new_tokens=7)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, graph=False), **options)
+    compiled = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, compile=True), **options)
+    assert torch.equal(compiled, plain)
+
+
+@pytest.mark.gpu
+def test_compiled_and_recorded():
+    model = on("cuda", "qwen3")
+    recorded, plain = BoundedCache(model, 8, compile=True), BoundedCache(model, 8, graph=False)
+    assert_same(model, recorded, plain, **padded_batch("cuda"), **GREEDY)
+
+
+def test_options_must_be_bools():
+    model = gated_model()
+    with pytest.raises(ValueError, match="graph='yes'"):
+        BoundedCache(model, 8, graph="yes")
+    with pytest.raises(ValueError, match="it needs graph=True"):
+        BoundedCache(model, 8, graph=False, compile=True)
