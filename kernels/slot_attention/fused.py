@@ -16,9 +16,8 @@ from retention_gates.kernels.slot_attention.parts import parts_of
 LARGEST_HEAD_DIM = 256
 SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that are read at a time
 SUM_WARPS = 4
-SUM_BEGINS_EARLY = False  # on devices that can, programs of the sum are started while parts are read, and wait
+SUM_BEGINS_EARLY = True  # on devices that can, programs of the sum are started while parts are read, and wait
 SHORT_PART = 128  # slots
-TILES_WITH_QUERIES = 4  # parts of so many tiles load the queries again with each
 
 
 class Tile(NamedTuple):
@@ -213,7 +212,6 @@ def _attend(
         BN=tile.block,
         BR=max(16, next_power_of_2(tokens)),
         STAGES=tile.stages,
-        WITH_KEYS=parts.length <= TILES_WITH_QUERIES * tile.block,
         ROW_BLOCKS=row_blocks,
         SPLIT=parts.most > 1,
         IS_RUN=is_run,

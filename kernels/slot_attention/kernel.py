@@ -92,7 +92,6 @@ def attend_parts(
     BN: tl.constexpr,
     BR: tl.constexpr,  # rows of the chunk's own keys, n rounded up
     STAGES: tl.constexpr,
-    WITH_KEYS: tl.constexpr,  # whether queries are loaded with every tile, which is faster if there are few
     ROW_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,  # whether any head has more than one part
     UNIFORM: tl.constexpr,
@@ -115,14 +114,11 @@ def attend_parts(
     query += (head * G + row // tokens)[:, None] * query_stride_h + (row % tokens)[:, None] * query_stride_t
     query += column[None, :]
     query_mask = inside[:, None] & (column < D)[None, :]
-    if not WITH_KEYS:
-        q = tl.load(query, mask=query_mask, other=0.0)
+    q = tl.load(query, mask=query_mask, other=0.0)
     top = tl.full((BM,), MINUS_INF, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
     if IS_RUN and begin >= size:  # the part of a head that is the run itself, each token up to its own query
-        if WITH_KEYS:
-            q = tl.load(query, mask=query_mask, other=0.0)
         own = tl.arange(0, BR)
         key_at = batch_row.to(tl.int64) * key_stride_b + head * key_stride_h
         k = tl.load(
@@ -146,10 +142,6 @@ def attend_parts(
         for first in tl.range(begin, end, BN, num_stages=STAGES):
             slot = first + entry
             exists = slot < end
-            if WITH_KEYS:
-                # With keys and values in one wait for memory: outside of the loop the queries would be waited for
-                # first. That nothing is added must not show, or the load would be moved there.
-                q = tl.load(query + tl.minimum(first - begin, 0), mask=query_mask, other=0.0)
             held = tl.load(positions + base + slot, mask=exists, other=-1)
             k = tl.load(
                 keys + (base + slot)[:, None] * D + column[None, :],

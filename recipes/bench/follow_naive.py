@@ -65,9 +65,7 @@ class LossesKept(RetentionTrainer):
         return loss
 
 
-def losses_of(
-    form: str, base: Any, rows: Dataset, gate: RetentionGateConfig, **training: Any
-) -> list[float]:
+def losses_of(form: str, base: Any, rows: Dataset, gate: RetentionGateConfig, **training: Any) -> list[float]:
     """The loss of every step of a run that starts from seed 0, with the kernels in one form: naive or fused.
 
     The base is as it was afterwards.

@@ -137,10 +137,8 @@ def sweep(layers: Layers, case: str, limit: float) -> list[Measurement]:
         "x2": [(parts, "PROGRAMS", 2)],
         "x3, parts in 32s": [(parts, "PROGRAMS", 3), (fused, "block_for", lambda *_: 32), always((32, 2, 2))],
         "x8, parts in 32s": [(parts, "PROGRAMS", 8), (fused, "block_for", lambda *_: 32), always((32, 2, 1))],
-        "queries first": [(fused, "TILES_WITH_QUERIES", 0)],
         **{f"sum by {warps} warps": [(fused, "SUM_WARPS", warps)] for warps in (1, 2, 8)},
-        "the sum begins early": [(fused, "SUM_BEGINS_EARLY", True)],
-        "queries first, the sum early": [(fused, "TILES_WITH_QUERIES", 0), (fused, "SUM_BEGINS_EARLY", True)],
+        "the sum begins late": [(fused, "SUM_BEGINS_EARLY", False)],
     }
     for name, changed in changes.items():
         with ExitStack() as stack:
