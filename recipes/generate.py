@@ -175,15 +175,20 @@ def prompt_ids(
 def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_size: int | None) -> None:
     """Lets the cache read tokens [B, T], some at a time, without making any."""
     import torch
+    from tqdm.auto import tqdm
 
     from retention_gates.gates import long_prompts
     from retention_gates.gates.model import find_gated_model
 
     gated, tokens = find_gated_model(model), inputs.shape[1]
     size = long_prompts.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True, disable=tokens <= size) as bar,
+    ):
         for chunk in inputs.split(size, dim=1):
             gated(input_ids=chunk, past_key_values=cache, use_cache=True, last_hidden_state_only=True)
+            bar.update(chunk.shape[1])
 
 
 def full_cache_bytes(cache: "BoundedCache", tokens: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from tqdm.auto import trange
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from retention_gates import BoundedCache, RetentionGateConfig
@@ -37,7 +38,7 @@ def make_model(shape: dict[str, Any], device: str) -> PeftModel:
 @torch.no_grad()
 def go_on(model: PeftModel, cache: BoundedCache, last: torch.Tensor, tokens: int) -> torch.Tensor:
     """So many tokens more, each the likeliest; gives the last one, [1, 1]."""
-    for _ in range(tokens):
+    for _ in trange(tokens, unit="tok", unit_scale=True, mininterval=5, leave=False):
         last = model(input_ids=last, past_key_values=cache).logits[:, -1:].argmax(-1)
     return last
 
