@@ -74,7 +74,8 @@ class Watch:
     """The layers that a step calls, and what they read and give."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+        self.times: Counter[nn.Module] = Counter()
+        self.calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # of what can be computed otherwise
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -85,16 +86,17 @@ class Watch:
 
     def _note(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         output = type(layer).forward(layer, x)
-        self.calls.append((layer, x, output))
+        self.times[layer] += 1
+        if _fits(layer, x):
+            self.calls.append((layer, x, output))
         return output
 
     def found(self, model: nn.Module) -> StepLayers:
         """What was seen; the same object for the same layers."""
-        times = Counter(layer for layer, *_ in self.calls)
         groups: dict[int, list[nn.Module]] = {}
         norms = []
         for layer, x, output in self.calls:
-            if times[layer] > 1 or not _fits(layer, x):
+            if self.times[layer] > 1:
                 continue
             if _is_linear(layer):
                 groups.setdefault(id(x), []).append(layer)  # every x is alive, so that no two share an id
