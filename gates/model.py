@@ -1,5 +1,7 @@
 """Retention gates as a PEFT tuner."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from retention_gates.gates.families import full_attention_layers, key_value_head
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
 from retention_gates.gates.long_prompts import chunk_size, refuse_dropped_cache
+from retention_gates.gates.row_group import RowGroup
 
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
@@ -72,6 +75,25 @@ class RetentionGateModel(BaseTuner):
             kwargs.pop(unused, None)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         return self.model.get_decoder()(*args, **kwargs)[0]
+
+    @contextmanager
+    def rows_split_over(self, group: RowGroup | None) -> Iterator[None]:
+        """Inside the block every rank of the group calls with its part of the same rows; position_ids are needed.
+
+        Gates see their rank's tokens, attention and what is recorded are of whole rows, with the gates off as well.
+        """
+        if group is None:
+            yield
+            return
+        for layer in self._wrappers:
+            layer.row_group = group
+        self._follow_state()
+        try:
+            yield
+        finally:
+            for layer in self._wrappers:
+                layer.row_group = None
+            self._follow_state()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's generate; refuses what cannot work with a cache that forgets.
@@ -287,7 +309,8 @@ class RetentionGateModel(BaseTuner):
 
     def _follow_state(self) -> None:
         disabled = any(layer.disable_adapters for layer in self._wrappers)
-        self._name_implementation(gated=bool(self.active_adapters) and not disabled)
+        split = any(layer.row_group is not None for layer in self._wrappers)  # the base's attention cannot exchange
+        self._name_implementation(gated=split or (bool(self.active_adapters) and not disabled))
 
     def _name_implementation(self, *, gated: bool) -> None:
         """Lets the configs name our attention implementation or the base's."""

@@ -3,14 +3,15 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-SPLITS = ("SP", "CP", "TP")  # sequence (Ulysses), context (ring) and tensor parallelism, as Accelerate calls them
+if TYPE_CHECKING:
+    from retention_gates.trainers.config import RetentionTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +44,13 @@ def check_launch(wanted: int | None, ranks: int) -> None:
         )
 
 
-def check_devices(use_cpu: bool, has_parallelism: bool) -> None:
-    """Raises ValueError, before anything is set up, for more processes than GPUs, or rows split between ranks."""
+def check_devices(use_cpu: bool) -> None:
+    """Raises ValueError, before anything is set up, for more processes than GPUs."""
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if not use_cpu and 0 < gpus < here:
         raise ValueError(
             f"{here} processes were started on a machine with {gpus} GPUs: launch with --num_processes {gpus} (for "
             "each machine), or with use_cpu."
-        )
-    split = [name for name in SPLITS if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) > 1]
-    if split or has_parallelism:
-        raise ValueError(
-            f"parallelism_config ({', '.join(split) or 'given'}) would split rows or layers between ranks. Retained "
-            "mass and ages are summed over whole rows, each on one rank: leave it out. Long rows fit with "
-            "gradient_checkpointing_kwargs={offload: true}, and large bases with FSDP2 or ZeRO-3."
         )
 
 
@@ -67,6 +61,8 @@ def started_ranks() -> int:
 
 def accumulation_steps(rows_per_step: int, rows_per_pass: int, ranks: int) -> int:
     """Forward passes of each rank per optimiser step, so that all ranks together see `rows_per_step` rows.
+
+    With rows split over ranks, `ranks` are the groups that share rows.
 
     Raises:
         ValueError: if that is no whole number.
@@ -115,13 +111,13 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
             )
 
 
-def run_facts(args: TrainingArguments, base_model: str | None) -> dict[str, Any]:
+def run_facts(args: "RetentionTrainingArguments", base_model: str | None) -> dict[str, Any]:
     """What a checkpoint notes of the run that wrote it.
 
     Row i of a run is the same whoever computes it, and step s takes the rows from s * rows_per_step on, so that a
     resumed run sees the same rows in the same order as long as rows_per_step and seed stay the same.
     """
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     return {
         "ranks": args.world_size,
         "rows_per_step": rows,
