@@ -40,6 +40,7 @@ class RetentionGateModel(BaseTuner):
     prefix = "retention_gate"
     tuner_layer_cls = RetentionGatedAttention
     target_module_mapping: dict[str, list[str]] = {}
+    _row_group: RowGroup | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # a LoRA in the base's linear layers keeps its configs: PEFT would mix them with ours, by name
@@ -78,22 +79,26 @@ class RetentionGateModel(BaseTuner):
 
     @contextmanager
     def rows_split_over(self, group: RowGroup | None) -> Iterator[None]:
-        """Inside the block every rank of the group calls with its part of the same rows; position_ids are needed.
+        """Inside the block every rank of the group calls with its part of the same rows, None: with whole rows.
 
-        Gates see their rank's tokens, attention and what is recorded are of whole rows, with the gates off as well.
+        Gates see their rank's tokens; attention and what is recorded are of whole rows, with the gates off as well.
+        position_ids are needed: where a part begins can be seen from them only.
         """
-        if group is None:
+        before = self._row_group
+        if group is before:
             yield
             return
-        for layer in self._wrappers:
-            layer.row_group = group
-        self._follow_state()
+        self._split(group)
         try:
             yield
         finally:
-            for layer in self._wrappers:
-                layer.row_group = None
-            self._follow_state()
+            self._split(before)
+
+    def _split(self, group: RowGroup | None) -> None:
+        self._row_group = group
+        for layer in self._wrappers:
+            layer.row_group = group
+        self._follow_state()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's generate; refuses what cannot work with a cache that forgets.
@@ -309,7 +314,7 @@ class RetentionGateModel(BaseTuner):
 
     def _follow_state(self) -> None:
         disabled = any(layer.disable_adapters for layer in self._wrappers)
-        split = any(layer.row_group is not None for layer in self._wrappers)  # the base's attention cannot exchange
+        split = self._row_group is not None  # the base's own attention could not exchange what it needs
         self._name_implementation(gated=split or (bool(self.active_adapters) and not disabled))
 
     def _name_implementation(self, *, gated: bool) -> None:

@@ -9,7 +9,7 @@ from typing import get_args
 from transformers import TrainingArguments
 
 from retention_gates.gates.storage import DTYPES
-from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch, engine_of, started_ranks
+from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch, started_ranks
 from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
 from retention_gates.trainers.row_groups import ranks_per_row
 
@@ -183,20 +183,13 @@ class RetentionTrainingArguments(TrainingArguments):
 
     def _settle_row_groups(self) -> None:
         self.ranks_per_row = ranks_per_row(self.parallelism_config, started_ranks())
-        self.parallelism_config = None  # Accelerate would hand it to DeepSpeed
-        if self.ranks_per_row == 1:
-            return
-        wrong = {"objective": self.objective == "layerwise", "cuda_graph": self.cuda_graph}
-        wrong |= {"torch_compile": self.torch_compile}
-        for name in (name for name, is_on in wrong.items() if is_on):
+        self.parallelism_config = None  # Accelerate would have DeepSpeed split the rows
+        alone = {"objective": self.objective == "layerwise", "cuda_graph": self.cuda_graph}
+        alone["torch_compile"] = self.torch_compile
+        for name in [name for name, is_on in alone.items() if is_on and self.ranks_per_row > 1]:
             raise ValueError(
-                f"sp_size={self.ranks_per_row} with {name}={getattr(self, name)!r}: rows are split over ranks in the "
-                "end_to_end objective alone, neither compiled nor captured. Leave one of the two out."
-            )
-        if engine_of(self) != "replicated":
-            raise ValueError(
-                f"sp_size={self.ranks_per_row} with {engine_of(self)}, which divides the base: rows are split over "
-                "ranks that have all of it. Use recipes/accelerate/ulysses.yaml, or leave sp_size out."
+                f"sp_size={self.ranks_per_row} with {name}={getattr(self, name)!r}: rows are split over ranks with "
+                "objective='end_to_end' alone, neither compiled nor captured. Leave one of the two out."
             )
 
     def _settle_accumulation(self) -> None:

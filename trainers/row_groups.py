@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from retention_gates.gates.families import full_attention_layers, key_value_heads, text_config
 from retention_gates.gates.row_group import RowGroup
 
+GIVEN, OTHERS = ("sp_size", "dp_replicate_size"), ("cp_size", "tp_size", "dp_shard_size")
 IN_USE = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
@@ -26,25 +27,29 @@ def ranks_per_row(given: ParallelismConfig | dict[str, int] | None, ranks: int) 
         ValueError: if the ranks cannot be divided into such groups, or anything else is to be split.
     """
     if isinstance(given, dict):  # as a YAML file says it
-        unknown = sorted(given.keys() - {"sp_size", "dp_replicate_size"})
-        if unknown:
-            raise ValueError(f"parallelism_config has {unknown}: gates train with sp_size only, as in {{sp_size: 2}}.")
+        wrong = [f"{name}: {value!r}" for name, value in given.items() if name not in GIVEN or type(value) is not int]
+        if wrong:
+            raise ValueError(
+                f"parallelism_config={{{', '.join(wrong)}}} must hold whole numbers for {' and '.join(GIVEN)} alone, "
+                "as in {sp_size: 2}."
+            )
         given = ParallelismConfig(**given)
-    config: ParallelismConfig = given or ParallelismConfig()  # what is not given it reads from the environment
-    sizes = {name: getattr(config, f"{name}_size", 1) for name in ("cp", "tp", "dp_shard")}
-    split = [f"{name}_size={size}" for name, size in sizes.items() if size > 1]
+    if given is not None and not isinstance(given, ParallelismConfig):
+        raise ValueError(f"parallelism_config={given!r} must be a mapping or Accelerate's, as in {{sp_size: 2}}.")
+    config = given or ParallelismConfig()  # what is not given it reads from the environment
+    split = [f"{name}={getattr(config, name)}" for name in OTHERS if getattr(config, name) > 1]
     if split:
         raise ValueError(
             f"parallelism_config with {', '.join(split)} would split rows in a ring, or layers: leave it out. Long "
             "rows fit with sp_size and gradient_checkpointing_kwargs={offload: true}, large bases with FSDP2 or "
             "ZeRO-3."
         )
-    size: int = getattr(config, "sp_size", 1)
+    size: int = config.sp_size
     if ranks % size or config.dp_replicate_size not in (1, ranks // size):
         raise ValueError(
-            f"sp_size={size} with dp_replicate_size={config.dp_replicate_size} does not divide the {ranks} ranks that "
-            f"were started: sp_size can be one of {_divisors(ranks)}, dp_replicate_size follows from it. Start others "
-            "with --num_processes, or leave parallelism_config out."
+            f"sp_size={size} with dp_replicate_size={config.dp_replicate_size} does not divide {ranks} ranks into "
+            f"groups: sp_size can be {_listed(ranks)}, dp_replicate_size follows from it. Start other ranks with "
+            "--num_processes, or leave parallelism_config out."
         )
     if IN_USE in os.environ:
         os.environ[IN_USE] = "false"  # Accelerate would read the rest again
@@ -58,7 +63,7 @@ def check_heads(config: PreTrainedConfig, size: int) -> None:
         if count % size:
             raise ValueError(
                 f"sp_size={size} does not divide the {count} {name} of this model, which are spread over the ranks in "
-                f"attention: choose one of {_common_divisors(*heads.values())}."
+                f"attention: sp_size can be {_listed(*heads.values())}."
             )
 
 
@@ -112,9 +117,5 @@ class RowGroups:
             state.device_mesh = before
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _common_divisors(one: int, other: int) -> list[int]:
-    return [size for size in _divisors(one) if other % size == 0]
+def _listed(*counts: int) -> str:
+    return " or ".join(str(size) for size in range(1, min(counts) + 1) if not any(count % size for count in counts))

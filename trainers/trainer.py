@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -191,6 +191,9 @@ class RetentionTrainer(Trainer):
         with self._row_groups.dealt_rows():
             return super().get_train_dataloader()
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return super().get_total_train_batch_size(args) // self.args.ranks_per_row
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], None]:
@@ -248,7 +251,8 @@ class RetentionTrainer(Trainer):
     @cached_property
     def _output_head(self) -> OutputHead:
         if self._sharded:  # could not be checked before it was divided
-            check_packing(self.model)
+            with find_gated_model(self.model).rows_split_over(None):
+                check_packing(self.model)
         return OutputHead.from_model(self.model)
 
     # ---- what a run tells ----
