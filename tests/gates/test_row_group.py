@@ -22,7 +22,7 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("case", [*CASES, "gates in some layers"])
+@pytest.mark.parametrize("case", [*CASES, "llama-by_position, packed", "gates in some layers"])
 def test_two_halves_are_the_whole(differences: dict[str, dict[str, float]], case: str):
     """Documents cross the middle of the row and are padded there; the gradient is summed over both ranks."""
     assert differences[case].keys() == {"teacher", "student", "log_beta", "gates", "capacity"}

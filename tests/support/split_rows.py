@@ -12,15 +12,18 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from tiny_models import tiny_model
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from retention_gates import RetentionGateConfig
+from retention_gates.gates.documents import document_ids_from
 from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.recording import record
 from retention_gates.gates.row_group import RowGroup
 from retention_gates.trainers.losses import capacity_loss
 
 RANKS, ROWS, TOKENS = 2, 2, 26
-BASES = {"llama-sdpa": {}, "qwen3-eager": {"attn_implementation": "eager"}}
+BASES = ("llama-sdpa", "qwen3-eager")
 
 
 def layouts() -> dict[str, dict[str, torch.Tensor]]:
@@ -35,11 +38,19 @@ def layouts() -> dict[str, dict[str, torch.Tensor]]:
     return cases
 
 
+def by_position(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention that finds documents in position_ids and gets no mask, as flash attention does."""
+    documents = document_ids_from(None, kwargs["position_ids"], len(query))
+    mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
+
+
 def gated(base: str, **changes):
     torch.manual_seed(1)
-    family = base.split("-")[0]
+    family, implementation = base.split("-")
     model = tiny_model(family)
-    model.set_attn_implementation(BASES[base].get("attn_implementation", "sdpa"))
+    model.set_attn_implementation(implementation)
     config = RetentionGateConfig(gate_width=16, initial_half_life=20.0, protected_tokens=2, **changes)
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
@@ -98,9 +109,11 @@ def of_rank(rank: int, folder: str, output: str) -> None:
         model = gated(base)
         for name, layout in layouts().items():
             found[f"{base}, {name}"] = compare(model, group, layout)
-    found["gates in some layers"] = compare(
-        gated("llama-sdpa", layers_to_transform=[0, 2]), group, layouts()["packed"]
-    )
+    AttentionInterface.register("by_position", by_position)
+    AttentionMaskInterface.register("by_position", lambda *args, **kwargs: None)
+    found["llama-by_position, packed"] = compare(gated("llama-by_position"), group, layouts()["packed"])
+    some = gated("llama-sdpa", layers_to_transform=[0, 2])
+    found["gates in some layers"] = compare(some, group, layouts()["packed"])
     gathered = [None] * RANKS
     dist.all_gather_object(gathered, found)
     worst = {case: {k: max(one[case][k] for one in gathered) for k in found[case]} for case in found}
