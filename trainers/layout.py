@@ -120,6 +120,7 @@ def run_facts(args: "RetentionTrainingArguments", base_model: str | None) -> dic
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     return {
         "ranks": args.world_size,
+        "ranks_per_row": args.ranks_per_row,
         "rows_per_step": rows,
         "seed": args.seed,
         "engine": engine_of(args),
@@ -137,18 +138,19 @@ def check_same_run(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, 
                 + _same_rows(manifest, facts, name)
             )
     before, now = manifest["ranks"], facts["ranks"]
-    if before == now:
+    to_a_row = [of.get("ranks_per_row", 1) for of in (manifest, facts)]  # older manifests do not have it
+    if before == now and to_a_row[0] == to_a_row[1]:
         return
-    if facts["engine"] == "deepspeed":
+    if facts["engine"] == "deepspeed" and before != now:
         raise ValueError(
             f"{checkpoint} was written by {before} ranks, each with its part of DeepSpeed's state, now there are "
             f"{now}: resume on {before}, or start anew in another output_dir."
         )
     logger.warning(
-        "%s was written by %s ranks, now there are %s. Steps see the same rows in the same order. What changes: which "
-        "rank computes a row, the order in which sums over ranks are rounded, and the state of the random number "
-        "generators, which the objective does not use.",
-        *(checkpoint, before, now),
+        "%s was written by %s ranks%s, now there are %s%s. Steps see the same rows in the same order. What changes: "
+        "which rank computes a row, the order in which sums over ranks are rounded, and the state of the random "
+        "number generators, which the objective does not use.",
+        *(checkpoint, before, _shared(to_a_row[0]), now, _shared(to_a_row[1])),
     )
 
 
@@ -156,3 +158,7 @@ def _same_rows(manifest: dict[str, Any], facts: dict[str, Any], name: str) -> st
     if name != "rows_per_step" or manifest["ranks"] == facts["ranks"]:
         return ""
     return f" On {facts['ranks']} ranks, training.rows_per_step={manifest['rows_per_step']} keeps the rows of a step."
+
+
+def _shared(ranks_per_row: int) -> str:
+    return f" ({ranks_per_row} to a row)" if ranks_per_row > 1 else ""

@@ -79,7 +79,10 @@ def test_what_was_run_is_what_was_meant(runs: Path):
     assert [manifest["ranks"] for manifest in manifests] == [1, 2, 2, 4]
     assert {manifest["rows_per_step"] for manifest in manifests} == {4}
     said = (runs / "runs.output").read_text()
-    assert "was written by 2 ranks, now there are 4. Steps see the same rows in the same order." in said
+    assert (
+        "was written by 2 ranks (2 to a row), now there are 4 (2 to a row). Steps see the same rows in the same order."
+        in said
+    )
 
 
 def test_a_part_of_a_batch_predicts_what_comes_after_it():
