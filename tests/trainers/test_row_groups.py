@@ -77,6 +77,7 @@ def test_what_was_run_is_what_was_meant(runs: Path):
     steps = [("whole", 5), ("one group", 5), ("two groups", 3), ("two groups", 5)]
     manifests = [read_manifest(runs / name / f"checkpoint-{step}") for name, step in steps]
     assert [manifest["ranks"] for manifest in manifests] == [1, 2, 2, 4]
+    assert [manifest["ranks_per_row"] for manifest in manifests] == [1, 2, 2, 2]
     assert {manifest["rows_per_step"] for manifest in manifests} == {4}
     said = (runs / "runs.output").read_text()
     assert (
