@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from retention_gates.gates.documents import document_ids_from
+from retention_gates.gates.row_group import RowGroup, attend_by_heads
 from retention_gates.kernels.retention_attention import retention_attention
 
 PREFIX = "retention_gates_"
@@ -50,6 +51,22 @@ def base_implementation_of(gated_name: str) -> str:
 
 
 def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    row_group: RowGroup | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer; with a row_group for rows of which each of its ranks holds a part."""
+    if row_group is None:
+        return _attend(module, query, key, value, attention_mask, **options)
+    return attend_by_heads(row_group, _attend, module, query, key, value, attention_mask, **options)
+
+
+def _attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -127,6 +144,7 @@ def base_causal_mask(
     padding_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cache: Cache | None,
+    length: int | None = None,
 ) -> torch.Tensor | None:
     """The mask the base implementation would have got for a full-attention layer that evicts nothing.
 
@@ -134,9 +152,11 @@ def base_causal_mask(
         hidden_states: [B, T, C], for sizes and device.
         padding_mask: [B, S], the past and the new tokens, or None.
         position_ids: [B, T] or [1, T]; where there is neither mask nor cache they show packed documents.
+        length: T, if hidden_states are only a part of the rows.
     """
     base = base_implementation_of(module.config._attn_implementation)
-    batch, length, layer = hidden_states.shape[0], hidden_states.shape[1], module.layer_idx
+    batch, layer = hidden_states.shape[0], module.layer_idx
+    length = hidden_states.shape[1] if length is None else length
     kv_length, kv_offset = (length, 0) if cache is None else cache.get_mask_sizes(length, layer)
     pattern: Callable[..., Any] = causal_mask_function
     if padding_mask is not None:

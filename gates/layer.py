@@ -14,6 +14,7 @@ from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.recording import Recording
+from retention_gates.gates.row_group import RowGroup, whole_ids
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +36,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         self.retention_gate = nn.ModuleDict()
         self.protected_tokens: dict[str, int] = {}
         self.recording: Recording | None = None
+        self.row_group: RowGroup | None = None  # while rows are split over ranks, which hold T / P tokens each
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -76,7 +78,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         return None if name is None else cast(RetentionGate, self.retention_gate[name])
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters:
+        if self.disable_adapters and self.row_group is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         self._check_implementation()
         padding_mask = kwargs.get("attention_mask")
@@ -108,17 +110,30 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
 
     def _forward_undecayed(self, hidden_states: torch.Tensor, cache: Cache | None, *args: Any, **kwargs: Any) -> Any:
         """The base's attention, with the mask that the base would have made for it."""
-        padding_mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        mask = base_causal_mask(self.base_layer, hidden_states, padding_mask, position_ids, cache)
+        padding_mask, position_ids = self._of_whole_rows(kwargs)
+        length = hidden_states.shape[1]
+        if self.row_group is not None:
+            length *= self.row_group.size
+            kwargs["row_group"] = self.row_group
+        mask = base_causal_mask(self.base_layer, hidden_states, padding_mask, position_ids, cache, length)
         return self.base_layer(hidden_states, *args, **(kwargs | {"attention_mask": mask}))
+
+    def _of_whole_rows(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The padding mask and position_ids, also where this rank was called with a part of the rows."""
+        mask = whole_ids(kwargs.get("attention_mask"), self.row_group)
+        return mask, whole_ids(kwargs.get("position_ids"), self.row_group)
 
     def _forward_decayed(self, gate: RetentionGate, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         recording = self.recording
         layerwise = recording is not None and recording.layerwise
         if layerwise:
             hidden_states = hidden_states.detach()
-        documents = document_ids_from(kwargs.get("attention_mask"), kwargs.get("position_ids"), len(hidden_states))
-        log_beta = self._protect(gate(hidden_states), documents)
+        documents = document_ids_from(*self._of_whole_rows(kwargs), len(hidden_states))
+        log_beta = gate(hidden_states)
+        if self.row_group is not None:
+            kwargs["row_group"] = self.row_group
+            log_beta = self.row_group.whole(log_beta)
+        log_beta = self._protect(log_beta, documents)
         student = self.base_layer(hidden_states, *args, log_beta=log_beta, document_ids=documents, **kwargs)
         if recording is None:
             return student

@@ -1,5 +1,7 @@
 """Retention gates as a PEFT tuner."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from retention_gates.gates.families import full_attention_layers, key_value_head
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.layer import RetentionGatedAttention
 from retention_gates.gates.long_prompts import chunk_size, refuse_dropped_cache
+from retention_gates.gates.row_group import RowGroup
 
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
@@ -37,6 +40,7 @@ class RetentionGateModel(BaseTuner):
     prefix = "retention_gate"
     tuner_layer_cls = RetentionGatedAttention
     target_module_mapping: dict[str, list[str]] = {}
+    _row_group: RowGroup | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # a LoRA in the base's linear layers keeps its configs: PEFT would mix them with ours, by name
@@ -72,6 +76,29 @@ class RetentionGateModel(BaseTuner):
             kwargs.pop(unused, None)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         return self.model.get_decoder()(*args, **kwargs)[0]
+
+    @contextmanager
+    def rows_split_over(self, group: RowGroup | None) -> Iterator[None]:
+        """Inside the block every rank of the group calls with its part of the same rows, None: with whole rows.
+
+        Gates see their rank's tokens; attention and what is recorded are of whole rows, with the gates off as well.
+        position_ids are needed: where a part begins can be seen from them only.
+        """
+        before = self._row_group
+        if group is before:
+            yield
+            return
+        self._split(group)
+        try:
+            yield
+        finally:
+            self._split(before)
+
+    def _split(self, group: RowGroup | None) -> None:
+        self._row_group = group
+        for layer in self._wrappers:
+            layer.row_group = group
+        self._follow_state()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's generate; refuses what cannot work with a cache that forgets.
@@ -287,7 +314,8 @@ class RetentionGateModel(BaseTuner):
 
     def _follow_state(self) -> None:
         disabled = any(layer.disable_adapters for layer in self._wrappers)
-        self._name_implementation(gated=bool(self.active_adapters) and not disabled)
+        split = self._row_group is not None  # the base's own attention could not exchange what it needs
+        self._name_implementation(gated=split or (bool(self.active_adapters) and not disabled))
 
     def _name_implementation(self, *, gated: bool) -> None:
         """Lets the configs name our attention implementation or the base's."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from retention_gates.data.tokens import TokenDocument
     from retention_gates.gates.config import RetentionGateConfig
@@ -154,6 +154,14 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
             f"model.dtype=bfloat16 is not for {torch.cuda.get_device_name(device)}, which has no bf16 arithmetic: use "
             "float16 or float32."
         )
+
+
+def load_config(name: str, gguf_file: str | None = None) -> "PreTrainedConfig":
+    """The config of the decoder in a base model, without its weights."""
+    from transformers import AutoConfig
+
+    options = _model_options(name, gguf_file)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False, **options).get_text_config(decoder=True)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":

@@ -30,6 +30,7 @@ ADAPTER = "adapter"
 CHANGEABLE = (
     *("disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to", "save_steps", "save_total_limit"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "rows_per_step", "ranks"),
+    "parallelism_config",
 )
 
 
@@ -136,9 +137,10 @@ def build(
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
     from retention_gates.gates.model import find_gated_model
-    from retention_gates.recipes.loading import check_dtype, load_base
+    from retention_gates.recipes.loading import check_dtype, load_base, load_config
     from retention_gates.trainers.evaluation import check_length
     from retention_gates.trainers.layout import engine_of
+    from retention_gates.trainers.row_groups import check_heads, check_row_length
     from retention_gates.trainers.trainer import RetentionTrainer
 
     args, data = config.training, config.data
@@ -152,9 +154,12 @@ def build(
             f"model.quantization={config.model.quantization} with {engine_of(args)}: quantised weights stay whole on "
             "each GPU. Use recipes/accelerate/ddp.yaml, or leave quantization out."
         )
+    if args.ranks_per_row > 1:
+        check_row_length(data.row_length, args.ranks_per_row)
+        check_heads(load_config(config.model.name, config.model.gguf_file), args.ranks_per_row)
     texts = texts or load_texts(config)
     tokenizer = texts.tokenizer
-    rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     rows = TrainingRows(
         texts.train, data.row_length, args.seed, data.task_share, data.tasks, tokenizer, length=rows_needed
     )
@@ -162,7 +167,7 @@ def build(
         rows,
         rows_per_step=rows_needed // args.max_steps,
         rows_per_pass=args.train_batch_size,
-        ranks=args.world_size,
+        ranks=args.row_groups,
     )
     args.train_sampling_strategy = "sequential"  # the rows come shuffled
 

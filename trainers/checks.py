@@ -4,9 +4,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from retention_gates.gates.families import text_config
 from retention_gates.gates.model import find_gated_model
 from retention_gates.gates.recording import record
 from retention_gates.trainers.config import RetentionTrainingArguments
+from retention_gates.trainers.row_groups import check_heads, check_layers
 
 
 def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
@@ -36,6 +38,9 @@ def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
             raise ValueError(
                 f"{name}={min(sizes)} leaves no room beside {protected} protected tokens: at least {protected + 1}."
             )
+    if args.ranks_per_row > 1:
+        check_heads(text_config(gated.model), args.ranks_per_row)
+        check_layers(gated.model)
     if args.cuda_graph and (args.device.type != "cuda" or args.world_size > 1 or args.fp16):
         raise ValueError(
             f"cuda_graph=True on {args.device.type}, {args.world_size} processes, fp16={args.fp16}: it needs one "

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from retention_gates.gates.storage import DTYPES
 from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch, started_ranks
 from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
+from retention_gates.trainers.row_groups import ranks_per_row
 
 OBJECTIVES = ("end_to_end", "layerwise")
 EVAL_BUDGETS = ("uniform", "calibrated")
@@ -167,17 +168,35 @@ class RetentionTrainingArguments(TrainingArguments):
             raise ValueError("kl_weight and next_token_weight are both 0: only forgetting would be rewarded.")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = "agreement" in self.metric_for_best_model
-        check_devices(self.use_cpu, self.parallelism_config is not None)
+        check_devices(self.use_cpu)
+        self._settle_row_groups()
         self._settle_accumulation()
         super().__post_init__()
         check_launch(self.ranks, self.world_size)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
 
+    @property
+    def row_groups(self) -> int:
+        """How many ranks, or groups of ranks that share rows, see rows of their own."""
+        return self.world_size // self.ranks_per_row
+
+    def _settle_row_groups(self) -> None:
+        self.ranks_per_row = ranks_per_row(self.parallelism_config, started_ranks())
+        self.parallelism_config = None  # Accelerate would have DeepSpeed split the rows
+        alone = {"objective": self.objective == "layerwise", "cuda_graph": self.cuda_graph}
+        alone["torch_compile"] = self.torch_compile
+        for name in [name for name, is_on in alone.items() if is_on and self.ranks_per_row > 1]:
+            raise ValueError(
+                f"sp_size={self.ranks_per_row} with {name}={getattr(self, name)!r}: rows are split over ranks with "
+                "objective='end_to_end' alone, neither compiled nor captured. Leave one of the two out."
+            )
+
     def _settle_accumulation(self) -> None:
         if self.rows_per_step is None:
             return
-        steps = accumulation_steps(self.rows_per_step, self.per_device_train_batch_size, started_ranks())
+        groups = started_ranks() // self.ranks_per_row
+        steps = accumulation_steps(self.rows_per_step, self.per_device_train_batch_size, groups)
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts rows_per_step="

@@ -3,14 +3,15 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-SPLITS = ("SP", "CP", "TP")  # sequence (Ulysses), context (ring) and tensor parallelism, as Accelerate calls them
+if TYPE_CHECKING:
+    from retention_gates.trainers.config import RetentionTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +44,13 @@ def check_launch(wanted: int | None, ranks: int) -> None:
         )
 
 
-def check_devices(use_cpu: bool, has_parallelism: bool) -> None:
-    """Raises ValueError, before anything is set up, for more processes than GPUs, or rows split between ranks."""
+def check_devices(use_cpu: bool) -> None:
+    """Raises ValueError, before anything is set up, for more processes than GPUs."""
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if not use_cpu and 0 < gpus < here:
         raise ValueError(
             f"{here} processes were started on a machine with {gpus} GPUs: launch with --num_processes {gpus} (for "
             "each machine), or with use_cpu."
-        )
-    split = [name for name in SPLITS if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) > 1]
-    if split or has_parallelism:
-        raise ValueError(
-            f"parallelism_config ({', '.join(split) or 'given'}) would split rows or layers between ranks. Retained "
-            "mass and ages are summed over whole rows, each on one rank: leave it out. Long rows fit with "
-            "gradient_checkpointing_kwargs={offload: true}, and large bases with FSDP2 or ZeRO-3."
         )
 
 
@@ -67,6 +61,8 @@ def started_ranks() -> int:
 
 def accumulation_steps(rows_per_step: int, rows_per_pass: int, ranks: int) -> int:
     """Forward passes of each rank per optimiser step, so that all ranks together see `rows_per_step` rows.
+
+    With rows split over ranks, `ranks` are the groups that share rows.
 
     Raises:
         ValueError: if that is no whole number.
@@ -115,15 +111,16 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
             )
 
 
-def run_facts(args: TrainingArguments, base_model: str | None) -> dict[str, Any]:
+def run_facts(args: "RetentionTrainingArguments", base_model: str | None) -> dict[str, Any]:
     """What a checkpoint notes of the run that wrote it.
 
     Row i of a run is the same whoever computes it, and step s takes the rows from s * rows_per_step on, so that a
     resumed run sees the same rows in the same order as long as rows_per_step and seed stay the same.
     """
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     return {
         "ranks": args.world_size,
+        "ranks_per_row": args.ranks_per_row,
         "rows_per_step": rows,
         "seed": args.seed,
         "engine": engine_of(args),
@@ -141,18 +138,19 @@ def check_same_run(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, 
                 + _same_rows(manifest, facts, name)
             )
     before, now = manifest["ranks"], facts["ranks"]
-    if before == now:
+    to_a_row = [of.get("ranks_per_row", 1) for of in (manifest, facts)]  # older manifests do not have it
+    if before == now and to_a_row[0] == to_a_row[1]:
         return
-    if facts["engine"] == "deepspeed":
+    if facts["engine"] == "deepspeed" and before != now:
         raise ValueError(
             f"{checkpoint} was written by {before} ranks, each with its part of DeepSpeed's state, now there are "
             f"{now}: resume on {before}, or start anew in another output_dir."
         )
     logger.warning(
-        "%s was written by %s ranks, now there are %s. Steps see the same rows in the same order. What changes: which "
-        "rank computes a row, the order in which sums over ranks are rounded, and the state of the random number "
-        "generators, which the objective does not use.",
-        *(checkpoint, before, now),
+        "%s was written by %s ranks%s, now there are %s%s. Steps see the same rows in the same order. What changes: "
+        "which rank computes a row, the order in which sums over ranks are rounded, and the state of the random "
+        "number generators, which the objective does not use.",
+        *(checkpoint, before, _shared(to_a_row[0]), now, _shared(to_a_row[1])),
     )
 
 
@@ -160,3 +158,7 @@ def _same_rows(manifest: dict[str, Any], facts: dict[str, Any], name: str) -> st
     if name != "rows_per_step" or manifest["ranks"] == facts["ranks"]:
         return ""
     return f" On {facts['ranks']} ranks, training.rows_per_step={manifest['rows_per_step']} keeps the rows of a step."
+
+
+def _shared(ranks_per_row: int) -> str:
+    return f" ({ranks_per_row} to a row)" if ranks_per_row > 1 else ""

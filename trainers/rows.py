@@ -4,26 +4,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from retention_gates.kernels.distill_loss import NO_TARGET
+from retention_gates.trainers.row_groups import check_row_length
 
 COLUMNS = ("input_ids", "position_ids", "labels")
 
 
 class RowCollator:
-    """Stacks rows of equal length into int64 [B, T] each of input_ids, position_ids and labels.
+    """Stacks rows of equal length into [B, T] each of input_ids, position_ids and what `next_token_targets` gives.
 
     Beside them stands `counts`: how many positions KL counts in the batch, and how many the next-token loss.
 
     A row is full: there is no padding. position_ids start anew at 0 with every document packed into it; labels are the
     row's own tokens, -100 where a token is no target.
 
+    Args:
+        max_length: the most tokens of a row.
+        part, parts: a batch is the part-th of so many equal parts [B, T / parts] of the rows.
+
     Raises:
         ValueError: for a row that no loss can be computed from.
     """
 
-    def __init__(self, max_length: int | None):
-        self.max_length = max_length
+    def __init__(self, max_length: int | None, part: int = 0, parts: int = 1):
+        self.max_length, self.part, self.parts = max_length, part, parts
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for row in rows:
@@ -31,10 +37,12 @@ class RowCollator:
         lengths = sorted({len(row["input_ids"]) for row in rows})
         if len(lengths) > 1:
             raise ValueError(f"Rows of {lengths} tokens meet in one batch: pack all of them to the same length.")
-        batch: dict[str, Any] = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in COLUMNS}
-        targets, counted = next_token_targets(batch["labels"], packed_documents(batch["position_ids"]))
+        ids, positions, labels = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in COLUMNS)
+        targets, counted = next_token_targets(labels, packed_documents(positions))
+        whole = {"input_ids": ids, "position_ids": positions, "targets": targets, "counted": counted}
+        batch: dict[str, Any] = {name: x.chunk(self.parts, 1)[self.part].contiguous() for name, x in whole.items()}
         # plain numbers: on a device, reading them would wait for all that was launched before
-        batch["counts"] = (int(counted.sum()), int((targets != NO_TARGET).sum()))
+        batch["counts"] = (int(batch["counted"].sum()), int((batch["targets"] != NO_TARGET).sum()))
         return batch
 
     def check(self, row: dict[str, Any]) -> None:
@@ -51,6 +59,7 @@ class RowCollator:
                 f"A training row has {length} tokens, the model has {self.max_length} positions "
                 "(max_position_embeddings): pack shorter rows."
             )
+        check_row_length(length, self.parts)
         documents = packed_documents(torch.as_tensor(row["position_ids"])[None])
         targets, _ = next_token_targets(torch.as_tensor(row["labels"])[None], documents)
         if bool((targets == NO_TARGET).all()):
@@ -82,6 +91,22 @@ def next_token_targets(labels: torch.Tensor, documents: torch.Tensor) -> tuple[t
     counted[:, :-1] = documents[:, 1:] == documents[:, :-1]
     targets = labels.roll(-1, dims=-1).masked_fill(~counted, NO_TARGET)
     return targets, counted
+
+
+def set_shares(batches: Sequence[dict[str, Any]], accelerator: Accelerator) -> None:
+    """Gives the batches of one optimiser step their `shares`: by how much their means count in the step's.
+
+    Ranks and passes are averaged with equal weight, but documents end and targets fall where they do.
+    """
+    totals = [sum(batch["counts"][i] for batch in batches) for i in range(2)]
+    passes = len(batches)
+    if accelerator.num_processes > 1:
+        counted = torch.tensor([*totals, passes], device=accelerator.device)
+        *totals, passes = accelerator.reduce(counted, reduction="sum").tolist()
+    for batch in batches:
+        batch["shares"] = tuple(
+            count * passes / max(1, total) for count, total in zip(batch["counts"], totals, strict=True)
+        )
 
 
 def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -42,7 +43,8 @@ from retention_gates.trainers.layout import check_engine, check_same_run, engine
 from retention_gates.trainers.losses import capacity_loss
 from retention_gates.trainers.phases import PhaseClock, peak_memory
 from retention_gates.trainers.portrait import portray, show
-from retention_gates.trainers.rows import RowCollator, forward_arguments, next_token_targets, packed_documents
+from retention_gates.trainers.row_groups import RowGroups
+from retention_gates.trainers.rows import RowCollator, forward_arguments, set_shares
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
 
 Batch = dict[str, Any]  # tensors [B, T], and the numbers of `RowCollator`
@@ -83,7 +85,8 @@ class RetentionTrainer(Trainer):
         self._sharded = engine_of(args) != "replicated"
         if args.objective == "end_to_end" and not self._sharded:
             check_packing(model)
-        collator = RowCollator(getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None))
+        positions = getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None)
+        collator = RowCollator(positions, args.process_index % args.ranks_per_row, args.ranks_per_row)
         if len(train_dataset) == 0:
             raise ValueError("train_dataset is empty: it needs at least one row.")
         collator.check(train_dataset[0])
@@ -101,6 +104,7 @@ class RetentionTrainer(Trainer):
             optimizers=optimizers,
         )
         check_engine(args, self.accelerator)
+        self._row_groups = RowGroups(self.accelerator, args.ranks_per_row)
         self.model_accepts_loss_kwargs = False  # each forward pass gives a mean, to be divided by a step's passes
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine())
@@ -151,7 +155,8 @@ class RetentionTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of one batch."""
         try:
-            with self._clock.phase("forward_and_backward"):
+            split = find_gated_model(model).rows_split_over(self._row_groups.own)
+            with self._clock.phase("forward_and_backward"), split:
                 return self._pass(model, inputs, num_items_in_batch)
         except ValueError as error:
             if all(gate.isfinite().all() for gate in model.parameters() if gate.requires_grad):
@@ -182,26 +187,21 @@ class RetentionTrainer(Trainer):
         self._averages.add(terms, inputs["input_ids"].numel())
         return loss * share
 
+    def get_train_dataloader(self) -> DataLoader:
+        with self._row_groups.dealt_rows():
+            return super().get_train_dataloader()
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return super().get_total_train_batch_size(args) // self.args.ranks_per_row
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], None]:
-        """The batches of one optimiser step, each with its `shares`: by how much their means count in the step's.
-
-        Ranks and passes are averaged with equal weight, but documents end and targets fall where they do.
-        """
+        """The batches of one optimiser step, each with its `shares`."""
         with self._clock.phase("rows"):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.args.objective == "layerwise":  # counts rows only
-            return batches, None
-        totals = [sum(batch["counts"][i] for batch in batches) for i in range(2)]
-        passes = len(batches)
-        if self.accelerator.num_processes > 1:
-            counted = torch.tensor([*totals, passes], device=device)
-            *totals, passes = self.accelerator.reduce(counted, reduction="sum").tolist()
-        for batch in batches:
-            batch["shares"] = tuple(
-                count * passes / max(1, total) for count, total in zip(batch["counts"], totals, strict=True)
-            )
+        if self.args.objective == "end_to_end":  # the other one counts rows only
+            set_shares(batches, self.accelerator)
         return batches, None
 
     def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Terms]:
@@ -210,7 +210,6 @@ class RetentionTrainer(Trainer):
         Each is a mean over the positions of all rows of the optimiser step, whichever rank and pass they are in.
         """
         kl_share, next_token_share = inputs.get("shares", EVEN)
-        targets, counted = next_token_targets(inputs["labels"], packed_documents(inputs["position_ids"]))
         tokens = forward_arguments(inputs)
         with torch.no_grad(), self.model.disable_adapter():
             teacher_hidden = self.model(**tokens)  # [B, T, C]
@@ -222,8 +221,8 @@ class RetentionTrainer(Trainer):
                 student_hidden.flatten(0, 1),
                 teacher_hidden.flatten(0, 1),
                 weight,
-                targets.flatten(),
-                mask=counted.flatten(),
+                inputs["targets"].flatten(),
+                mask=inputs["counted"].flatten(),
                 bias=bias,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
@@ -252,7 +251,8 @@ class RetentionTrainer(Trainer):
     @cached_property
     def _output_head(self) -> OutputHead:
         if self._sharded:  # could not be checked before it was divided
-            check_packing(self.model)
+            with find_gated_model(self.model).rows_split_over(None):
+                check_packing(self.model)
         return OutputHead.from_model(self.model)
 
     # ---- what a run tells ----

@@ -29,6 +29,7 @@ from retention_gates.gates.head import OutputHead
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.recipes.bench.harness import Measurement, matrix_tflops, report, time_ms
 from retention_gates.trainers.config import RetentionTrainingArguments
+from retention_gates.trainers.rows import RowCollator
 from retention_gates.trainers.trainer import RetentionTrainer
 
 SHAPE: dict[str, Any] = {
@@ -64,12 +65,15 @@ def make_model(device: str, dtype: torch.dtype, *, offload_checkpoints: bool = F
 
 def make_batch(tokens: int, vocabulary: int, device: str) -> Batch:
     """One row, one document."""
-    ids = torch.randint(vocabulary, (1, tokens), device=device)
-    return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(tokens, device=device)[None]}
+    batch = RowCollator(tokens)([_row(torch.randint(vocabulary, (tokens,)))])
+    return {name: batch[name].to(device) for name in batch.keys() - {"counts"}}
+
+
+def _row(ids: Tensor) -> Batch:
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(len(ids))}
 
 
 def make_trainer(model: PeftModel, batch: Batch, folder: Path) -> RetentionTrainer:
-    row = {name: column[0].cpu() for name, column in batch.items()}
     arguments = RetentionTrainingArguments(
         output_dir=str(folder),
         memory_size=512,
@@ -78,7 +82,7 @@ def make_trainer(model: PeftModel, batch: Batch, folder: Path) -> RetentionTrain
         disable_tqdm=True,
         use_cpu=batch["input_ids"].device.type == "cpu",
     )
-    trainer = RetentionTrainer(model, arguments, [row])
+    trainer = RetentionTrainer(model, arguments, [_row(batch["input_ids"][0].cpu())])
     trainer.create_optimizer()
     return trainer
 
@@ -99,7 +103,6 @@ def gated_step(trainer: RetentionTrainer, batch: Batch) -> Tensor:
 def plain_step(model: PeftModel, head: OutputHead, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient of the input embeddings [1, T, C]."""
     tokens = {"position_ids": batch["position_ids"], "use_cache": False, "last_hidden_state_only": True}
-    targets = batch["labels"][0].roll(-1).index_fill(0, torch.tensor([-1], device=batch["labels"].device), -100)
     with model.disable_adapter():  # the backward pass too, which computes layers again
         with torch.no_grad():
             teacher = model(input_ids=batch["input_ids"], **tokens)
@@ -107,7 +110,7 @@ def plain_step(model: PeftModel, head: OutputHead, batch: Batch) -> tuple[Tensor
         embeddings.requires_grad_()
         student = model(inputs_embeds=embeddings, **tokens)
         with head.weights() as (weight, _):
-            loss = distill_loss(student[0], teacher[0], weight, targets).total
+            loss = distill_loss(student[0], teacher[0], weight, batch["targets"][0]).total
         loss.backward()
     assert embeddings.grad is not None
     return loss.detach(), embeddings.grad

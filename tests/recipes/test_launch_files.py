@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_run import make_run, run_quietly
 
 from retention_gates.recipes import train
+from retention_gates.trainers.row_groups import ranks_per_row
 
 RECIPES = Path(train.__file__).resolve().parent
 FILES = sorted((RECIPES / "accelerate").glob("*.yaml"))
@@ -52,18 +53,30 @@ def test_accelerate_reads_the_file(file: Path):
 
 
 def test_there_is_a_file_for_each_shape_of_machine():
-    assert [file.stem for file in FILES] == ["ddp", "fsdp2", "one_gpu", "two_nodes", "zero2", "zero3"]
+    assert [file.stem for file in FILES] == ["ddp", "fsdp2", "one_gpu", "two_nodes", "ulysses", "zero2", "zero3"]
+
+
+def test_what_is_launched_for_shared_rows_shares_them(monkeypatch: pytest.MonkeyPatch):
+    _, environment = launched_by(RECIPES / "accelerate" / "ulysses.yaml")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_per_row(None, ranks=8) == 2
+    assert os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "false"  # else Accelerate would look for DeepSpeed
 
 
 @pytest.mark.slow  # six processes that start and train
 @pytest.mark.parametrize("stem", ["fsdp2", "zero2", "zero3"])
 def test_the_adapter_of_a_sharded_run_is_the_one_of_two_whole_copies(tmp_path: Path, stem: str, monkeypatch):
-    """Complete, of the same form and of the same values, evaluated and calibrated on the way, and resumable."""
+    """Complete, of the same form and of the same values, evaluated and calibrated on the way, and resumable.
+
+    The same again with each row split over both ranks.
+    """
     monkeypatch.chdir(RECIPES.parent)
     _, environment = launched_by(RECIPES / "accelerate" / f"{stem}.yaml")
     environment = {k: v for k, v in environment.items() if k.startswith(("ACCELERATE", "FSDP"))}
     assert environment.get("FSDP_VERSION") == "2" or environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     options = {"objective": "end_to_end", "use_cpu": False, "max_steps": 4, "save_steps": 2, "disable_tqdm": True}
+    options["rows_per_step"] = 2
     config = str(make_run(tmp_path, layers=2, per_device_train_batch_size=1, **options))
 
     def run(name: str, environment: dict[str, str], *more: str) -> dict:
@@ -71,18 +84,21 @@ def test_the_adapter_of_a_sharded_run_is_the_one_of_two_whole_copies(tmp_path: P
         return {"ranks": 2, "arguments": arguments, "environment": environment}
 
     runs = tmp_path / "runs.json"
-    runs.write_text(json.dumps([run("whole", {}, "training.use_cpu=true"), run("sharded", environment)]))
+    split = run("split", environment, "training.parallelism_config={sp_size: 2}")
+    runs.write_text(json.dumps([run("whole", {}, "training.use_cpu=true"), run("sharded", environment), split]))
     done = run_quietly([sys.executable, str(DRIVER), str(runs), "--sharded"])
     assert done.returncode == 0, done.stderr[-4000:]
-    adapters = [tmp_path / name / "adapter" for name in ("whole", "sharded")]
-    whole, sharded = (load_file(adapter / "adapter_model.safetensors") for adapter in adapters)
-    assert whole.keys() == sharded.keys()
+    adapters = [tmp_path / name / "adapter" for name in ("whole", "sharded", "split")]
+    whole, sharded, halves = (load_file(adapter / "adapter_model.safetensors") for adapter in adapters)
+    assert whole.keys() == sharded.keys() == halves.keys()
     for name, weights in whole.items():
         assert sharded[name].dtype == torch.float32
         torch.testing.assert_close(sharded[name], weights, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(halves[name], weights, rtol=1e-5, atol=1e-6)
     configs = [json.loads((adapter / "adapter_config.json").read_text()) for adapter in adapters]
     shares = [torch.tensor(config.pop("budget_shares")) for config in configs]
-    torch.testing.assert_close(*shares, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shares[1], shares[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shares[2], shares[0], rtol=1e-4, atol=1e-4)
     assert [config.pop("weights_sha256") for config in configs] and configs[0] == configs[1]
 
     (tmp_path / "sharded" / "adapter" / "adapter_model.safetensors").unlink()

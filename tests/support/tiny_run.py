@@ -36,6 +36,14 @@ def make_texts(folder: Path, works: int = 4, words: int = 600) -> Path:
     return folder
 
 
+def make_short_documents(path: Path) -> Path:
+    """Of 2 to 60 words each, so that rows of 48 tokens differ in how many forecasts they have."""
+    lengths = random.Random(0).choices(range(2, 60), k=120)
+    lines = [json.dumps({"text": " ".join(random.Random(i).choices(WORDS, k=n))}) for i, n in enumerate(lengths)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def make_run(folder: Path, layers: int = 4, **training: object) -> Path:
     """Writes model, texts and run.yaml; gives the path of the latter. Rows of 48 tokens, 8 steps of 2 rows."""
     run = {
@@ -79,3 +87,11 @@ def logged(output_dir: Path) -> list[dict]:
     """The lines of log.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith(UNREPEATABLE)} for line in lines]
+
+
+def run_on_ranks(folder: Path, runs: list[dict]) -> None:
+    """Train commands one after the other, as run_ranks.py takes them; what they say is in folder/runs.output."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    driver = Path(__file__).with_name("run_ranks.py")
+    done = run_quietly([sys.executable, str(driver), str(folder / "runs.json")])
+    assert done.returncode == 0, done.stderr[-4000:]

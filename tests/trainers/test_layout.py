@@ -52,10 +52,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="4 processes were started on a machine with 2 GPUs: launch with --num_proc"):
-        check_devices(use_cpu=False, has_parallelism=False)
-    check_devices(use_cpu=True, has_parallelism=False)
+        check_devices(use_cpu=False)
+    check_devices(use_cpu=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    check_devices(use_cpu=False, has_parallelism=False)
+    check_devices(use_cpu=False)
 
 
 def test_processes_that_would_each_run_alone_are_refused(monkeypatch: pytest.MonkeyPatch):
@@ -63,10 +63,3 @@ def test_processes_that_would_each_run_alone_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="started 2 processes, but each of them would run alone"):
         check_launch(None, 1)
-
-
-@pytest.mark.parametrize("name", ["SP", "CP", "TP"])
-def test_rows_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
-    with pytest.raises(ValueError, match=rf"parallelism_config \({name}\) would split rows .*offload: true"):
-        arguments(tmp_path)

@@ -1,34 +1,16 @@
 """Several processes train as one does on the same rows."""
 
-import json
-import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
-from tiny_run import WORDS, logged, make_run, run_quietly
+from tiny_run import logged, make_run, make_short_documents, run_on_ranks
 
 from retention_gates.trainers.checkpoint import read_manifest
 
-DRIVER = Path(__file__).parents[1] / "support" / "run_ranks.py"
 STEP = "training.rows_per_step=4"
-
-
-def make_short_documents(path: Path) -> Path:
-    """Of 2 to 60 words each, so that rows of 48 tokens differ in how many forecasts they have."""
-    lengths = random.Random(0).choices(range(2, 60), k=120)
-    lines = [json.dumps({"text": " ".join(random.Random(i).choices(WORDS, k=n))}) for i, n in enumerate(lengths)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def run_all(folder: Path, runs: list[dict]) -> None:
-    (folder / "runs.json").write_text(json.dumps(runs))
-    done = run_quietly([sys.executable, str(DRIVER), str(folder / "runs.json")])
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return [str(config), *sizes, *more]
 
     layerwise = "training.objective=layerwise"
-    run_all(
+    run_on_ranks(
         folder,
         [
             {"ranks": 1, "arguments": arguments("one", 4)},
@@ -60,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for left in ("checkpoint-6", "checkpoint-8", "adapter"):  # as if it had been killed before step 6
         shutil.rmtree(moved / left)
     (moved / "run.yaml").write_text((moved / "run.yaml").read_text().replace(str(folder / "two"), str(moved)))
-    run_all(folder, [{"ranks": 1, "arguments": arguments("moved", 1, "resume=true")}])
+    run_on_ranks(folder, [{"ranks": 1, "arguments": arguments("moved", 1, "resume=true")}])
     return folder
 
 

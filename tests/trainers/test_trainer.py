@@ -12,7 +12,6 @@ from retention_gates import find_gated_model, record
 from retention_gates.kernels.retention_attention import retention_attention
 from retention_gates.trainers.evaluation import Contender, compare_rows
 from retention_gates.trainers.losses import capacity_loss
-from retention_gates.trainers.rows import COLUMNS
 from retention_gates.trainers.trainer import RetentionTrainer
 
 
@@ -92,11 +91,11 @@ def test_a_gate_that_is_not_a_number_stops_the_step(tmp_path: Path, objective: s
 @pytest.mark.parametrize("objective", ["end_to_end", "layerwise"])
 def test_a_packed_row_is_its_documents_apart(tmp_path: Path, objective: str):
     trainer = trainer_of(tmp_path, objective=objective, capacity_weight=0.0)
-    batch = batch_of(trainer, 1)
-    row = {name: batch[name] for name in COLUMNS}
-    changed = {name: column.clone() for name, column in row.items()}
-    changed["input_ids"][:, :30] = changed["labels"][:, :30] = torch.randint(3, 97, (1, 30))
-    apart = {name: column[:, 30:] for name, column in row.items()}
+    tokens = trainer.train_dataset[0]
+    others = {name: column.clone() for name, column in tokens.items()}
+    others["input_ids"][:30] = others["labels"][:30] = torch.randint(3, 97, (30,))
+    parts = [{name: column[where] for name, column in tokens.items()} for where in (slice(30), slice(30, None))]
+    row, changed, first, apart = (trainer.data_collator([part]) for part in (tokens, others, *parts))
     model = trainer.model
     for inputs in (row, changed):
         with torch.no_grad(), record(model) as recording:
@@ -106,7 +105,6 @@ def test_a_packed_row_is_its_documents_apart(tmp_path: Path, objective: str):
         for packed, single in zip(recording.log_beta, alone.log_beta, strict=True):
             torch.testing.assert_close(packed[..., 30:], single)
     if objective == "end_to_end":  # 29 and 17 forecasts inside the two documents
-        first = {name: column[:, :30] for name, column in row.items()}
         losses = [trainer.compute_loss(model, dict(inputs)).item() for inputs in (row, first, apart)]
         assert losses[0] == pytest.approx((29 * losses[1] + 17 * losses[2]) / 46, rel=1e-5)
 
@@ -115,7 +113,7 @@ def test_a_packed_row_is_its_documents_apart(tmp_path: Path, objective: str):
 def test_checkpoints_in_the_memory_of_the_cpu_change_no_gradient(tmp_path: Path):
     trainer = trainer_of(tmp_path, use_cpu=False)
     batch = batch_of(trainer)
-    inputs = {name: batch[name].cuda() for name in COLUMNS}
+    inputs = {name: batch[name].cuda() for name in batch.keys() - {"counts"}}
     there = {}
     for offload in (False, True):
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False}, offload=offload)
