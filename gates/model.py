@@ -14,20 +14,12 @@ from torch import nn
 from retention_gates.gates.adapter_checks import check_digest, digest, refuse
 from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
 from retention_gates.gates.base_identity import check_same, identity, warn_if_another_base
-from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
 from retention_gates.gates.gate import GATES, RetentionGate
+from retention_gates.gates.generation import prepared, prompt_columns
 from retention_gates.gates.layer import RetentionGatedAttention
-from retention_gates.gates.long_prompts import chunk_size, refuse_dropped_cache
 from retention_gates.gates.row_group import RowGroup
-
-ROLLS_BACK = {
-    "assistant_model": "assisted decoding",
-    "prompt_lookup_num_tokens": "prompt-lookup decoding",
-    "assistant_early_exit": "self-speculative decoding",
-    "use_mtp": "multi-token prediction",
-}
 
 
 class RetentionGateModel(BaseTuner):
@@ -106,43 +98,11 @@ class RetentionGateModel(BaseTuner):
         With a bounded cache a prompt of more than 32,768 tokens is read in chunks of 4,096, each attending to what is
         kept and to itself, so that memory does not grow with the prompt. `prefill_chunk_size` decides otherwise.
         """
-        configs = [kwargs.get("generation_config", *args[1:2]), self.model.generation_config]  # its second argument
-
-        def option(name: str) -> Any:
-            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in given if value is not None), None)
-
-        bounded = any(
-            isinstance(layer, GatedCacheLayer) for layer in getattr(kwargs.get("past_key_values"), "layers", ())
-        )
-        for name, what in ROLLS_BACK.items():
-            if bounded and option(name) not in (None, False):
-                raise ValueError(
-                    f"{name} means {what}, which rolls the cache back; a bounded cache has overwritten what was. "
-                    f"Leave {name} out, or generate without a BoundedCache under model.disable_adapter()."
-                )
-        # "hybrid", which older Hub models have as their default, is what transformers itself takes for None
-        if option("cache_implementation") not in (None, "hybrid") and self._gates_on:
-            raise ValueError(
-                f"cache_implementation={option('cache_implementation')!r} makes a cache that evicts nothing. Leave it "
-                "out (of model.generation_config too) and pass past_key_values=BoundedCache(model, memory_size=...), "
-                "or generate under model.disable_adapter()."
-            )
-        prompt = kwargs.get("input_ids", kwargs.get("inputs", next(iter(args), None)))
-        if bounded and isinstance(prompt, torch.Tensor):
-            new = option("max_new_tokens") or max((option("max_length") or 0) - prompt.shape[1], 20)
-            refuse_dropped_cache(text_config(self.model), prompt.shape[1] + new)
-            seen, mask = int(kwargs["past_key_values"].get_seq_length()), kwargs.get("attention_mask")
-            holds_all = mask is None or mask.shape[1] == prompt.shape[1]  # as transformers tells it
-            unread = prompt.shape[1] - (seen if holds_all else 0)
-            kwargs["prefill_chunk_size"] = chunk_size(option("prefill_chunk_size"), unread, seen)
+        kwargs = prepared(self.model, args, kwargs, gates_on=self._gates_on)
         cache = kwargs.get("past_key_values")
         if (graph := getattr(cache, "decode_graph", None)) is None:
             return self.model.generate(*args, **kwargs)
-        names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
-        prompt = [*args[:1], *(kwargs.get(name) for name in names)]
-        columns = max((given.shape[1] for given in prompt if given is not None), default=1)
-        with graph.attached(self.model, cache, columns):
+        with graph.attached(self.model, cache, prompt_columns(args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -177,11 +177,11 @@ def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_s
     import torch
     from tqdm.auto import tqdm
 
-    from retention_gates.gates import long_prompts
+    from retention_gates.gates import generation
     from retention_gates.gates.model import find_gated_model
 
     gated, tokens = find_gated_model(model), inputs.shape[1]
-    size = long_prompts.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
+    size = generation.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
     with (
         torch.no_grad(),
         tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True, disable=tokens <= size) as bar,

@@ -7,7 +7,7 @@ import torch
 from gated_models import gated_model, token_ids
 from transformers import DynamicCache, GenerationConfig
 
-from retention_gates.gates import long_prompts
+from retention_gates.gates import generation
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.layer import logger
 from retention_gates.gates.policies import POLICIES
@@ -332,8 +332,8 @@ def test_padding_that_the_next_turn_tells_of_is_forgotten():
 
 def test_a_later_turn_is_read_in_chunks_only_if_it_is_long(monkeypatch):
     """What the cache has read does not count, and is not read again."""
-    monkeypatch.setattr(long_prompts, "LONG_PROMPT", 16)
-    monkeypatch.setattr(long_prompts, "CHUNK", 4)
+    monkeypatch.setattr(generation, "LONG_PROMPT", 16)
+    monkeypatch.setattr(generation, "CHUNK", 4)
     model = gated_model()
     cache = BoundedCache(model, memory_size=60)
     ids = model.generate(input_ids=token_ids(1, 12), past_key_values=cache, **GREEDY)
@@ -348,7 +348,7 @@ def test_a_later_turn_is_read_in_chunks_only_if_it_is_long(monkeypatch):
         ids = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
         assert cache.get_seq_length() == ids.shape[1] - 1
     assert asked == [None, 4]
-    monkeypatch.setattr(long_prompts, "version", lambda name: "5.22.1")
+    monkeypatch.setattr(generation, "version", lambda name: "5.22.1")
     more = torch.cat([ids, token_ids(1, 20)], dim=1)
     with pytest.raises(ValueError, match=r"has read 116 tokens and a further 21 .* transformers>=5.23"):
         model.generate(input_ids=more, past_key_values=cache, **GREEDY)
