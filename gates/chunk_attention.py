@@ -70,7 +70,7 @@ def attend_packed(
     batch, heads, tokens, head_dim = key.shape
     device = key.device
     table = slot_table(head_offsets, device)
-    held = (table.by_head(slots[2]) >= 0) & table.exists  # [B, H, S]
+    held = table.held(slots[2]) >= 0  # [B, H, S]
     counts = held.sum(2, keepdim=True)
     ends = (counts + tokens).flatten().cumsum(0)  # [B * H], of the sequences
     begins = ends.view(batch, heads, 1) - counts - tokens

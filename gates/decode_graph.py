@@ -147,11 +147,11 @@ class DecodeGraph:
             output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others, watch))
             if watch is not None:
                 self.watched, self.layers = key, watch.found(self.model())
-            if wait is None and (watch is None or not (self.compile or self.layers)):
-                self.warm = key
-            elif (
-                wait is not None and self.waited
-            ):  # at its first step a model may make tables, at the second it makes them always
+            if wait is None:
+                # a watched step ran as the recorded one will, unless something is to be computed otherwise
+                if watch is None or not (self.compile or self.layers):
+                    self.warm = key
+            elif self.waited:  # at its first step a model may make tables, at the second it makes them always
                 self.refuse(wait)
             self.waited = wait is not None
             if kinds := [name for name, value in output.items() if not isinstance(value, torch.Tensor | Cache)]:

@@ -77,7 +77,7 @@ def prepared(model: nn.Module, args: tuple, kwargs: dict[str, Any], *, gates_on:
             "(of model.generation_config too) and pass past_key_values=BoundedCache(model, memory_size=...), or "
             "generate under model.disable_adapter()."
         )
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if not any(isinstance(layer, GatedCacheLayer) for layer in getattr(cache, "layers", ())):
         return kwargs
     for name, what in ROLLS_BACK.items():
@@ -91,7 +91,7 @@ def prepared(model: nn.Module, args: tuple, kwargs: dict[str, Any], *, gates_on:
         return kwargs
     new = option("max_new_tokens") or max((option("max_length") or 0) - prompt.shape[1], 20)
     refuse_dropped_cache(text_config(model), prompt.shape[1] + new)
-    seen, mask = int(kwargs["past_key_values"].get_seq_length()), kwargs.get("attention_mask")
+    seen, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
     holds_all = mask is None or mask.shape[1] == prompt.shape[1]  # as transformers tells it
     unread = prompt.shape[1] - (seen if holds_all else 0)
     return kwargs | {"prefill_chunk_size": chunk_size(option("prefill_chunk_size"), unread, seen)}

@@ -1,4 +1,4 @@
-"""Time of the linear layers of one decoding step, in the shapes of Qwen3-4B by default, bf16.
+"""Time of the linear layers of one decoding step, in the shapes of Qwen3-4B, bf16.
 
     python recipes/bench/few_row_linear.py --rows 1 4 16 32
 
@@ -19,6 +19,13 @@ from retention_gates.kernels.few_row_linear import fused, naive
 from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, replayed_us, report
 
 LEAST_BYTES = 512 * 2**20  # read by one graph, ten times the cache of the device
+SHAPES = {  # of Qwen3-4B: columns, and outputs of each weight; the gate's comes first, in fp32
+    "gate, q, k, v": (2560, [512, 4096, 1024, 1024]),
+    "o": (4096, [2560]),
+    "gate_proj, up_proj": (2560, [9728, 9728]),
+    "down_proj": (9728, [2560]),
+    "lm_head": (2560, [151_936]),
+}
 TILES = [
     fused.Tile(16, 128, 4, 6),
     fused.Tile(16, 256, 2, 4),
@@ -27,17 +34,6 @@ TILES = [
     fused.Tile(32, 128, 4, 5),
     fused.Tile(32, 256, 8, 4),
 ]
-
-
-def shapes(hidden: int, inner: int, heads: int, kv_heads: int, dim: int, width: int, vocabulary: int) -> dict:
-    """Name -> columns, and outputs of each weight; the gate's comes first, in fp32."""
-    return {
-        "gate, q, k, v": (hidden, [width, heads * dim, kv_heads * dim, kv_heads * dim]),
-        "o": (heads * dim, [hidden]),
-        "gate_proj, up_proj": (hidden, [inner, inner]),
-        "down_proj": (inner, [hidden]),
-        "lm_head": (hidden, [vocabulary]),
-    }
 
 
 def measure(name: str, columns: int, sizes: list[int], rows: int, rate: float, tiles: list) -> list[Measurement]:
@@ -83,7 +79,7 @@ def main() -> None:
     found: list[Measurement] = []
     for rows in options.rows:
         total = dict.fromkeys(("ours", "F.linear"), 0.0)
-        for name, (columns, sizes) in shapes(2560, 9728, 32, 8, 128, 512, 151_936).items():
+        for name, (columns, sizes) in SHAPES.items():
             measured = measure(name, columns, sizes, rows, rate, TILES if options.sweep else [])
             for each in measured[:2]:
                 total[each.contender] += each.value * (1 if name == "lm_head" else 36) / 1e3
