@@ -1,17 +1,19 @@
 """Time and memory of a stream without end: a small model goes on and on with one cache.
 
     python recipes/bench/streaming.py                              # 1,000,000 tokens; SmolLM2-135M's shape on CUDA
+    python recipes/bench/streaming.py --chunk 512                  # the same number read, 512 by 512
     python recipes/bench/streaming.py --device cpu --tokens 50000  # a tiny model
 
-Random weights; every token is the likeliest after the one before, one at a time. Each tenth of the stream is timed as
-a whole (on a CPU in CPU time), after a warm-up of a hundredth; "last" over "first" is the figure that has to stay at
-1. Memory is what the cache holds and, on CUDA, what is allocated at most during the tenth; on a CPU, the peak of the
-process.
+Random weights; every token is the likeliest after the one before, one at a time, or random ones are read in chunks.
+Each tenth of the stream is timed as a whole (on a CPU in CPU time), after a warm-up of a hundredth; "last" over
+"first" is the figure that has to stay at 1. Memory is what the cache holds and, on CUDA, what is allocated at most
+during the tenth; on a CPU, the peak of the process.
 """
 
 import argparse
 import resource
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +38,15 @@ def make_model(shape: dict[str, Any], device: str) -> PeftModel:
 
 
 @torch.no_grad()
+def read(model: PeftModel, cache: BoundedCache, last: torch.Tensor, tokens: int, chunk: int) -> torch.Tensor:
+    """So many tokens more, random ones, `chunk` at a time; gives the last one, [1, 1]."""
+    for _ in trange(tokens // chunk, unit="chunk", mininterval=5, leave=False):
+        ids = torch.randint(model.config.vocab_size, (1, chunk), device=last.device)
+        last = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    return last
+
+
+@torch.no_grad()
 def go_on(model: PeftModel, cache: BoundedCache, last: torch.Tensor, tokens: int) -> torch.Tensor:
     """So many tokens more, each the likeliest; gives the last one, [1, 1]."""
     for _ in trange(tokens, unit="tok", unit_scale=True, mininterval=5, leave=False):
@@ -53,21 +64,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--memory-size", type=int, default=256)
+    parser.add_argument("--chunk", type=int, help="read so many tokens at a time (default: generate one by one)")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    device, part = options.device, options.tokens // TENTHS
+    chunk = options.chunk or 1
+    device, part = options.device, options.tokens // TENTHS // chunk * chunk
+    if part == 0:
+        parser.error(f"a tenth of {options.tokens} tokens is less than one chunk of {chunk}")
+    step = go_on if options.chunk is None else partial(read, chunk=chunk)
     model = make_model(SMOLLM2_135M if device == "cuda" else TINY, device)
     cache = BoundedCache(model, options.memory_size)
     last = torch.ones(1, 1, dtype=torch.int64, device=device)
     clock = time.perf_counter if device == "cuda" else time.process_time
-    warm = max(options.memory_size + 2, options.tokens // 100)  # at least until every head is full
-    last = go_on(model, cache, last, warm)
+    least = max(options.memory_size + 2, options.tokens // 100)  # at least until every head is full
+    warm = -(-least // chunk) * chunk
+    last = step(model, cache, last, warm)
     milliseconds, peaks, held = [], [], []
     for _ in range(TENTHS):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         begin = clock()
-        last = go_on(model, cache, last, part)
+        last = step(model, cache, last, part)
         last.item()  # waits for the device
         milliseconds.append((clock() - begin) * 1e3 / part)
         peaks.append(peak_mib(device))
@@ -75,7 +92,10 @@ def main() -> None:
     seen = warm + part * TENTHS
     if int(cache.get_seq_length()) != seen or len(set(held)) != 1:
         raise SystemExit(f"the cache counts {int(cache.get_seq_length())} tokens of {seen} and holds {held} MiB")
-    case = f"{options.tokens} tokens, M={options.memory_size}, {'SmolLM2-135M shape' if device == 'cuda' else 'tiny'}"
+    how = "" if options.chunk is None else f" read by {chunk}"
+    case = (
+        f"{part * TENTHS} tokens{how}, M={options.memory_size}, {'SmolLM2-135M shape' if device == 'cuda' else 'tiny'}"
+    )
     measured = [
         Measurement(case, f"ours, tenth {tenth + 1}", value, "ms", peak_mib=peaks[tenth])
         for tenth, value in enumerate(milliseconds)
