@@ -17,6 +17,7 @@ MOST_WARPS = 16
 # slots of a lane that are asked for before any is waited for, so that registers must hold them; one more than a power
 # of two takes a budget that is one, with the slot for the next token
 ROUNDS: tuple[int, ...] = (1, 2, 3, 5, 9, 16)
+ROUNDS_OF_SEVERAL = 9  # where one pass is not enough: a loop of 16 takes 15 s to compile, of 9 4 s
 
 
 def gate_evict(
@@ -74,8 +75,10 @@ def shape_of(largest: int) -> tuple[int, int, int]:
     """Warps of a program whose longest head has `largest` slots, rounds of a slot a lane in a pass, and passes."""
     warps = min(MOST_WARPS, next_power_of_2(max(1, largest // SLOTS_PER_WARP)))
     needed = cdiv(largest, warps * LANES)
-    # few different numbers: each is a kernel to compile, and calibrated budgets differ in every layer
-    rounds = next(rounds for rounds in ROUNDS if rounds >= min(needed, ROUNDS[-1]))
+    if needed > ROUNDS[-1]:
+        rounds = min(ROUNDS_OF_SEVERAL, ROUNDS[-1])
+    else:  # few different numbers: each is a kernel to compile, and calibrated budgets differ in every layer
+        rounds = next(rounds for rounds in ROUNDS if rounds >= needed)
     return warps, rounds, cdiv(needed, rounds)
 
 

@@ -126,7 +126,7 @@ def _take(
     return lowest, lowest_rank, victim, first_empty, empties
 
 
-@triton.jit(do_not_specialize=["mask_width", "buffer_size"])
+@triton.jit(do_not_specialize=["size", "slots", "mask_width", "buffer_size"])
 def evict_step(
     keys,  # [B, N, D]
     values,  # [B, N, Dv]

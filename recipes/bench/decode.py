@@ -199,8 +199,9 @@ def measure(
     arguments: argparse.Namespace, model: PeftModel, batch: int, context: int, rate: float | None
 ) -> list[Measurement]:
     case = f"{arguments.shape} B={batch} M={arguments.memory_size} context {context}"
-    rows = []
+    rows: list[Measurement] = []
     for name, (make, entries) in contenders(arguments, model, batch, context).items():
+        first = len(rows)
         with torch.no_grad():
             begin = time.perf_counter()
             cache = make()
@@ -215,12 +216,14 @@ def measure(
         limit = None if rate is None else 1e3 * batch / limit_ms(model, batch, entries, rate)
         rate_of = 1e3 * batch / value
         rows.append(Measurement(case, name, rate_of, "tok/s", rate_of * spread / value, limit))
-        print(f"{name}: {value:.3f} ms a step, {time.perf_counter() - begin:.1f} s in all", flush=True)
+        seconds = time.perf_counter() - begin
         if ours and cache.decode_graph and cache.decode_graph.recording:
             value, spread = replay_ms(cache)
             rows.append(Measurement(case, f"{name}, the graph alone", 1e3 * batch / value, "tok/s", None, limit))
-            if arguments.kernels:
-                print_kernels(cache)
+        report("decode", rows[first:])
+        print(f"{seconds:.1f} s in all", flush=True)
+        if arguments.kernels and ours and cache.decode_graph and cache.decode_graph.recording:
+            print_kernels(cache)
         del cache
     return rows
 
@@ -287,22 +290,19 @@ def main() -> None:
     model = make_model(arguments.shape, arguments.device, torch.bfloat16 if is_cuda else torch.float32)
     print(f"model in {time.perf_counter() - begin:.1f} s", flush=True)
     rate = bandwidth_gbs() if is_cuda else None
-    rows = []
     if is_cuda:
         batch = arguments.batches[0]
         cache = BoundedCache(model, memory_size=arguments.memory_size)
         for tokens, what in ((1, "first token"), (4, "first replay")):
             seconds = generate_seconds(model, cache, batch, 0, tokens)
-            rows.append(Measurement(f"{arguments.shape} B={batch} after loading", f"ours, {what}", seconds, "s"))
+            case = f"{arguments.shape} B={batch} after loading"
+            report("decode", [Measurement(case, f"ours, {what}", seconds, "s")])
         del cache
     points: dict[str, list[tuple[int, float]]] = {}
     for batch in arguments.batches:
         for context in arguments.contexts or [arguments.context]:
-            measured = measure(arguments, model, batch, context, rate)
-            rows += measured
-            for row in measured:
+            for row in measure(arguments, model, batch, context, rate):
                 points.setdefault(row.contender, []).append((context, 1e3 * batch / row.value))
-    report("decode", rows)
     if arguments.plot:
         plot(points, arguments.plot)
 

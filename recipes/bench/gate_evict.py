@@ -9,7 +9,7 @@ script fails. The limit is the state's traffic at the measured bandwidth; what a
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -40,19 +40,17 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="warps and rounds as well")
     options = parser.parse_args()
     bandwidth = bandwidth_gbs()
-    measured = []
     for batch in options.batch:
         for memory_size in options.memory_size:
-            measured += cases(batch, options.heads, memory_size, options.head_dim, options.gate_width, bandwidth)
+            for measured in cases(batch, options.heads, memory_size, options.head_dim, options.gate_width, bandwidth):
+                report("gate_evict", [measured])
             if options.sweep:
-                measured += sweep(batch, options.heads, memory_size, options.head_dim)
+                report("gate_evict", sweep(batch, options.heads, memory_size, options.head_dim))
     value, spread = replayed_us([lambda: nothing[32, 1](num_warps=4)] * LAYERS)
-    measured.append(Measurement("a launch in a graph", "an empty kernel", value, "us", spread))
-    report("gate_evict", measured)
+    report("gate_evict", [Measurement("a launch in a graph", "an empty kernel", value, "us", spread)])
 
 
-def cases(batch: int, heads: int, size: int, dim: int, width: int, bandwidth: float) -> list[Measurement]:
-    measured = []
+def cases(batch: int, heads: int, size: int, dim: int, width: int, bandwidth: float) -> Iterator[Measurement]:
     for kind, sizes in (("uniform", [size] * heads), ("ragged", ragged(size, heads))):
         case = f"B={batch} H={heads} D={dim} M={size} bf16 {kind}"
         offsets = tuple(accumulate((entries + 1 for entries in sizes), initial=0))
@@ -76,13 +74,12 @@ def cases(batch: int, heads: int, size: int, dim: int, width: int, bandwidth: fl
         }
         for contender, (form, given, options) in contenders.items():
             value, spread = replayed_us([partial(form, *state, *token, given, offsets, **options) for state in states])
-            measured.append(Measurement(case, contender, value, "us", spread, limit))
+            yield Measurement(case, contender, value, "us", spread, limit)
         if kind == "uniform":
             plain: Form = naive.gate_evict
             milliseconds, spread = time_ms(partial(plain, *states[0], *token, score, offsets, **rule))
             value, spread = milliseconds * 1e3, spread * 1e3
-            measured.append(Measurement(case, "plain torch, launches queued", value, "us", spread, limit))
-    return measured
+            yield Measurement(case, "plain torch, launches queued", value, "us", spread, limit)
 
 
 def sweep(batch: int, heads: int, size: int, dim: int) -> list[Measurement]:

@@ -14,6 +14,7 @@ import torch
 from retention_gates.recipes.provenance import commit
 
 SLEEP_CYCLES = 5_000_000  # about 3 ms
+_begun: set[str] = set()  # benches whose table has its head
 RESULTS = Path(__file__).parent / "results"
 SMOLLM2_135M: dict[str, Any] = {  # arguments of LlamaConfig
     "hidden_size": 576,
@@ -106,7 +107,7 @@ def bandwidth_gbs(mib: int = 2048) -> float:
 
 
 def report(bench: str, measurements: Sequence[Measurement], results: Path = RESULTS) -> None:
-    """Prints the table and appends one JSON object per measurement to results/<bench>.jsonl."""
+    """Prints a table, which may come in parts, and appends a JSON object per measurement to results/<bench>.jsonl."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     machine = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
     machine |= {"triton": _triton(), "commit": commit(), "time": stamp}
@@ -114,14 +115,16 @@ def report(bench: str, measurements: Sequence[Measurement], results: Path = RESU
     with open(results / f"{bench}.jsonl", "a", encoding="utf-8") as lines:
         for each in measurements:
             lines.write(json.dumps({"bench": bench} | asdict(each) | machine) + "\n")
-    print(f"{bench} on {machine['gpu'] or 'CPU'}, torch {machine['torch']}, triton {machine['triton']}")
-    print(f"{'case':44} {'contender':28} {'value':>10} {'limit':>8} {'share':>6} {'MiB':>8} {'error':>8}")
+    if bench not in _begun:
+        _begun.add(bench)
+        print(f"{bench} on {machine['gpu'] or 'CPU'}, torch {machine['torch']}, triton {machine['triton']}")
+        print(f"{'case':44} {'contender':28} {'value':>10} {'limit':>8} {'share':>6} {'MiB':>8} {'error':>8}")
     for each in measurements:
         # times are better small, rates large
         share = None if not each.limit else _share(each)
         cells = (_cell(each.limit), _cell(share, ".2f"), _cell(each.peak_mib, ".0f"), _cell(each.error, ".1e"))
         numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 6, 8, 8), strict=True))
-        print(f"{each.case:44} {each.contender:28} {f'{each.value:.4g} {each.unit}':>10} {numbers}")
+        print(f"{each.case:44} {each.contender:28} {f'{each.value:.4g} {each.unit}':>10} {numbers}", flush=True)
 
 
 def _share(each: Measurement) -> float:
