@@ -22,6 +22,7 @@ def retention_attention(
     eviction_times: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    gaussian: bool = False,
     check_values: bool = True,
 ) -> torch.Tensor:
     """Causal attention in which a key loses log_beta of its logit with every step of age, [B, HQ, T, Dv].
@@ -42,6 +43,8 @@ def retention_attention(
             gives it. None: never.
         softcap: logits become softcap * tanh(q k * scale / softcap) before the bias.
         sinks: [HQ], one more logit per query head in the softmax's denominator.
+        gaussian: a key loses ((t - i) * log_beta_i)^2 of its logit instead: little while it is younger than
+            1 / -log_beta, nearly all at twice that age. So it is more like a token that is held and then evicted.
         check_values: False trusts that log_beta is <= 0, as a logsigmoid is, and spares a wait for the device.
 
     Raises:
@@ -96,4 +99,5 @@ def retention_attention(
         eviction_times=eviction_times,
         softcap=softcap,
         sinks=sinks,
+        gaussian=gaussian,
     )

@@ -44,10 +44,10 @@ def output_times_gradient(
 def _key_step(
     d_key,
     d_value,
-    d_log_beta,
+    d_rate,
     key,
     value,
-    log_beta,
+    rate,
     last,
     queries,
     gradients,
@@ -67,6 +67,7 @@ def _key_step(
     MASKED: tl.constexpr,
     LIMITED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     NEEDS_KV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -79,11 +80,17 @@ def _key_step(
     base = (m - n - tl.arange(0, BN)).to(tl.float32)
     low = (tl.arange(0, BM) & 7).to(tl.float32)
     high = (tl.arange(0, BM) & -8).to(tl.float32)
+    row = (high + low)[None, :]
     if MASKED:
-        # one product, so that it is 0 at age 0 (see `decay`)
-        bias = ((high + low)[None, :] + base[:, None]) * log_beta[:, None] - lse[None, :]
+        # products only, so that it is 0 at age 0 (see `decay`)
+        age = row + base[:, None]
+        bias = (age * age if GAUSSIAN else age) * rate[:, None] - lse[None, :]
+    elif GAUSSIAN:
+        bias = (
+            row * (row * rate[:, None] + (2.0 * base * rate)[:, None]) + (base * base * rate)[:, None] - lse[None, :]
+        )
     else:
-        bias = high[None, :] * log_beta[:, None] + (low[None, :] + base[:, None]) * log_beta[:, None] - lse[None, :]
+        bias = high[None, :] * rate[:, None] + (low[None, :] + base[:, None]) * rate[:, None] - lse[None, :]
     if SOFTCAP:
         held = capped(tl.dot(key, tl.trans(query), input_precision=PRECISION), softcap)
         weights = tl.math.exp2((held + bias) * qk_scale)  # [BN, BM]
@@ -103,14 +110,18 @@ def _key_step(
     d_logits = weights * tl.dot(value, tl.trans(gradient), below, input_precision=PRECISION)
     # Summed over the columns that one thread holds; the four threads of a row add up at the end.
     plain = tl.sum(tl.sum(tl.reshape(d_logits, (BN, BM // 8, 4, 2)), 3), 1)  # [BN, 4]
-    risen = tl.sum(tl.sum(tl.reshape(d_logits * (high + low)[None, :], (BN, BM // 8, 4, 2)), 3), 1)
-    d_log_beta += risen + base[:, None] * plain
+    risen = tl.sum(tl.sum(tl.reshape(d_logits * row, (BN, BM // 8, 4, 2)), 3), 1)
+    if GAUSSIAN:
+        curved = tl.sum(tl.sum(tl.reshape(d_logits * (row * row), (BN, BM // 8, 4, 2)), 3), 1)
+        d_rate += curved + base[:, None] * (2.0 * risen + base[:, None] * plain)
+    else:
+        d_rate += risen + base[:, None] * plain
     if NEEDS_KV:
         if SOFTCAP:
             ratio = held / softcap
             d_logits = d_logits * (1.0 - ratio * ratio)  # tanh' = 1 - tanh^2
         d_key = tl.dot(d_logits.to(query.dtype), query, d_key, input_precision=PRECISION)
-    return d_key, d_value, d_log_beta
+    return d_key, d_value, d_rate
 
 
 @triton.jit
@@ -121,8 +132,8 @@ def attention_backward_keys(
     gradients,
     d_keys,
     d_values,
-    D_LOG_BETA,  # [B, H, T]
-    log_betas,  # [B * H, T], over scale
+    D_RATE,  # [B, H, T], gradient of scale * rate
+    rates,  # [B * H, T], as in the forward pass
     lses,  # [B * HQ, T]
     deltas,  # [B * HQ, T]
     LAST,  # [B, H, T]
@@ -143,6 +154,7 @@ def attention_backward_keys(
     LIMITED: tl.constexpr,
     SKIPPING: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     NEEDS_KV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -154,10 +166,10 @@ def attention_backward_keys(
     i = n + tl.arange(0, BN)
     key = load_rows(keys, batch, head, n, BN, BD)
     value = load_rows(values, batch, head, n, BN, BDV)
-    log_beta = load_vector(log_betas, tl.program_id(0), n, BN)
+    rate = load_vector(rates, tl.program_id(0), n, BN)
     d_key = tl.zeros((BN, BD), tl.float32)
     d_value = tl.zeros((BN, BDV), tl.float32)
-    d_log_beta = tl.zeros((BN, 4), tl.float32)
+    d_rate = tl.zeros((BN, 4), tl.float32)
 
     last = i
     end = T  # of the blocks of queries that see any of the keys
@@ -170,35 +182,35 @@ def attention_backward_keys(
     for g in range(G):
         query_head = head * G + g
         for m in tl.range(n, tl.minimum(n + BN, end), BM, num_stages=STAGES):
-            d_key, d_value, d_log_beta = _key_step(
-                d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, lses,
+            d_key, d_value, d_rate = _key_step(
+                d_key, d_value, d_rate, key, value, rate, last, queries, gradients, lses,
                 deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, True, LIMITED, SOFTCAP,
-                NEEDS_KV, PRECISION,
+                GAUSSIAN, NEEDS_KV, PRECISION,
             )  # fmt: skip
         if SKIPPING:
             place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
             for k in tl.range(0, tl.load(COUNTS + place), num_stages=STAGES):
                 m = tl.load(LISTS + place * width + k).to(tl.int32) * BM
-                d_key, d_value, d_log_beta = _key_step(
-                    d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, lses,
+                d_key, d_value, d_rate = _key_step(
+                    d_key, d_value, d_rate, key, value, rate, last, queries, gradients, lses,
                     deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, False, False, SOFTCAP,
-                    NEEDS_KV, PRECISION,
+                    GAUSSIAN, NEEDS_KV, PRECISION,
                 )  # fmt: skip
         else:
             for m in tl.range(n + BN, inner, BM, num_stages=STAGES):
-                d_key, d_value, d_log_beta = _key_step(
-                    d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, lses,
+                d_key, d_value, d_rate = _key_step(
+                    d_key, d_value, d_rate, key, value, rate, last, queries, gradients, lses,
                     deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, False, False, SOFTCAP,
-                    NEEDS_KV, PRECISION,
+                    GAUSSIAN, NEEDS_KV, PRECISION,
                 )  # fmt: skip
         if LIMITED:
             for m in tl.range(inner, end, BM, num_stages=STAGES):
-                d_key, d_value, d_log_beta = _key_step(
-                    d_key, d_value, d_log_beta, key, value, log_beta, last, queries, gradients, lses,
+                d_key, d_value, d_rate = _key_step(
+                    d_key, d_value, d_rate, key, value, rate, last, queries, gradients, lses,
                     deltas, batch, query_head, n, m, qk_scale, softcap, HQ, BM, BN, BD, BDV, True, True,
-                    SOFTCAP, NEEDS_KV, PRECISION,
+                    SOFTCAP, GAUSSIAN, NEEDS_KV, PRECISION,
                 )  # fmt: skip
-    tl.store(D_LOG_BETA + row + i, tl.sum(d_log_beta, 1), mask=i < T)
+    tl.store(D_RATE + row + i, tl.sum(d_rate, 1), mask=i < T)
     if NEEDS_KV:
         d_keys.store([batch, head, n, 0], tl.reshape((d_key * scale).to(d_keys.dtype), (1, 1, BN, BD)))
         d_values.store([batch, head, n, 0], tl.reshape(d_value.to(d_values.dtype), (1, 1, BN, BDV)))
@@ -213,7 +225,7 @@ def _query_step(
     delta,
     keys,
     values,
-    log_betas,
+    rates,
     UNTIL,
     batch,
     head,
@@ -232,11 +244,12 @@ def _query_step(
     SPANS: tl.constexpr,
     EVICTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds what keys n..n+BN give to the queries start..start+BM."""
     row = batch * H + head
-    bias = decay(load_vector(log_betas, row, n, BN), start, n, BM, BN, MASKED)
+    bias = decay(load_vector(rates, row, n, BN), start, n, BM, BN, MASKED, GAUSSIAN)
     key = load_rows(keys, batch, head, n, BN, BD)
     # lse comes times qk_scale
     if SOFTCAP:
@@ -270,7 +283,7 @@ def attention_backward_queries(
     values,
     gradients,
     d_queries,
-    log_betas,
+    rates,
     lses,
     deltas,
     FIRST,  # [B, T]
@@ -293,6 +306,7 @@ def attention_backward_queries(
     EVICTED: tl.constexpr,
     SKIPPING: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     H: tl.constexpr = HQ // G
@@ -323,14 +337,14 @@ def attention_backward_queries(
             held = tl.max(tl.load(UNTIL + (batch * H + head).to(tl.int64) * T + n + tl.arange(0, BN)), 0) > start
             if held:
                 d_query = _query_step(
-                    d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n,
-                    T, qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, True, SOFTCAP, PRECISION,
+                    d_query, query, gradient, lse, delta, keys, values, rates, UNTIL, batch, head, start, first, n,
+                    T, qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, True, SOFTCAP, GAUSSIAN, PRECISION,
                 )  # fmt: skip
     elif SPANS:
         for n in tl.range(begin, inner, BN, num_stages=STAGES):
             d_query = _query_step(
-                d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-                qk_scale, softcap, H, BM, BN, BD, BDV, True, True, False, SOFTCAP, PRECISION,
+                d_query, query, gradient, lse, delta, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, True, True, False, SOFTCAP, GAUSSIAN, PRECISION,
             )  # fmt: skip
     if SKIPPING:
         place = (batch * H + head) * tl.num_programs(1) + block
@@ -338,18 +352,18 @@ def attention_backward_queries(
         for k in tl.range(0, tl.load(COUNTS + place), num_stages=STAGES):
             n = tl.load(LISTS + k).to(tl.int32) * BN
             d_query = _query_step(
-                d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+                d_query, query, gradient, lse, delta, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, GAUSSIAN, PRECISION,
             )  # fmt: skip
     else:
         for n in tl.range(inner, start, BN, num_stages=STAGES):
             d_query = _query_step(
-                d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+                d_query, query, gradient, lse, delta, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, GAUSSIAN, PRECISION,
             )  # fmt: skip
     for n in tl.range(start, tl.minimum(start + BM, T), BN, num_stages=STAGES):
         d_query = _query_step(
-            d_query, query, gradient, lse, delta, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-            qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, EVICTED, SOFTCAP, PRECISION,
+            d_query, query, gradient, lse, delta, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+            qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, EVICTED, SOFTCAP, GAUSSIAN, PRECISION,
         )  # fmt: skip
     d_queries.store([batch, query_head, start, 0], tl.reshape((d_query * scale).to(d_queries.dtype), (1, 1, BM, BD)))

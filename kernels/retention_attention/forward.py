@@ -33,15 +33,19 @@ def load_vector(descriptor, row, start, COUNT: tl.constexpr):
 
 
 @triton.jit
-def decay(log_beta, start, n, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
-    """age * log_beta [BM, BN] of keys n..n+BN for the queries start..start+BM."""
+def decay(rate, start, n, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, GAUSSIAN: tl.constexpr):
+    """age * rate, if GAUSSIAN age^2 * rate, [BM, BN] of keys n..n+BN for the queries start..start+BM."""
     column = tl.arange(0, BN)
     if EXACT:
-        # one product: the sum of two below, fused into one instruction, is not 0 at age 0 if log_beta is large
-        return ((start - n) + tl.arange(0, BM)[:, None] - column[None, :]).to(tl.float32) * log_beta[None, :]
+        # products only: the sums below, fused into one instruction, are not 0 at age 0 if the rate is large
+        age = ((start - n) + tl.arange(0, BM)[:, None] - column[None, :]).to(tl.float32)
+        return age * age * rate[None, :] if GAUSSIAN else age * rate[None, :]
     # what the compiler can tell apart: a few numbers of the thread's own, and constants
     base = ((start - n) - (column & 7)).to(tl.float32) - (column & -8).to(tl.float32)
-    return tl.arange(0, BM).to(tl.float32)[:, None] * log_beta[None, :] + (base * log_beta)[None, :]
+    row = tl.arange(0, BM).to(tl.float32)[:, None]
+    if GAUSSIAN:
+        return row * (row * rate[None, :] + (2.0 * base * rate)[None, :]) + (base * base * rate)[None, :]
+    return row * rate[None, :] + (base * rate)[None, :]
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def _attend_block(
     query,
     keys,
     values,
-    log_betas,
+    rates,
     UNTIL,
     batch,
     head,
@@ -71,11 +75,12 @@ def _attend_block(
     SPANS: tl.constexpr,
     EVICTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds keys n..n+BN to the running softmax of the queries start..start+BM."""
     row = batch * H + head
-    bias = decay(load_vector(log_betas, row, n, BN), start, n, BM, BN, MASKED)
+    bias = decay(load_vector(rates, row, n, BN), start, n, BM, BN, MASKED, GAUSSIAN)
     key = load_rows(keys, batch, head, n, BN, BD)
     if SOFTCAP:
         logits = capped(tl.dot(query, tl.trans(key), input_precision=PRECISION), softcap) + bias
@@ -114,7 +119,7 @@ def attention_forward(
     keys,
     values,
     outputs,
-    log_betas,  # [B * H, T], over scale
+    rates,  # [B * H, T], log_beta over scale, or - log_beta^2 over scale if GAUSSIAN
     LSE,  # [B, HQ, lse_stride], log of the softmax's denominator over scale; inf for a row that sees nothing
     SINKS,  # [HQ], over scale
     FIRST,  # [B, T]
@@ -137,6 +142,7 @@ def attention_forward(
     EVICTED: tl.constexpr,
     SKIPPING: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -172,14 +178,14 @@ def attention_forward(
             held = tl.max(tl.load(UNTIL + (batch * H + head).to(tl.int64) * T + n + tl.arange(0, BN)), 0) > start
             if held:
                 accumulator, total, highest = _attend_block(
-                    accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n,
-                    T, qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, True, SOFTCAP, PRECISION,
+                    accumulator, total, highest, query, keys, values, rates, UNTIL, batch, head, start, first, n,
+                    T, qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, True, SOFTCAP, GAUSSIAN, PRECISION,
                 )  # fmt: skip
     elif SPANS:
         for n in tl.range(begin, inner, BN, num_stages=STAGES):
             accumulator, total, highest = _attend_block(
-                accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-                qk_scale, softcap, H, BM, BN, BD, BDV, True, True, False, SOFTCAP, PRECISION,
+                accumulator, total, highest, query, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, True, True, False, SOFTCAP, GAUSSIAN, PRECISION,
             )  # fmt: skip
     if SKIPPING:
         place = (batch * H + head) * tl.num_programs(1) + block
@@ -187,19 +193,19 @@ def attention_forward(
         for k in tl.range(0, tl.load(COUNTS + place), num_stages=STAGES):
             n = tl.load(LISTS + k).to(tl.int32) * BN
             accumulator, total, highest = _attend_block(
-                accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+                accumulator, total, highest, query, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, GAUSSIAN, PRECISION,
             )  # fmt: skip
     else:
         for n in tl.range(inner, start, BN, num_stages=STAGES):
             accumulator, total, highest = _attend_block(
-                accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, PRECISION,
+                accumulator, total, highest, query, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+                qk_scale, softcap, H, BM, BN, BD, BDV, False, False, False, SOFTCAP, GAUSSIAN, PRECISION,
             )  # fmt: skip
     for n in tl.range(start, tl.minimum(start + BM, T), BN, num_stages=STAGES):
         accumulator, total, highest = _attend_block(
-            accumulator, total, highest, query, keys, values, log_betas, UNTIL, batch, head, start, first, n, T,
-            qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, EVICTED, SOFTCAP, PRECISION,
+            accumulator, total, highest, query, keys, values, rates, UNTIL, batch, head, start, first, n, T,
+            qk_scale, softcap, H, BM, BN, BD, BDV, True, SPANS, EVICTED, SOFTCAP, GAUSSIAN, PRECISION,
         )  # fmt: skip
 
     blind = total == 0.0

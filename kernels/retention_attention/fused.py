@@ -20,7 +20,8 @@ from retention_gates.kernels.retention_attention.spans import visible_spans
 from retention_gates.kernels.retention_attention.tiles import LARGEST, Tiles, tiles_for
 
 LOG2_E = math.log2(math.e)
-LOWEST_LOG_BETA = -1e30  # a weight of exactly 0 from the first step of age on, and times any age still finite
+# a weight of exactly 0 from the first step of age on, and times any age, or its square if gaussian, still finite
+LOWEST_RATE = {False: -1e30, True: -1e24}
 SMALLEST_BLOCK = 16  # the least that the matrix units take
 LEAST_STRIDE = 16  # bytes: the copy engine's unit
 
@@ -37,6 +38,7 @@ def retention_attention(
     eviction_times: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    gaussian: bool = False,
 ) -> Tensor:
     """Arguments and result as in the package's `retention_attention`."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -45,7 +47,7 @@ def retention_attention(
     first, last = (None, None) if spans is None else spans
     until = None if eviction_times is None else _until(eviction_times, document_ids)
     output, _ = torch.ops.retention_gates.retention_attention(
-        query, key, value, log_beta, sinks, first, last, until, scale, softcap
+        query, key, value, log_beta, sinks, first, last, until, scale, softcap, gaussian
     )
     return output
 
@@ -69,6 +71,7 @@ def _forward(
     until: Tensor | None,
     scale: float,
     softcap: float | None,
+    gaussian: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, HQ, T, Dv], and the log of the softmax's denominator over scale, inf where a query sees nothing.
 
@@ -78,17 +81,17 @@ def _forward(
     batch, query_heads, tokens, _ = query.shape
     output, lse = _empty_output(query, value)
     block_dim, block_value, tiles, precision = _blocks(query, value)
-    prepared = _prepared(log_beta, scale, last)
+    rates = _rates(log_beta, scale, last, gaussian)
     sinks = None if sinks is None else (sinks.float() / scale).contiguous()
     tile = tiles.forward
-    bounds = _bounds(query, key, prepared, first, last, until, scale, softcap, block_dim)
+    bounds = _bounds(query, key, rates, first, last, until, scale, softcap, gaussian, block_dim)
     lists, counts = (lse, lse) if bounds is None else bounds.key_blocks(tile.BM, tile.BN)
     attention_forward[batch * query_heads, cdiv(tokens, tile.BM)](
         _descriptor(query, tile.BM, block_dim),
         _descriptor(key, tile.BN, block_dim),
         _descriptor(value, tile.BN, block_value),
         _descriptor(output, tile.BM, block_value),
-        _vector_descriptor(prepared, tokens, tile.BN),
+        _vector_descriptor(rates, tokens, tile.BN),
         lse,
         lse if sinks is None else sinks,
         lse if first is None else first,
@@ -111,6 +114,7 @@ def _forward(
         EVICTED=until is not None,
         SKIPPING=bounds is not None,
         SOFTCAP=softcap is not None,
+        GAUSSIAN=gaussian,
         HAS_SINKS=sinks is not None,
         PRECISION=precision,
         num_warps=tile.warps,
@@ -119,7 +123,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query, key, value, log_beta, sinks, first, last, until, scale, softcap):
+def _(query, key, value, *others):
     return _empty_output(query, value)
 
 
@@ -146,6 +150,7 @@ def _backward(
     lse: Tensor,
     scale: float,
     softcap: float | None,
+    gaussian: bool,
     needs_query: bool,
     needs_key_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -163,11 +168,12 @@ def _backward(
         output, gradient, delta, *output.stride()[:3], *gradient.stride()[:3], tokens, lse.shape[2], value.shape[3],
         HQ=query_heads, BDV=block_value, BM=64,
     )  # fmt: skip
-    prepared = _prepared(log_beta, scale, last)
+    rates = _rates(log_beta, scale, last, gaussian)
     numbers = (scale, scale * LOG2_E, 1.0 if softcap is None else softcap / scale)
-    bounds = _bounds(query, key, prepared, first, last, until, scale, softcap, block_dim)
+    bounds = _bounds(query, key, rates, first, last, until, scale, softcap, gaussian, block_dim)
     shared: dict[str, Any] = {"HQ": query_heads, "G": query_heads // heads, "BD": block_dim, "BDV": block_value}
-    shared |= {"SOFTCAP": softcap is not None, "SKIPPING": bounds is not None, "PRECISION": precision}
+    shared |= {"SOFTCAP": softcap is not None, "GAUSSIAN": gaussian, "SKIPPING": bounds is not None}
+    shared |= {"PRECISION": precision}
 
     latest = _latest(last, until, heads)
     written_key, written_value = (d_key, d_value) if needs_key_value else (key, value)
@@ -181,7 +187,7 @@ def _backward(
         _descriptor(written_key, tile.BN, block_dim),
         _descriptor(written_value, tile.BN, block_value),
         d_log_beta,
-        _vector_descriptor(prepared, tokens, tile.BN),
+        _vector_descriptor(rates, tokens, tile.BN),
         _vector_descriptor(lse, tokens, tile.BM),
         _vector_descriptor(delta, tokens, tile.BM),
         lse if latest is None else latest,
@@ -198,6 +204,8 @@ def _backward(
         num_warps=tile.warps,
         **shared,
     )
+    if gaussian:
+        d_log_beta *= -2 * log_beta  # of the rate, - log_beta^2
     if needs_query:
         tile = tiles.backward_queries
         lists, counts = (lse, lse) if bounds is None else bounds.key_blocks(tile.BM, tile.BN)
@@ -207,7 +215,7 @@ def _backward(
             _descriptor(value, tile.BN, block_value),
             _descriptor(gradient, tile.BM, block_value),
             _descriptor(d_query, tile.BM, block_dim),
-            _vector_descriptor(prepared, tokens, tile.BN),
+            _vector_descriptor(rates, tokens, tile.BN),
             _vector_descriptor(lse, tokens, tile.BM),
             _vector_descriptor(delta, tokens, tile.BM),
             lse if first is None else first,
@@ -265,7 +273,7 @@ def _empty_gradients(
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    query, key, value, log_beta, sinks, first, last, until, ctx.scale, ctx.softcap = inputs
+    query, key, value, log_beta, sinks, first, last, until, ctx.scale, ctx.softcap, ctx.gaussian = inputs
     ctx.save_for_backward(query, key, value, log_beta, sinks, first, last, until, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -274,10 +282,10 @@ def _differentiate(ctx, gradient, _):
     needs = ctx.needs_input_grad
     *inputs, output, lse = ctx.saved_tensors
     d_query, d_key, d_value, d_log_beta, d_sinks = torch.ops.retention_gates.retention_attention_backward(
-        gradient, *inputs, output, lse, ctx.scale, ctx.softcap, needs[0], needs[1] or needs[2]
+        gradient, *inputs, output, lse, ctx.scale, ctx.softcap, ctx.gaussian, needs[0], needs[1] or needs[2]
     )
     wanted = (d_query, d_key, d_value, d_log_beta, d_sinks)
-    return *(grad if need else None for grad, need in zip(wanted, needs, strict=False)), *[None] * 5
+    return *(grad if need else None for grad, need in zip(wanted, needs, strict=False)), *[None] * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
@@ -343,26 +351,30 @@ def _blocks(query: Tensor, value: Tensor) -> tuple[int, int, Tiles, str]:
     return block_dim, block_value, tiles_for(max(block_dim, block_value), size), "ieee" if size == 4 else "tf32"
 
 
-def _prepared(log_beta: Tensor, scale: float, last: Tensor | None) -> Tensor:
-    """log_beta over scale [B, H, T, padded]; padding fades at once, so that no mask is needed where it lies inside."""
+def _rates(log_beta: Tensor, scale: float, last: Tensor | None, gaussian: bool) -> Tensor:
+    """What age, or its square if gaussian, is multiplied with, over scale; [B, H, T, padded].
+
+    Padding fades at once, so that no mask is needed where it lies inside.
+    """
     batch, heads, tokens = log_beta.shape
-    prepared = log_beta.new_empty(batch, heads, _padded(tokens))
-    inside = prepared[..., :tokens]
-    torch.clamp(log_beta / scale, min=LOWEST_LOG_BETA, out=inside)
+    rates = log_beta.new_empty(batch, heads, _padded(tokens))
+    inside, lowest = rates[..., :tokens], LOWEST_RATE[gaussian]
+    torch.clamp((-log_beta.square() if gaussian else log_beta) / scale, min=lowest, out=inside)
     if last is not None:
-        inside.masked_fill_((last < 0)[:, None], LOWEST_LOG_BETA)
-    return prepared
+        inside.masked_fill_((last < 0)[:, None], lowest)
+    return rates
 
 
 def _bounds(
     query: Tensor,
     key: Tensor,
-    prepared: Tensor,
+    rates: Tensor,
     first: Tensor | None,
     last: Tensor | None,
     until: Tensor | None,
     scale: float,
     softcap: float | None,
+    gaussian: bool,
     block_dim: int,
 ) -> Bounds | None:
     """What lets the kernels skip blocks; None where it does not pay or cannot be."""
@@ -370,7 +382,7 @@ def _bounds(
     if until is not None or not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         return None
     rows = (_descriptor(query, UNIT, block_dim), _descriptor(key, UNIT, block_dim))
-    return Bounds(*rows, _vector_descriptor(prepared, tokens, UNIT), first, last, scale, softcap)
+    return Bounds(*rows, _vector_descriptor(rates, tokens, UNIT), first, last, scale, softcap, gaussian)
 
 
 def _latest(last: Tensor | None, until: Tensor | None, heads: int) -> Tensor | None:

@@ -20,9 +20,10 @@ def retention_attention(
     eviction_times: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    gaussian: bool = False,
     chunk_size: int = CHUNK_SIZE,
 ) -> torch.Tensor:
-    """Attention in which a key loses log_beta of its logit with every step of age, [B, HQ, T, Dv].
+    """Attention whose keys fade with age, [B, HQ, T, Dv].
 
     Arguments as in the package's `retention_attention`; everything is computed in the dtype of log_beta.
     """
@@ -43,6 +44,7 @@ def retention_attention(
             None if eviction_times is None else eviction_times[:, :, seen],
             softcap,
             sinks,
+            gaussian,
         )
         if differentiate:
             # so that backward computes the chunk's scores again, and no [T, T] is kept in pieces
@@ -64,6 +66,7 @@ def _attend(
     eviction_times: torch.Tensor | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    gaussian: bool,
 ) -> torch.Tensor:
     """Output [B, HQ, R, Dv] of the last R of S positions; query is [B, HQ, R, D], key, value and log_beta have S."""
     batch, query_heads, rows, _ = query.shape
@@ -88,7 +91,8 @@ def _attend(
         logits = (grouped @ key.to(dtype).mT).view(batch, heads, -1, rows, seen)  # [B, H, G, R, S]
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits + (age * log_beta[:, :, None, :])[:, :, None]
+        fade = age * log_beta[:, :, None, :]  # [B, H, R, S]
+        logits = logits + (-fade.square() if gaussian else fade)[:, :, None]
         logits = logits.masked_fill(hidden, float("-inf"))
         if sinks is None:
             weights = logits.softmax(-1)

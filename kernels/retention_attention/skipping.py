@@ -1,6 +1,6 @@
 """Which blocks of keys can weigh anything for which blocks of queries, as lists for the kernels to walk through.
 
-A weight is at most exp(scale * (|q| |k| + age * log_beta)), and the largest weight of a row at least that of the
+A weight is at most exp(scale |q| |k| + age log_beta), and the largest weight of a row at least that of the
 token itself, which has no age. A block may be skipped if all its weights are below 2^-25 / T of the row's largest: not
 even T of them together change a sum in the last bit that bf16 or fp16 keeps. Gates that forget make most blocks so.
 """
@@ -26,12 +26,12 @@ MOST_TOKENS = 2**15 * UNIT  # an index of a block has 16 bits
 def _bound_blocks(
     queries,
     keys,
-    log_betas,  # [B * H, T], over scale
+    rates,  # [B * H, T], as in the forward pass
     FIRST,  # [B, T]
     QUERY_NORM,  # [B * H, units]: largest |q| of the unit's queries, over the group
     FLOOR,  # smallest q k of a token with itself, over the group
     KEY_NORM,  # largest |k|
-    SLOWEST,  # largest log_beta
+    SLOWEST,  # largest rate
     T,
     softcap,
     H: tl.constexpr,
@@ -58,13 +58,13 @@ def _bound_blocks(
         if SOFTCAP:
             logit = capped(logit, softcap)
         own = tl.minimum(own, logit)
-    log_beta = load_vector(log_betas, tl.program_id(0), start, UNIT)
+    rate = load_vector(rates, tl.program_id(0), start, UNIT)
     unit = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     # padding neither sees nor is seen; a hair is added for what rounding takes off
     tl.store(QUERY_NORM + unit, tl.sqrt(tl.max(tl.where(real, query_norm, 0.0), 0)) * 1.0001)
     tl.store(FLOOR + unit, tl.min(tl.where(real, own, float("inf")), 0))
     tl.store(KEY_NORM + unit, tl.sqrt(tl.max(tl.where(real, tl.sum(key * key, 1), 0.0), 0)) * 1.0001)
-    tl.store(SLOWEST + unit, tl.max(tl.where(real, log_beta, float("-inf")), 0))
+    tl.store(SLOWEST + unit, tl.max(tl.where(real, rate, float("-inf")), 0))
 
 
 @triton.jit
@@ -85,6 +85,7 @@ def _list_blocks(
     BN: tl.constexpr,
     LIMITED: tl.constexpr,
     FOR_KEYS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Lists the blocks of keys before a block of queries, or the blocks of queries after a block of keys."""
@@ -114,14 +115,16 @@ def _list_blocks(
         if FOR_KEYS:
             other_norm = tl.load(QUERY_NORM + row * query_blocks + other, mask=there, other=0.0)
             floor_here = tl.load(FLOOR + row * query_blocks + other, mask=there, other=0.0)
-            least_age = other * BM - ((block + 1) * BN - 1)
-            most = norm * other_norm + least_age.to(tl.float32) * slowest
+            least_age = (other * BM - ((block + 1) * BN - 1)).to(tl.float32)
+            fade = least_age * least_age if GAUSSIAN else least_age
+            most = norm * other_norm + fade * slowest
         else:
             other_norm = tl.load(KEY_NORM + row * key_blocks + other, mask=there, other=0.0)
             slowest_here = tl.load(SLOWEST + row * key_blocks + other, mask=there, other=0.0)
             floor_here = floor
-            least_age = block * BM - ((other + 1) * BN - 1)
-            most = norm * other_norm + least_age.to(tl.float32) * slowest_here
+            least_age = (block * BM - ((other + 1) * BN - 1)).to(tl.float32)
+            fade = least_age * least_age if GAUSSIAN else least_age
+            most = norm * other_norm + fade * slowest_here
         kept = there & (most >= floor_here - margin)
         index = count + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(LISTS + place * width + index, other.to(tl.int16), mask=kept)
@@ -136,16 +139,17 @@ class Bounds:
         self,
         query: TensorDescriptor,
         key: TensorDescriptor,
-        log_betas: TensorDescriptor,
+        rates: TensorDescriptor,
         first: Tensor | None,
         last: Tensor | None,
         scale: float,
         softcap: float | None,
+        gaussian: bool,
     ):
         """The descriptors read UNIT rows at a time: [B, HQ, T, D], [B, H, T, D] and [B * H, T]."""
         batch, heads, tokens, _ = key.shape
         device = key.base.device
-        self.heads, self.tokens, self.first, self.last = heads, tokens, first, last
+        self.heads, self.tokens, self.first, self.last, self.gaussian = heads, tokens, first, last, gaussian
         self.margin = (math.log(1 / NEGLIGIBLE) + math.log(tokens)) / scale
         units = cdiv(tokens, UNIT)
         self.query_norm, self.floor, self.key_norm, self.slowest = (
@@ -153,7 +157,7 @@ class Bounds:
         )
         bounds = (self.query_norm, self.floor, self.key_norm, self.slowest)
         _bound_blocks[batch * heads, units](
-            query, key, log_betas, bounds[0] if first is None else first, *bounds, tokens,
+            query, key, rates, bounds[0] if first is None else first, *bounds, tokens,
             1.0 if softcap is None else softcap / scale, H=heads, G=query.shape[1] // heads, BD=key.block_shape[3],
             UNIT=UNIT, SPANS=first is not None, SOFTCAP=softcap is not None,
         )  # fmt: skip
@@ -184,7 +188,8 @@ class Bounds:
         counts = torch.empty(rows, blocks, dtype=torch.int32, device=self.floor.device)
         _list_blocks[rows, blocks](
             *queries, *keys, counts if limit is None else limit, lists, counts, query_blocks, key_blocks, width,
-            self.margin, H=self.heads, BM=BM, BN=BN, LIMITED=limit is not None, FOR_KEYS=for_keys, CHUNK=256,
+            self.margin, H=self.heads, BM=BM, BN=BN, LIMITED=limit is not None, FOR_KEYS=for_keys,
+            GAUSSIAN=self.gaussian, CHUNK=256,
         )  # fmt: skip
         return lists, counts
 

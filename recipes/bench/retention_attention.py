@@ -202,10 +202,11 @@ def run_one(dim: int, kernel: str, tile: Tile, tokens: int, timed: bool = False)
     assert fused  # whose import registers the operators
     ops = torch.ops.retention_gates
     try:
-        output, lse = ops.retention_attention(*arguments, dim**-0.5, None)
-        run = partial(ops.retention_attention, *arguments, dim**-0.5, None)
+        numbers = (dim**-0.5, None, False)  # scale, no softcap, not gaussian
+        output, lse = ops.retention_attention(*arguments, *numbers)
+        run = partial(ops.retention_attention, *arguments, *numbers)
         if kernel != "forward":
-            last = (output, lse, dim**-0.5, None, kernel == "backward_queries", True)
+            last = (output, lse, *numbers, kernel == "backward_queries", True)
             run = partial(ops.retention_attention_backward, torch.randn_like(output), *arguments, *last)
         run()
         torch.cuda.synchronize()

@@ -121,9 +121,9 @@ def both_passes(arguments: dict[str, Any]) -> Callable[[], Any]:
 def share_visited(arguments: dict[str, Any]) -> float:
     """Whole blocks of 64 keys that blocks of 64 queries visit, over those that lie before them."""
     query, key, scale = arguments["query"], arguments["key"], arguments["scale"]
-    prepared = fused._prepared(arguments["log_beta"].detach(), scale, None)
+    rates = fused._rates(arguments["log_beta"].detach(), scale, None, False)
     block_dim, *_ = fused._blocks(query, arguments["value"])
-    bounds = fused._bounds(query, key, prepared, None, None, None, scale, arguments.get("softcap"), block_dim)
+    bounds = fused._bounds(query, key, rates, None, None, None, scale, arguments.get("softcap"), False, block_dim)
     assert bounds is not None
     _, counts = bounds.key_blocks(64, 64)
     blocks = counts.shape[1]

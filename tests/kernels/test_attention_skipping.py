@@ -61,7 +61,9 @@ def output_and_gradients(inputs, **options):
     return [output, *torch.autograd.grad(output, list(inputs.values()), gradient)]
 
 
-@pytest.mark.parametrize("options", [{}, {"document_ids": documents()}, {"sliding_window": 200, "softcap": 3.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"document_ids": documents()}, {"sliding_window": 200, "softcap": 3.0}, {"gaussian": True}]
+)
 def test_what_is_skipped_changes_nothing(options, visited, monkeypatch):
     inputs = make_inputs(batch=2 if "document_ids" in options else 1)
     whole = output_and_gradients(inputs, **options)
@@ -74,18 +76,20 @@ def test_what_is_skipped_changes_nothing(options, visited, monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=0, atol=2.0**-24)
 
 
-def test_blocks_not_listed_are_negligible():
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_blocks_not_listed_are_negligible(gaussian):
     inputs = make_inputs()
     query, key, log_beta = (inputs[name] for name in ("query", "key", "log_beta"))
-    prepared = fused._prepared(log_beta, SCALE, None)
-    bounds = fused._bounds(query, key, prepared, None, None, None, SCALE, None, DIM)
+    rates = fused._rates(log_beta, SCALE, None, gaussian)
+    bounds = fused._bounds(query, key, rates, None, None, None, SCALE, None, gaussian, DIM)
     assert bounds is None  # the rows are short
     rows = (fused._descriptor(query, 16, DIM), fused._descriptor(key, 16, DIM))
-    bounds = Bounds(*rows, fused._vector_descriptor(prepared, TOKENS, 16), None, None, SCALE, None)
+    bounds = Bounds(*rows, fused._vector_descriptor(rates, TOKENS, 16), None, None, SCALE, None, gaussian)
 
     index = torch.arange(TOKENS)
     age = index[:, None] - index
-    logits = query.double() @ key.double().mT * SCALE + age * log_beta.double()[:, :, None]
+    fade = age * log_beta.double()[:, :, None]
+    logits = query.double() @ key.double().mT * SCALE + (-fade.square() if gaussian else fade)
     weights = logits.masked_fill(age < 0, -torch.inf).softmax(-1)[0]  # [HQ, T, T]
     relative = weights / weights.amax(-1, keepdim=True)
     left_out = 0

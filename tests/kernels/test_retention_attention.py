@@ -51,7 +51,7 @@ def test_softcap_comes_before_the_bias():
 @pytest.mark.parametrize(
     ("tokens", "document_ids"), [(1, None), (2, None), (11, None), (131, None), (11, PACKED), (11, PADDED)]
 )
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": True}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": True}, {"gaussian": True}])
 def test_matches_dense_fp64(device, group, tokens, document_ids, options):
     """131 tokens are two chunks of naive.py; with fp64 in, the error is that of fp64."""
     batch = 2 if document_ids is None else len(document_ids)
@@ -119,15 +119,15 @@ def test_autocast_leaves_the_logits_in_fp32():
         assert torch.equal(actual[name], tensor), name
 
 
+@pytest.mark.parametrize("gaussian", [False, True])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_gradcheck(sinks):
+def test_gradcheck(sinks, gaussian):
     inputs = make_inputs(2, 1, 2, 5, head_dim=2, value_dim=3, dtype=torch.float64, sinks=sinks)
     document_ids = torch.tensor([[0, 0, 0, 1, 1], [-1, 0, 0, 0, -1]])
 
     def attention(*tensors):
-        return naive.retention_attention(
-            **dict(zip(inputs, tensors, strict=True)), scale=0.7, document_ids=document_ids, softcap=2.0, chunk_size=2
-        )
+        options = {"scale": 0.7, "document_ids": document_ids, "softcap": 2.0, "gaussian": gaussian, "chunk_size": 2}
+        return naive.retention_attention(**dict(zip(inputs, tensors, strict=True)), **options)
 
     assert torch.autograd.gradcheck(attention, tuple(inputs.values()))
 

@@ -109,6 +109,10 @@ INTERPRETER_CASES = {
     "evicted, half": dict(tokens=150, sinks=True, softcap=5.0, **EVICTED, **HALF),
     "evicted, packed, window": dict(tokens=50, documents="packed", sliding_window=20, **EVICTED),
     "evicted, padded": dict(tokens=45, documents="padded", sinks=True, **EVICTED),
+    "gaussian": dict(tokens=131, heads=2, group=2, gaussian=True),
+    "gaussian, half": dict(tokens=200, documents="packed", softcap=3.0, gaussian=True, **HALF),
+    "gaussian, padded": dict(tokens=131, documents="padded", sinks=True, gaussian=True),
+    "gaussian, evicted": dict(tokens=101, gaussian=True, **EVICTED),
 }
 
 
@@ -134,6 +138,8 @@ GPU_CASES = {
     "evicted": dict(tokens=1100, **EVICTED),
     "evicted, packed, window": dict(tokens=700, documents="packed", sliding_window=100, **EVICTED),
     "evicted, padded": dict(tokens=517, documents="padded", sinks=True, softcap=5.0, **EVICTED),
+    "gaussian": dict(tokens=1100, heads=2, group=4, gaussian=True),
+    "gaussian, packed": dict(tokens=700, documents="packed", softcap=5.0, sinks=True, gaussian=True),
 }
 HEAD_DIMS = [(16, 16), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (64, 128), (192, 128)]
 # Each one compiles its kernels, so that dims and cases are not crossed.
@@ -299,7 +305,9 @@ def test_compiles_into_one_graph(device, backend):
 def test_registered_op_is_sound(device):
     inputs, options = make_case(9, group=2, sinks=True, device=device)
     first, last = fused.visible_spans(None, 4, (1, 9), torch.device(device))
-    torch.library.opcheck(fused._forward, (*inputs.values(), first, last, None, options["scale"], None))
+    for gaussian in (False, True):
+        arguments = (*inputs.values(), first, last, None, options["scale"], None, gaussian)
+        torch.library.opcheck(fused._forward, arguments)
 
 
 @on_both

@@ -55,6 +55,7 @@ def dense_attention(
     eviction_times=None,
     softcap=None,
     sinks=None,
+    gaussian=False,
 ):
     """The equation with every [T, T] written out and one loop over the query heads."""
     tokens, group = query.shape[2], query.shape[1] // key.shape[1]
@@ -67,7 +68,8 @@ def dense_attention(
         logits = query[:, head] @ key[:, kv].transpose(1, 2) * scale  # [B, T, T]
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
-        logits = logits + age * log_beta[:, kv, None, :]
+        fade = age * log_beta[:, kv, None, :]
+        logits = logits + (-(fade**2) if gaussian else fade)
         weights = torch.where(visible, logits, 0.0).exp() * visible
         denominator = weights.sum(-1, keepdim=True)
         if sinks is not None:
@@ -90,7 +92,7 @@ def visible_pairs(age, head, batch, document_ids, sliding_window, eviction_times
     return visible
 
 
-def eager_attention(query, key, value, log_beta, *, scale, softcap=None, sinks=None, **limits):
+def eager_attention(query, key, value, log_beta, *, scale, softcap=None, sinks=None, gaussian=False, **limits):
     """As the eager attention of models does it: products in the inputs' dtype, bias and softmax in fp32, then back."""
     tokens, group = query.shape[2], query.shape[1] // key.shape[1]
     index = torch.arange(tokens, device=query.device)
@@ -104,7 +106,8 @@ def eager_attention(query, key, value, log_beta, *, scale, softcap=None, sinks=N
     logits = query @ key.mT * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.float() + age * log_beta.repeat_interleave(group, 1)[:, :, None, :]
+    fade = age * log_beta.repeat_interleave(group, 1)[:, :, None, :]
+    logits = logits.float() + (-(fade**2) if gaussian else fade)
     logits = logits.masked_fill(~visible, torch.finfo(torch.float32).min)
     if sinks is not None:
         sink = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
