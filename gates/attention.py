@@ -76,6 +76,7 @@ def _attend(
     base_implementation: str,
     log_beta: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    gaussian: bool = False,
     cache_layer: Any = None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -88,6 +89,7 @@ def _attend(
     Args:
         query: [B, HQ, T, D]; key and value: [B, H, S, D].
         log_beta: [B, H, T] for training attention, else None.
+        gaussian: as in `retention_attention`.
         cache_layer: the layer of a bounded cache that just took key and value, else None.
     """
     if cache_layer is None and log_beta is None:
@@ -119,6 +121,7 @@ def _attend(
             document_ids=document_ids,
             softcap=softcap,
             sinks=s_aux,
+            gaussian=gaussian,
             check_values=False,
         )
     return output.transpose(1, 2).contiguous(), None  # [B, T, HQ, D]

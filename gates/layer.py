@@ -12,6 +12,7 @@ from retention_gates.gates.attention import PREFIX, base_causal_mask
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets
+from retention_gates.gates.fading import Fading
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.recording import Recording
 from retention_gates.gates.row_group import RowGroup, whole_ids
@@ -36,6 +37,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         self.retention_gate = nn.ModuleDict()
         self.protected_tokens: dict[str, int] = {}
         self.recording: Recording | None = None
+        self.fading = Fading()
         self.row_group: RowGroup | None = None  # while rows are split over ranks, which hold T / P tokens each
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -134,7 +136,8 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             kwargs["row_group"] = self.row_group
             log_beta = self.row_group.whole(log_beta)
         log_beta = self._protect(log_beta, documents)
-        student = self.base_layer(hidden_states, *args, log_beta=log_beta, document_ids=documents, **kwargs)
+        kwargs |= {"document_ids": documents, "gaussian": self.fading.gaussian}
+        student = self.base_layer(hidden_states, *args, log_beta=self.fading.of(log_beta), **kwargs)
         if recording is None:
             return student
         recording.log_beta.append(log_beta)
@@ -143,7 +146,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             return student
         with torch.no_grad():  # the same attention without decay, so that one mask serves both
             undecayed = torch.zeros_like(log_beta)
-            teacher = self.base_layer(hidden_states, *args, log_beta=undecayed, document_ids=documents, **kwargs)
+            teacher = self.base_layer(hidden_states, *args, log_beta=undecayed, **kwargs)
         recording.layer_losses.append(_relative_error(student[0], teacher[0], documents))
         return teacher
 

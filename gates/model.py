@@ -15,6 +15,7 @@ from retention_gates.gates.adapter_checks import check_digest, digest, refuse
 from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
 from retention_gates.gates.base_identity import check_same, identity, warn_if_another_base
 from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
+from retention_gates.gates.fading import Fading
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.generation import prepared, prompt_columns
@@ -85,6 +86,18 @@ class RetentionGateModel(BaseTuner):
             yield
         finally:
             self._split(before)
+
+    @contextmanager
+    def fading_as(self, fading: Fading) -> Iterator[None]:
+        """Inside the block, backward passes included, keys fade so where gates are trained."""
+        before = [layer.fading for layer in self._wrappers]
+        for layer in self._wrappers:
+            layer.fading = fading
+        try:
+            yield
+        finally:
+            for layer, its_own in zip(self._wrappers, before, strict=True):
+                layer.fading = its_own
 
     def _split(self, group: RowGroup | None) -> None:
         self._row_group = group

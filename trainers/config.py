@@ -14,6 +14,7 @@ from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
 from retention_gates.trainers.row_groups import ranks_per_row
 
 OBJECTIVES = ("end_to_end", "layerwise")
+FADES = ("exponential", "gaussian")
 EVAL_BUDGETS = ("uniform", "calibrated")
 EVAL_METRICS = ("kl", "nll", "full_nll", "agreement")  # each of them for each of eval_memory_sizes: kl_64
 
@@ -58,6 +59,21 @@ class RetentionTrainingArguments(TrainingArguments):
         metadata={
             "help": "head: each KV head's mass is held against memory_size. model: the mean over all heads is: "
             "some may hold more where others hold less, as calibrated budgets let them."
+        },
+    )
+    fade: str = field(
+        default="exponential",
+        metadata={
+            "help": "How keys fade in training attention. exponential: by age * log_beta, as in the paper. gaussian: "
+            "by the square of it, late and then at once, which is closer to being held and then evicted."
+        },
+    )
+    largest_memory_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train for memories between memory_size and this one: in a row, all tokens are seen up to "
+            "largest_memory_size / memory_size times longer than their gates say; which row how long follows from its "
+            "tokens. Only memory_size unless given."
         },
     )
     kl_weight: float = field(
@@ -139,12 +155,20 @@ class RetentionTrainingArguments(TrainingArguments):
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("capacity_normalisation", self.capacity_normalisation, get_args(CapacityNormalisation))
         _check_choice("capacity_scope", self.capacity_scope, get_args(CapacityScope))
+        _check_choice("fade", self.fade, FADES)
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
         _check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
         _check_count("memory_size", self.memory_size)
         for name in ("loss_chunk_size", "rows_per_step", "ranks"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        if self.largest_memory_size is not None:
+            _check_count("largest_memory_size", self.largest_memory_size)
+            if self.largest_memory_size < self.memory_size:
+                raise ValueError(
+                    f"largest_memory_size={self.largest_memory_size} is below memory_size={self.memory_size}: give a "
+                    "larger one, or leave it out."
+                )
         if not self.eval_memory_sizes:
             raise ValueError("eval_memory_sizes=[] leaves nothing to evaluate: name at least one memory size.")
         for size in self.eval_memory_sizes:
@@ -175,6 +199,11 @@ class RetentionTrainingArguments(TrainingArguments):
         check_launch(self.ranks, self.world_size)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
+
+    @property
+    def longest_stretch(self) -> float:
+        """How many times longer than its gate says a token is seen at most."""
+        return 1.0 if self.largest_memory_size is None else self.largest_memory_size / self.memory_size
 
     @property
     def row_groups(self) -> int:

@@ -10,6 +10,7 @@ from retention_gates.kernels.distill_loss import NO_TARGET
 from retention_gates.trainers.row_groups import check_row_length
 
 COLUMNS = ("input_ids", "position_ids", "labels")
+SHARES = 1021  # a prime
 
 
 class RowCollator:
@@ -23,13 +24,14 @@ class RowCollator:
     Args:
         max_length: the most tokens of a row.
         part, parts: a batch is the part-th of so many equal parts [B, T / parts] of the rows.
+        longest: with more than 1 there is also `stretch` [B], for each row a factor between 1 and this.
 
     Raises:
         ValueError: for a row that no loss can be computed from.
     """
 
-    def __init__(self, max_length: int | None, part: int = 0, parts: int = 1):
-        self.max_length, self.part, self.parts = max_length, part, parts
+    def __init__(self, max_length: int | None, part: int = 0, parts: int = 1, longest: float = 1.0):
+        self.max_length, self.part, self.parts, self.longest = max_length, part, parts, longest
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for row in rows:
@@ -41,6 +43,8 @@ class RowCollator:
         targets, counted = next_token_targets(labels, packed_documents(positions))
         whole = {"input_ids": ids, "position_ids": positions, "targets": targets, "counted": counted}
         batch: dict[str, Any] = {name: x.chunk(self.parts, 1)[self.part].contiguous() for name, x in whole.items()}
+        if self.longest > 1:
+            batch["stretch"] = self.longest ** row_shares(ids)
         # plain numbers: on a device, reading them would wait for all that was launched before
         batch["counts"] = (int(batch["counted"].sum()), int((batch["targets"] != NO_TARGET).sum()))
         return batch
@@ -67,6 +71,11 @@ class RowCollator:
                 f"A training row of {length} tokens has no target: no label other than {NO_TARGET} follows a token of "
                 "the same document. Leave such rows out."
             )
+
+
+def row_shares(ids: torch.Tensor) -> torch.Tensor:
+    """A number from 0 to 1 for each row of ids [B, T], as if drawn evenly; a row has the same one wherever it is."""
+    return (ids.sum(1) % SHARES) / (SHARES - 1)
 
 
 def packed_documents(position_ids: torch.Tensor) -> torch.Tensor:

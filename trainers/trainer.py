@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from retention_gates.gates.fading import Fading
 from retention_gates.gates.families import text_config
 from retention_gates.gates.head import OutputHead
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
@@ -86,7 +87,8 @@ class RetentionTrainer(Trainer):
         if args.objective == "end_to_end" and not self._sharded:
             check_packing(model)
         positions = getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None)
-        collator = RowCollator(positions, args.process_index % args.ranks_per_row, args.ranks_per_row)
+        part, parts = args.process_index % args.ranks_per_row, args.ranks_per_row
+        collator = RowCollator(positions, part, parts, args.longest_stretch)
         if len(train_dataset) == 0:
             raise ValueError("train_dataset is empty: it needs at least one row.")
         collator.check(train_dataset[0])
@@ -116,6 +118,7 @@ class RetentionTrainer(Trainer):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, base)
         self._averages = Averages()
         self._clock = PhaseClock()
+        self._fading = Fading(gaussian=args.fade == "gaussian")
         self._graph: StepGraph | None = None
         self._eager_steps = 0
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -136,10 +139,9 @@ class RetentionTrainer(Trainer):
         """The loss, and what of it is logged."""
         for dropout in self._dropouts:
             dropout.eval()  # else teacher and student would differ by chance
-        if self.args.objective == "layerwise":
-            distillation, recording, terms = self._match_layers(model, inputs)
-        else:
-            distillation, recording, terms = self._match_forecasts(model, inputs)
+        self._fading.stretch = inputs.get("stretch")
+        match = self._match_layers if self.args.objective == "layerwise" else self._match_forecasts
+        distillation, recording, terms = match(model, inputs)
         capacity = capacity_loss(
             recording.log_beta,
             self.args.memory_size,
@@ -155,8 +157,9 @@ class RetentionTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of one batch."""
         try:
-            split = find_gated_model(model).rows_split_over(self._row_groups.own)
-            with self._clock.phase("forward_and_backward"), split:
+            gated = find_gated_model(model)
+            split, fading = gated.rows_split_over(self._row_groups.own), gated.fading_as(self._fading)
+            with self._clock.phase("forward_and_backward"), split, fading:
                 return self._pass(model, inputs, num_items_in_batch)
         except ValueError as error:
             if all(gate.isfinite().all() for gate in model.parameters() if gate.requires_grad):
@@ -205,10 +208,7 @@ class RetentionTrainer(Trainer):
         return batches, None
 
     def _match_forecasts(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Recording, Terms]:
-        """kl_weight * KL(teacher, student) + next_token_weight * cross entropy.
-
-        Each is a mean over the positions of all rows of the optimiser step, whichever rank and pass they are in.
-        """
+        """kl_weight * KL(teacher, student) + next_token_weight * cross entropy, means over all rows of the step."""
         kl_share, next_token_share = inputs.get("shares", EVEN)
         tokens = forward_arguments(inputs)
         with torch.no_grad(), self.model.disable_adapter():
@@ -250,10 +250,12 @@ class RetentionTrainer(Trainer):
 
     @cached_property
     def _output_head(self) -> OutputHead:
-        if self._sharded:  # could not be checked before it was divided
-            with find_gated_model(self.model).rows_split_over(None):
-                check_packing(self.model)
-        return OutputHead.from_model(self.model)
+        gated = find_gated_model(self.model)
+        with gated.fading_as(Fading()):  # what checks has rows of its own
+            if self._sharded:  # could not be checked before it was divided
+                with gated.rows_split_over(None):
+                    check_packing(self.model)
+            return OutputHead.from_model(self.model)
 
     # ---- what a run tells ----
 
@@ -314,8 +316,7 @@ class RetentionTrainer(Trainer):
             remove_unfinished(output_dir)
         self.accelerator.wait_for_everyone()
         if not resume_from_checkpoint:
-            found = checkpoints_in(output_dir)
-            if found:
+            if found := checkpoints_in(output_dir):
                 raise ValueError(
                     f"{output_dir} holds the checkpoints of an earlier run, {found[-1].name} the last: resume with "
                     "train(resume_from_checkpoint=True), or choose another output_dir."
@@ -342,9 +343,8 @@ class RetentionTrainer(Trainer):
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter to `folder` in adapter_dtype, as a whole or not at all."""
-        with whole_folder(
-            folder, is_writer=self.args.should_save, barrier=self.accelerator.wait_for_everyone
-        ) as staging:
+        barrier = self.accelerator.wait_for_everyone
+        with whole_folder(folder, is_writer=self.args.should_save, barrier=barrier) as staging:
             self.save_model(str(staging))
             if self.args.should_save and self.args.adapter_dtype != "float32":
                 store_as(staging, self.args.adapter_dtype)
