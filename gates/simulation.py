@@ -29,6 +29,7 @@ class SimulatedLayer(RuledLayer):
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
         self.others: list[EvictionRule] = []
+        self.row_seeds: torch.Tensor | None = None  # int64, one for each of a rule's rows, instead of its own
         self.seen = 0
         self.steppers: dict[Any, Stepper] = {}  # shared by the layers of a cache
         self.sequence: tuple[NewTokens, torch.Tensor | None] | None = None
@@ -84,7 +85,8 @@ class SimulatedLayer(RuledLayer):
         for _, group in groupby(self.rules, key=_kind):
             rules = list(group)
             rows = slice(first, first + share * len(rules))
-            own = NewTokens(new.log_beta[rows], key[rows], value[rows], new.offset[rows], new.seed, new.layer)
+            seed = new.seed if self.row_seeds is None else self.row_seeds.repeat(len(rules)).to(key.device)
+            own = NewTokens(new.log_beta[rows], key[rows], value[rows], new.offset[rows], seed, new.layer)
             own_valid = None if valid is None else valid[rows]
             if isinstance(rules[0].policy, ScoredPolicy):
                 times.append(_times_known_ahead(rules, own, own_valid))
@@ -182,15 +184,21 @@ class SimulatedCache(EvictingCache):
             layer.steppers = steppers
 
     @classmethod
-    def side_by_side(cls, caches: Sequence["SimulatedCache"]) -> "SimulatedCache":
+    def side_by_side(
+        cls, caches: Sequence["SimulatedCache"], row_seeds: torch.Tensor | None = None
+    ) -> "SimulatedCache":
         """Caches of one model as one: the batch is divided equally among them, in their order.
 
         Those of one policy share its steps if they come one after the other. They must be new, and become part of the
         result.
+
+        Args:
+            row_seeds: int64, for each row of a cache the seed of policies that draw by chance. None: the caches'.
         """
         first = caches[0]
         for layers in zip(*(cache.gated_layers for cache in caches), strict=True):
             layers[0].others = [layer.rule for layer in layers[1:]]
+            layers[0].row_seeds = row_seeds
         return first
 
     def pin(self, start: int, stop: int) -> None:

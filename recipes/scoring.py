@@ -1,4 +1,8 @@
-"""Scores every contender on every row, each of them once: what the store has is not computed again."""
+"""Scores every contender on every row, each of them once: what the store has is not computed again.
+
+Rows of one task and length go through the model together, whatever their seeds. What a forward pass gives is stored at
+once.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +38,9 @@ class Block:
         return fingerprints.of_value({name: value for name, value in vars(item).items() if name != "meta"})
 
 
+Row = tuple[Block, int]  # and its index in the block
+
+
 @dataclass
 class Scorer:
     """One model, its contenders, and the store that their scores go to."""
@@ -61,15 +68,16 @@ class Scorer:
 
         from retention_gates.data.tasks.pitfalls import leaks
 
-        todo = [batch for block in blocks for batch in self._missing(block)]
+        todo = self._missing(blocks)
         known = sum(len(block.items) * (1 + len(self._contenders(block))) for block in blocks)
-        new = sum(len(indices) * (1 + len(contenders)) for _, indices, contenders in todo)
+        new = sum(len(rows) * (1 + len(contenders)) for rows, contenders in todo)
         if todo and self.store.found:
             print(f"{max(0, known - new)} of {known} scores are there already; {new} are computed.")
         with tqdm(total=new, desc="evaluating", unit="row", smoothing=0.05) as bar:
-            for block, indices, contenders in todo:
-                bar.set_postfix_str(f"{block.task}, {block.length} tokens, seed {block.seed}", refresh=False)
-                self.store.add(self._compute(block, indices, contenders, bar.update))
+            for rows, contenders in todo:
+                block, _ = rows[0]
+                bar.set_postfix_str(f"{block.task}, {block.length} tokens", refresh=False)
+                self._compute(rows, contenders, bar.update)
         records: Records = []
         for block in blocks:
             place = {"length": block.length, "seed": block.seed}
@@ -86,42 +94,48 @@ class Scorer:
 
         return with_pinned(self.chosen, block.items) if self.pin and block.start is None else self.chosen
 
-    def _missing(self, block: Block) -> "list[tuple[Block, list[int], list[Contender]]]":
-        """Batches of rows, with the contenders that any of these still needs."""
+    def _missing(self, blocks: Sequence[Block]) -> "list[tuple[list[Row], list[Contender]]]":
+        """Batches of rows of one task and length, with the contenders that any of these still needs."""
+        alike: dict[tuple, list[Row]] = {}
+        for block in blocks:
+            rows = alike.setdefault((block.task, block.length, block.start), [])
+            rows += [(block, index) for index in range(len(block.items))]
         batches = []
-        for first in range(0, len(block.items), self.batch_size):
-            indices = list(range(first, min(first + self.batch_size, len(block.items))))
-            lacking = [
-                contender
-                for contender in (None, *self._contenders(block))
-                if any(self.store.get(self._unit(block, index, contender)) is None for index in indices)
-            ]
-            if lacking:
-                batches.append((block, indices, [contender for contender in lacking if contender is not None]))
+        for rows in alike.values():
+            for first in range(0, len(rows), self.batch_size):
+                some = rows[first : first + self.batch_size]
+                lacking = {}  # in the order of the contenders
+                for contender in dict.fromkeys(c for block, _ in some for c in (None, *self._contenders(block))):
+                    lacking[contender] = any(self.store.get(self._unit(*row, contender)) is None for row in some)
+                if any(lacking.values()):
+                    batches.append((some, [one for one, lacks in lacking.items() if lacks and one is not None]))
         return batches
 
-    def _compute(
-        self, block: Block, indices: list[int], contenders: "list[Contender]", progress: Callable[[int], Any]
-    ) -> list[tuple[Unit, Records]]:
+    def _compute(self, rows: "list[Row]", contenders: "list[Contender]", progress: Callable[[int], Any]) -> None:
         import torch
 
-        from retention_gates.trainers.evaluation import compare_answers, compare_rows
+        from retention_gates.trainers.evaluation import compare_answers, compare_rows, name_of
 
-        items = [block.items[index] for index in indices]
-        options: dict[str, Any] = {"batch_size": len(items), "seed": block.seed, "progress": progress}
+        named = {tuple(name_of(contender).values()): contender for contender in (None, *contenders)}
+
+        def found(records: Records) -> None:
+            units: dict[tuple, Records] = {}
+            for record in records:
+                name = (record["policy"], record["memory_size"], record["budgets"])
+                units.setdefault((record["row"], name), []).append(record)
+            results = []
+            for (row, name), own in units.items():
+                block, index = rows[row]
+                results.append((self._unit(block, index, named[name]), own))
+            self.store.add(results)
+
+        block, _ = rows[0]
+        items, seeds = [block.items[index] for block, index in rows], [block.seed for block, _ in rows]
+        options: dict[str, Any] = {"batch_size": len(items), "seed": seeds, "progress": progress, "found": found}
         if block.start is not None:
-            records = compare_rows(self.model, torch.stack(items), contenders, start=block.start, **options)
+            compare_rows(self.model, torch.stack(items), contenders, start=block.start, **options)
         else:
-            records = compare_answers(self.model, block.task, items, contenders, **options)
-        found: dict[int, dict[tuple, Records]] = {}  # of each row: contenders in their order, the full cache first
-        for record in records:
-            name = (record["policy"], record["memory_size"], record["budgets"])
-            found.setdefault(record["row"], {}).setdefault(name, []).append(record)
-        return [
-            (self._unit(block, index, contender), own)
-            for row, index in enumerate(indices)
-            for contender, own in zip([None, *contenders], found[row].values(), strict=True)
-        ]
+            compare_answers(self.model, block.task, items, contenders, **options)
 
     def _unit(self, block: Block, index: int, contender: "Contender | None") -> Unit:
         """All that the score depends on; the full cache and policies without gates don't depend on the gates."""

@@ -8,6 +8,7 @@ itself, gates off.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -22,14 +23,14 @@ from retention_gates.gates.simulation import SimulatedCache
 
 FULL_CACHE = "full"
 TEXT = "text"
-LOGITS_CHUNK = (
-    256  # tokens whose logits exist at a time: 256 x 262,144 fp32 logits of the largest vocabulary are 256 MiB
-)
-# tokens that go through the model at a time, all contenders side by side, on a CPU and on a GPU: the more there are,
-# the less a simulated step costs each; an MLP's hidden states take some 10 KB a token
-TOKENS_AT_A_TIME = (2**15, 2**17)
+# tokens whose logits exist at a time, on a CPU and on a GPU: with the largest vocabulary, 256 are 256 MiB in fp32
+LOGITS_CHUNK = (256, 2048)
+# tokens that go through the model at a time, contenders side by side, on a CPU and at most on a GPU: with more of them
+# a simulated step costs each less
+TOKENS_AT_A_TIME = (2**15, 2**19)
 
 Progress = Callable[[int], Any]  # is told how many forward passes x rows were done
+Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ def compare_rows(
     *,
     start: int = 0,
     batch_size: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     progress: Progress = lambda count: None,
-) -> list[dict[str, Any]]:
+    found: Callable[[Records], Any] = lambda records: None,
+) -> Records:
     """What each contender loses to the full cache on text: one record per row and contender, the full cache included.
 
     A record has `kl`, the mean KL(full || contender) in nats per token; `nll` and `full_nll`, the mean negative log
@@ -123,7 +125,8 @@ def compare_rows(
     Args:
         rows: token ids [R, T], one document each.
         start: the first position whose forecast counts.
-        seed: of policies that draw by chance.
+        seed: of policies that draw by chance, for all rows or for each one.
+        found: is given what is known after each forward pass, all records of some contenders and rows.
 
     Raises:
         ValueError: for rows that the model has no positions for, or too short to score.
@@ -136,24 +139,24 @@ def compare_rows(
             f"start={start} leaves nothing to score in rows of {length} tokens: choose 0 to {length - 2}."
         )
     head = OutputHead.from_model(model)
-    records: list[dict[str, Any]] = []
+    records: Records = []
     for first in range(0, len(rows), batch_size):
         ids = rows[first : first + batch_size].to(head.device)
-        full, kept = _hidden_states(model, ids, chosen, seed, progress)
-        targets = ids[:, start + 1 :]
-        scores = _score_text(head, full[:, start:], [hidden[:, start:] for hidden in kept], targets)
-        for row in range(len(ids)):
-            full_nll = scores["full_nll"][row].item()
-            records.append(
-                {"task": TEXT, "row": first + row, **name_of(None), "kl": 0.0, "nll": full_nll, "full_nll": full_nll}
-                | {"agreement": 1.0}
-            )
-            for index, contender in enumerate(chosen):
-                values = {name: scores[name][index, row].item() for name in ("kl", "nll", "agreement")}
-                records.append(
-                    {"task": TEXT, "row": first + row, **name_of(contender), **values, "full_nll": full_nll}
-                )
-    return records
+        targets, full = ids[:, start + 1 :], None
+        for some, kept in _hidden_states(model, ids, chosen, _seeds(seed, range(first, first + len(ids))), progress):
+            if full is None:
+                full = kept[0]
+            scores = _score_text(head, full[:, start:], [hidden[:, start:] for hidden in kept], targets)
+            new = [
+                {"task": TEXT, "row": first + row, **name_of(contender)}
+                | {name: scores[name][index, row].item() for name in ("kl", "nll", "agreement")}
+                | {"full_nll": scores["full_nll"][row].item()}
+                for index, contender in enumerate(some)
+                for row in range(len(ids))
+            ]
+            found(new)
+            records += new
+    return sorted(records, key=lambda record: record["row"])
 
 
 class Example(Protocol):
@@ -178,14 +181,16 @@ def compare_answers(
     chosen: Sequence[Contender],
     *,
     batch_size: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     progress: Progress = lambda count: None,
-) -> list[dict[str, Any]]:
+    found: Callable[[Records], Any] = lambda records: None,
+) -> Records:
     """Whether each contender, and the full cache, would say the answer: one record per example and contender.
 
     Teacher-forced: the answer is part of the input, and each of its tokens must be the most likely one after what came
     before. A record has `token_accuracy`, the share of such tokens; `exact`, 1.0 if all are; and `said`, the ids of
-    the most likely tokens. Each part of an example is scored once more, in a record of the task "TASK/PART".
+    the most likely tokens. Each part of an example is scored once more, in a record of the task "TASK/PART". Seed,
+    progress and found are as in `compare_rows`.
 
     Raises:
         ValueError: for examples without prompt or answer, or longer than the model has positions for, and for
@@ -193,24 +198,36 @@ def compare_answers(
     """
     gated = find_gated_model(model)
     head = OutputHead.from_model(model)
-    records: list[dict[str, Any]] = []
+    records: Records = []
     for indices in _batches_of_equal_length(examples, batch_size):
         batch = [examples[i] for i in indices]
         ids = torch.tensor([example.prompt_ids + example.answer_ids for example in batch], device=head.device)
         check_length(gated, ids.shape[1])
-        full, kept = _hidden_states(model, ids, chosen, seed, progress, _pinned(batch[0]))
-        for contender, hidden in zip([None, *chosen], [full, *kept], strict=True):
-            for row, index in enumerate(indices):
-                answer = slice(len(batch[row].prompt_ids), None)
-                forecast = head.logits(hidden[row, answer.start - 1 : -1]).argmax(-1)
-                right = forecast == ids[row, answer]
-                parts = {f"{task}/{part}": right[slice(*span)] for part, span in _parts(batch[row]).items()}
-                for name, tokens in {task: torch.cat([*parts.values()]) if parts else right, **parts}.items():
-                    share = tokens.double().mean().item()
-                    scores = {"token_accuracy": share, "exact": float(share == 1.0)}
-                    said = {"said": forecast.tolist()} if name == task else {}
-                    records.append({"task": name, "row": index, **name_of(contender)} | scores | said)
+        seeds, pinned = _seeds(seed, indices), _pinned(batch[0])
+        for some, kept in _hidden_states(model, ids, chosen, seeds, progress, pinned):
+            new = [
+                record | name_of(contender)
+                for contender, hidden in zip(some, kept, strict=True)
+                for row, index in enumerate(indices)
+                for record in _score_answer(head, task, index, batch[row], hidden[row], ids[row])
+            ]
+            found(new)
+            records += new
     return records
+
+
+def _score_answer(
+    head: OutputHead, task: str, index: int, example: Example, hidden: torch.Tensor, ids: torch.Tensor
+) -> Iterator[dict[str, Any]]:
+    """Records of the whole answer and its parts; hidden is [T, C], ids [T]."""
+    answer = slice(len(example.prompt_ids), None)
+    forecast = head.logits(hidden[answer.start - 1 : -1]).argmax(-1)
+    right = forecast == ids[answer]
+    parts = {f"{task}/{part}": right[slice(*span)] for part, span in _parts(example).items()}
+    for name, tokens in {task: torch.cat([*parts.values()]) if parts else right, **parts}.items():
+        share = tokens.double().mean().item()
+        said = {"said": forecast.tolist()} if name == task else {}
+        yield {"task": name, "row": index, "token_accuracy": share, "exact": float(share == 1.0), **said}
 
 
 def _parts(example: Example) -> dict[str, tuple[int, int]]:
@@ -243,11 +260,11 @@ def _hidden_states(
     model: nn.Module,
     ids: torch.Tensor,
     chosen: Sequence[Contender],
-    seed: int,
+    seeds: Sequence[int],
     progress: Progress,
     pinned: Sequence[tuple[int, int]] = (),
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What lm_head would get from the full cache and from each contender, [B, T, C] each."""
+) -> Iterator[tuple[Sequence[Contender | None], Sequence[torch.Tensor]]]:
+    """What lm_head would get, [B, T, C] each: from the full cache, None, and then from some contenders at a time."""
     gated = find_gated_model(model)  # passes go through what it lies in, which may put a sharded model together
     was_training = gated.training
     gated.eval()
@@ -255,29 +272,56 @@ def _hidden_states(
         with gates_off(gated):
             full = model(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         progress(len(ids))
-        kept = []
-        at_a_time = max(1, TOKENS_AT_A_TIME[ids.device.type == "cuda"] // ids.numel())
-        for first in range(0, len(chosen), at_a_time):
-            caches = [_cache_of(gated, contender, pinned, seed) for contender in chosen[first : first + at_a_time]]
+        yield [None], [full]
+        for some in _passes(chosen, max(1, _tokens_at_a_time(gated, ids.device) // ids.numel())):
+            caches = [_cache_of(gated, contender, pinned) for contender in some]
             hidden = model(
                 input_ids=ids.repeat(len(caches), 1),
-                past_key_values=SimulatedCache.side_by_side(caches),
+                past_key_values=SimulatedCache.side_by_side(caches, torch.tensor(seeds, device=ids.device)),
                 use_cache=True,
                 last_hidden_state_only=True,
             )
-            kept += hidden.split(len(ids))
             progress(len(caches) * len(ids))
+            yield some, hidden.split(len(ids))
     finally:
         gated.train(was_training)
-    return full, kept
 
 
-def _cache_of(
-    gated: RetentionGateModel, contender: Contender, pinned: Sequence[tuple[int, int]], seed: int
-) -> SimulatedCache:
+def _seeds(seed: int | Sequence[int], rows: Sequence[int]) -> list[int]:
+    return [seed if isinstance(seed, int) else seed[row] for row in rows]
+
+
+def _passes(chosen: Sequence[Contender], at_a_time: int) -> Iterator[list[Contender]]:
+    """Contenders that go through the model together: all of one policy, which share steps, and more if they fit."""
+    some: list[Contender] = []
+    for _, group in groupby(chosen, key=lambda contender: (contender.policy, contender.pin)):
+        own = list(group)
+        if some and len(some) + len(own) > at_a_time:
+            yield some
+            some = []
+        some += own
+        while len(some) > at_a_time:
+            yield some[:at_a_time]
+            some = some[at_a_time:]
+    if some:
+        yield some
+
+
+def _tokens_at_a_time(gated: RetentionGateModel, device: torch.device) -> int:
+    """On a GPU what a third of the free memory has room for."""
+    if device.type != "cuda":
+        return TOKENS_AT_A_TIME[0]
+    config = text_config(gated.model)
+    width = config.hidden_size
+    numbers = 12 * width + 3 * getattr(config, "intermediate_size", 4 * width)  # of a token that live at once
+    room = torch.cuda.mem_get_info(device)[0] // 3 // (numbers * gated.model.dtype.itemsize)
+    return min(TOKENS_AT_A_TIME[1], max(TOKENS_AT_A_TIME[0], room))
+
+
+def _cache_of(gated: RetentionGateModel, contender: Contender, pinned: Sequence[tuple[int, int]]) -> SimulatedCache:
     if contender.pin and not pinned:
         raise ValueError(f"{contender} pins, but what is scored has no spans to pin: leave pin=False.")
-    cache = SimulatedCache(gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=seed)
+    cache = SimulatedCache(gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets)
     for span in pinned if contender.pin else ():
         cache.pin(*span)
     return cache
@@ -302,7 +346,7 @@ def _score_text(
         targets: [B, T - 1], the next tokens; the last position has a forecast but no target.
     """
     batch, tokens = full.shape[:2]
-    step = max(1, LOGITS_CHUNK // batch)
+    step = max(1, LOGITS_CHUNK[full.device.type == "cuda"] // batch)
     sums = {name: full.new_zeros(len(kept), batch, dtype=torch.float64) for name in ("kl", "nll", "agreement")}
     full_nll = full.new_zeros(batch, dtype=torch.float64)
     for first in range(0, tokens, step):

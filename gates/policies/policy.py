@@ -17,7 +17,7 @@ class NewTokens:
     key: torch.Tensor  # [B, H, T, D], after RoPE
     value: torch.Tensor  # [B, H, T, Dv]
     offset: torch.Tensor  # [B, T] int64, position counted from the row's first real token
-    seed: int
+    seed: int | torch.Tensor  # or int64 [B], one for each row
     layer: int
 
 

@@ -17,7 +17,9 @@ def score(new: NewTokens) -> torch.Tensor:
     """
     heads = torch.arange(new.key.shape[1], device=new.key.device)[:, None]
     of_layer = _mix(_mix(new.seed) + new.layer)
-    of_heads = _mix(heads + of_layer)  # [H, 1]
+    if isinstance(of_layer, torch.Tensor):
+        of_layer = of_layer[:, None, None]
+    of_heads = _mix(heads + of_layer)  # [H, 1] or [B, H, 1]
     of_tokens = _mix(of_heads + new.offset[:, None])  # [B, H, T]
     return (of_tokens >> 8).float() / 2**24
 

@@ -91,7 +91,7 @@ def test_a_memory_as_long_as_the_text_loses_nothing():
 def test_batches_and_chunks_change_nothing(monkeypatch):
     model, rows, seen = calibrated_model(), token_ids(5, 24), []
     one_by_one = compare_rows(model, rows, ALL, start=2)
-    monkeypatch.setattr(evaluation, "LOGITS_CHUNK", 7)
+    monkeypatch.setattr(evaluation, "LOGITS_CHUNK", (7, 7))
     batched = compare_rows(model, rows, ALL, start=2, batch_size=3, progress=seen.append)
     assert sum(seen) == 5 * (1 + len(ALL))
     for one, other in zip(one_by_one, batched, strict=True):
@@ -191,3 +191,29 @@ def test_a_model_without_gates_and_an_empty_answer():
         compare_rows(tiny_model(), token_ids(1, 20), [Contender("random", 8)])
     with pytest.raises(ValueError, match="Example 1 has no prompt or no answer"):
         compare_answers(gated_model(), "say", [Answered([3], [4]), Answered([3], [])], [Contender("random", 8)])
+
+
+def test_rows_of_one_batch_have_seeds_of_their_own():
+    model, rows, chosen = gated_model(), token_ids(3, 40), [Contender("random", 8), Contender("retention", 8)]
+    together = compare_rows(model, rows, chosen, batch_size=3, seed=[5, 0, 7])
+    alone = [compare_rows(model, rows[i : i + 1], chosen, seed=seed) for i, seed in enumerate((5, 0, 7))]
+    for one, other in zip(together, (record for records in alone for record in records), strict=True):
+        assert one["policy"] == other["policy"] and one["kl"] == pytest.approx(other["kl"], abs=1e-5)
+    same = compare_rows(model, rows, chosen, batch_size=3, seed=5)
+    assert [r["kl"] for r in same if r["policy"] == "random"] != [r["kl"] for r in together if r["policy"] == "random"]
+
+
+def test_what_is_known_is_given_pass_by_pass(monkeypatch):
+    monkeypatch.setattr(evaluation, "TOKENS_AT_A_TIME", (2 * 20 * 4, 0))  # four contenders
+    chosen = contenders(["retention", "random", "h2o"], [8, 9, 10], ["uniform"])
+    given = []
+    records = compare_rows(gated_model(), token_ids(2, 20), chosen, batch_size=2, found=given.append)
+    assert [sorted({record["policy"] for record in some}) for some in given] == [
+        ["full"],
+        ["retention"],
+        ["random"],
+        ["h2o"],
+    ]
+    assert sorted((r for some in given for r in some), key=lambda record: record["row"]) == records
+    longer = contenders(["random"], [6, 7, 8, 9, 10, 11], ["uniform"])
+    assert [len(some) for some in evaluation._passes([*longer, *chosen], 4)] == [4, 2, 3, 3, 3]
