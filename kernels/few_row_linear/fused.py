@@ -11,6 +11,7 @@ from torch import Tensor
 from retention_gates.kernels.dispatch import on_own_device
 
 MOST_TOGETHER = 4  # weights of one launch
+TF32_BITS: tl.constexpr = tl.constexpr(0xFFFFE000)  # of a number in fp32, those that tf32 has
 
 
 class Tile(NamedTuple):
@@ -30,11 +31,13 @@ def tile_for(rows: int) -> Tile:
 def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Arguments and result as in the package's `few_row_linear`."""
     rows = x.reshape(-1, x.shape[-1])
-    outputs: list[Tensor] = []
+    outputs: dict[int, Tensor] = {}
+    order = sorted(range(len(weights)), key=lambda index: weights[index].dtype == x.dtype)  # a launch has two dtypes
     for first in range(0, len(weights), MOST_TOGETHER):
-        together = slice(first, first + MOST_TOGETHER)
-        outputs += _few_row_linear(rows, list(weights[together]), list(biases[together]))
-    return [output.view(*x.shape[:-1], output.shape[1]) for output in outputs]
+        together = order[first : first + MOST_TOGETHER]
+        results = _few_row_linear(rows, [weights[i] for i in together], [biases[i] for i in together])
+        outputs |= zip(together, results, strict=True)
+    return [outputs[i].view(*x.shape[:-1], len(weight)) for i, weight in enumerate(weights)]
 
 
 @torch.library.custom_op("retention_gates::few_row_linear", mutates_args=())
@@ -60,6 +63,7 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         columns,
         x.stride(0),
         COUNT=count,
+        FIRST=sum(weight.dtype == weights[0].dtype for weight in weights),
         BM=max(16, triton.next_power_of_2(rows)),
         BN=tile.outputs,
         BK=tile.columns,
@@ -109,6 +113,7 @@ def _linears(
     columns,
     x_stride,
     COUNT: tl.constexpr,
+    FIRST: tl.constexpr,  # weights of the first one's dtype, which come first; the others share another dtype
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -116,92 +121,73 @@ def _linears(
     EVEN: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if (COUNT == 1) | (program < end_0):
-        _linear(
-            x, weight_0, bias_0, output_0, size_0, stride_0, program, rows, columns, x_stride, BM, BN, BK, STAGES, EVEN
+    weights = (weight_0, weight_1, weight_2, weight_3)
+    biases = (bias_0, bias_1, bias_2, bias_3)
+    outputs = (output_0, output_1, output_2, output_3)
+    sizes = (size_0, size_1, size_2, size_3)
+    strides = (stride_0, stride_1, stride_2, stride_3)
+    begins = (0, end_0, end_1, end_2)
+    total = tl.zeros([BM, BN], tl.float32)
+    # One loop for each dtype, whose weight is chosen before it: loops of their own would each hold shared memory, and
+    # leave room for half as many programs.
+    if (FIRST == COUNT) | (program < begins[FIRST % COUNT]):
+        total = _products(
+            x, weights, sizes, strides, begins, program, rows, columns, x_stride, 0, FIRST, BM, BN, BK, STAGES, EVEN
         )
-    elif (COUNT == 2) | (program < end_1):
-        if COUNT >= 2:
-            _linear(
-                x,
-                weight_1,
-                bias_1,
-                output_1,
-                size_1,
-                stride_1,
-                program - end_0,
-                rows,
-                columns,
-                x_stride,
-                BM,
-                BN,
-                BK,
-                STAGES,
-                EVEN,
-            )
-    elif (COUNT == 3) | (program < end_2):
-        if COUNT >= 3:
-            _linear(
-                x,
-                weight_2,
-                bias_2,
-                output_2,
-                size_2,
-                stride_2,
-                program - end_1,
-                rows,
-                columns,
-                x_stride,
-                BM,
-                BN,
-                BK,
-                STAGES,
-                EVEN,
-            )
     else:
-        if COUNT >= 4:
-            _linear(
-                x,
-                weight_3,
-                bias_3,
-                output_3,
-                size_3,
-                stride_3,
-                program - end_2,
-                rows,
-                columns,
-                x_stride,
-                BM,
-                BN,
-                BK,
-                STAGES,
+        if FIRST < COUNT:
+            total = _products(
+                x, weights, sizes, strides, begins, program, rows, columns, x_stride, FIRST, COUNT, BM, BN, BK, STAGES,
                 EVEN,
-            )
+            )  # fmt: skip
+    row = tl.arange(0, BM)
+    for i in tl.static_range(COUNT):
+        is_own = program >= begins[i]
+        if i + 1 < COUNT:
+            is_own &= program < begins[i + 1]
+        if is_own:
+            out = (program - begins[i]) * BN + tl.arange(0, BN)
+            result = total
+            if biases[i] is not None:
+                result += tl.load(biases[i] + out, mask=out < sizes[i], other=0.0).to(tl.float32)[None, :]
+            mask = (row < rows)[:, None] & (out < sizes[i])[None, :]
+            place = outputs[i] + row[:, None] * sizes[i] + out[None, :]
+            tl.store(place, result.to(outputs[i].dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _linear(
-    x, weight, bias, output, size, stride, block, rows, columns, x_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+def _products(
+    x, weights, sizes, strides, begins, program, rows, columns, x_stride,
+    FROM: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    # of a weight in fp32, fewer columns at a time, because three products of it need registers, and more steps ahead
+    """x times the program's outputs of the one of the weights FROM..TO that it works at, [BM, BN]."""
+    weight, size, stride, begin = weights[FROM], sizes[FROM], strides[FROM], begins[FROM]
+    for i in tl.static_range(FROM + 1, TO):
+        if program >= begins[i]:
+            weight, size, stride, begin = weights[i], sizes[i], strides[i], begins[i]
+    # of a weight in fp32, fewer columns at a time, because two products of it need registers, and more steps ahead
     WIDE: tl.constexpr = weight.dtype.element_ty == tl.float32
     STEP: tl.constexpr = BK // 4 if WIDE else BK
     AHEAD: tl.constexpr = 2 * STAGES - 1 if WIDE else STAGES
-    row, out, column = tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, STEP)
+    row, out, column = tl.arange(0, BM), (program - begin) * BN + tl.arange(0, BN), tl.arange(0, STEP)
     x_rows = x + row[:, None] * x_stride
     weight_rows = weight + out[:, None].to(tl.int64) * stride
     total = tl.zeros([BM, BN], tl.float32)
+    rest = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(0, columns, STEP, num_stages=AHEAD):
         at = start + column[None, :]
         weight_mask, x_mask = (out < size)[:, None], (row < rows)[:, None]
         if not EVEN:
             weight_mask, x_mask = weight_mask & (at < columns), x_mask & (at < columns)
-        weights = tl.load(weight_rows + at, mask=weight_mask, other=0.0, eviction_policy="evict_first")
+        values = tl.load(weight_rows + at, mask=weight_mask, other=0.0, eviction_policy="evict_first")
         inputs = tl.load(x_rows + at, mask=x_mask, other=0.0)
-        # 16 bits of x are exact in tf32, so that three products of tf32 give fp32's
-        total = tl.dot(inputs.to(weights.dtype), tl.trans(weights), total, input_precision="tf32x3")
-    mask = (row < rows)[:, None] & (out < size)[None, :]
-    if bias is not None:
-        total += tl.load(bias + out, mask=out < size, other=0.0).to(tl.float32)[None, :]
-    tl.store(output + row[:, None] * size + out[None, :], total.to(output.dtype.element_ty), mask=mask)
+        if WIDE:
+            # 16 bits of x are exact in tf32: only the weight is cut in two. Each product has a sum of its own, since a
+            # product waits for those before it that go into the same one
+            high = (values.to(tl.uint32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
+            rest = tl.dot(inputs.to(tl.float32), tl.trans(values - high), rest, input_precision="tf32")
+            total = tl.dot(inputs.to(tl.float32), tl.trans(high), total, input_precision="tf32")
+        else:
+            total = tl.dot(inputs.to(values.dtype), tl.trans(values), total)
+    return total + rest

@@ -53,9 +53,19 @@ def test_against_fp64(monkeypatch, kernels, dtype, shape):
     assert_right(few_row_linear(x, weights, biases), x, weights, biases)
 
 
+@pytest.mark.parametrize("kernels", ["naive", "fused"])
+@pytest.mark.parametrize("wide", [None, 0, 2, 4])
+def test_dtypes_in_any_order(monkeypatch, kernels, wide):
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", kernels)
+    x, weights, biases = inputs((5,), 72, (24, 16, 40, 8, 33), torch.float16, wide=wide)
+    weights[1] = weights[1].float()
+    biases[1] = torch.ones(16)
+    assert_right(few_row_linear(x, weights, biases), x, weights, biases)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("wide", [0, None])
+@pytest.mark.parametrize("wide", [0, 1, None])
 @pytest.mark.parametrize(
     "shape", [*SHAPES, ((4, 1), 2560, (512, 4096, 1024, 1024)), ((32, 1), 9728, (2560,)), ((8,), 576, (49_152,))]
 )
