@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, help="read so many tokens at a time (default: generate one by one)")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    chunk = options.chunk or 1
+    chunk = 1 if options.chunk is None else options.chunk
+    if chunk < 1:
+        parser.error(f"--chunk {chunk} must be at least 1 token")
     device, part = options.device, options.tokens // TENTHS // chunk * chunk
     if part == 0:
         parser.error(f"a tenth of {options.tokens} tokens is less than one chunk of {chunk}")
