@@ -174,7 +174,6 @@ def _products(
     x_rows = x + row[:, None] * x_stride
     weight_rows = weight + out[:, None].to(tl.int64) * stride
     total = tl.zeros([BM, BN], tl.float32)
-    rest = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(0, columns, STEP, num_stages=AHEAD):
         at = start + column[None, :]
         weight_mask, x_mask = (out < size)[:, None], (row < rows)[:, None]
@@ -183,11 +182,11 @@ def _products(
         values = tl.load(weight_rows + at, mask=weight_mask, other=0.0, eviction_policy="evict_first")
         inputs = tl.load(x_rows + at, mask=x_mask, other=0.0)
         if WIDE:
-            # 16 bits of x are exact in tf32: only the weight is cut in two. Each product has a sum of its own, since a
-            # product waits for those before it that go into the same one
+            # 16 bits of x are exact in tf32: only the weight is cut in two. A step's products go into a sum of their own,
+            # which is added in fp32: tensor cores cut off what they add to a sum, and 1,000 cuts are seen in the result
             high = (values.to(tl.uint32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
-            rest = tl.dot(inputs.to(tl.float32), tl.trans(values - high), rest, input_precision="tf32")
-            total = tl.dot(inputs.to(tl.float32), tl.trans(high), total, input_precision="tf32")
+            part = tl.dot(inputs.to(tl.float32), tl.trans(values - high), input_precision="tf32")
+            total += tl.dot(inputs.to(tl.float32), tl.trans(high), part, input_precision="tf32")
         else:
             total = tl.dot(inputs.to(values.dtype), tl.trans(values), total)
-    return total + rest
+    return total

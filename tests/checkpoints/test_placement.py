@@ -66,13 +66,15 @@ def test_a_base_with_layers_on_the_disk(files, tmp_path):
 @pytest.mark.parametrize("device_map", [spread(0, 1), "auto", "balanced"])
 def test_a_base_over_two_gpus(files, device_map):
     base = AutoModelForCausalLM.from_pretrained(files / "base", device_map=device_map)
-    model = PeftModel.from_pretrained(base, files / "gates").eval()
+    model = PeftModel.from_pretrained(base, files / "gates", is_trainable=True).eval()
     for layer in find_gated_model(model).gated_layers:
         weights = {p.device for p in layer.base_layer.parameters()}
         assert {p.device for p in layer.active_gate.parameters()} == weights
     one = PeftModel.from_pretrained(tiny_model(eos_token_id=None).to("cuda:0"), files / "gates").eval()
     torch.testing.assert_close(generate(model), generate(one), rtol=1e-3, atol=1e-3)
     model.train()(IDS.to("cuda:0"), use_cache=False).logits.square().mean().backward()
+    gates = [p for layer in find_gated_model(model).gated_layers for p in layer.active_gate.parameters()]
+    assert all(p.grad.abs().sum() > 0 for p in gates)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
