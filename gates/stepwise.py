@@ -50,7 +50,7 @@ class Stepper:
         assert isinstance(policy, FeedbackPolicy)
         self.rules, self.policy, self.rule = rules, policy, rules[0]
         self.scale, self.softcap = scale, softcap
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by the arguments of `_step`
         self.is_ready = False
 
     @torch.no_grad()
@@ -71,15 +71,15 @@ class Stepper:
             self._allocate(query, new)
         self._load(query, new, valid, sinks)
         self._reset()
-        tokens, interval = query.shape[2], self.rule.interval
-        if self.is_captured and not self.graphs:
-            self._capture()
-        for step in range(tokens):
-            refreshes = (step + 1) % interval == 0
+        tokens, interval, due = query.shape[2], self.rule.interval, self._due(query.shape[2])
+        steps = [((step + 1) % interval == 0, due[step]) for step in range(tokens)]
+        if self.is_captured:
+            self._capture(set(steps) - self.graphs.keys())
+        for refreshes, observes in steps:
             if self.is_captured:
-                self.graphs[refreshes].replay()
+                self.graphs[refreshes, observes].replay()
             else:
-                self._step(refreshes)
+                self._step(refreshes, observes)
         times = self.times[:, :, :tokens].clone()
         if valid is not None:
             times.masked_fill_(~valid[:, None], 0)
@@ -159,6 +159,14 @@ class Stepper:
         is_due = real[:, None] & (above > 0) & (above % buffer_size == 0)
         return is_due * buffer_size
 
+    def _due(self, tokens: int) -> list[bool]:
+        """At which steps the policy learns anything."""
+        if self.policy.is_due is None:
+            return [self.policy.observe is not None] * tokens
+        offsets = torch.arange(tokens, device=self.start.device) - self.start[:, None]
+        due: list[bool] = self.policy.is_due(offsets, self.setting.budgets).any(0).tolist()
+        return due
+
     def _reset(self) -> None:
         self.positions.copy_(self.no_positions)
         self.evictable_from.fill_(NEVER)
@@ -167,19 +175,19 @@ class Stepper:
         self.priority.fill_(float("inf"))
         self.times.fill_(self.times.shape[2] - 1)
 
-    def _capture(self) -> None:
-        """Captures a step, and one that gives no new priorities, if there are such."""
-        for refreshes in {True, self.rule.interval == 1}:
+    def _capture(self, kinds: set[tuple[bool, bool]]) -> None:
+        """Captures a step of each kind: those that give new priorities or don't, and learn something or don't."""
+        for kind in kinds:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(min(3, self.query.shape[2])):  # libraries allocate workspaces before the capture
-                    self._step(refreshes)
+                    self._step(*kind)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._step(refreshes)
-            self.graphs[refreshes] = graph
+                self._step(*kind)
+            self.graphs[kind] = graph
             self._reset()
 
     def _at_column(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
@@ -191,7 +199,7 @@ class Stepper:
         whole = {"keys": self.key, "values": self.value}[name]
         return whole.gather(2, self.positions.clamp(min=0)[..., None].expand(-1, -1, -1, whole.shape[3]))
 
-    def _step(self, refreshes: bool) -> None:
+    def _step(self, refreshes: bool, observes: bool) -> None:
         policy, rule = self.policy, self.rule
         slot = (self.positions == -1).to(torch.uint8).argmax(2, keepdim=True)  # [B, H, 1], the first empty one
         self.positions.scatter_(2, slot, self._at_column(self.columns))
@@ -204,7 +212,7 @@ class Stepper:
         arguments: Any = (query, is_real, self.column[0], self.start, self._read, self.setting)
         held = Held(self.positions, self.state, self.head_state, *arguments)
         attention: Any = dict(scale=self.scale, softcap=self.softcap, sinks=self.sinks)
-        if policy.observe is not None:
+        if observes:
             weights = None
             if policy.needs_attention:
                 weights = entry_weights(query, self.slots["keys"], held.exists[:, :, None], **attention)

@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,7 +59,8 @@ def run(config: ComparisonConfig) -> None:
     start = config.start
     sources = [_settle(title, entry, config) for title, entry in config.models.items()]
     store = ResultStore(folder)
-    models = [_compare(source, config, start, store) for source in sources]
+    with _matmul_precision(config.run.matmul_precision):
+        models = [_compare(source, config, start, store) for source in sources]
     header = {
         "text": config.text.source,
         "held_out": config.held_out,
@@ -81,6 +83,19 @@ def run(config: ComparisonConfig) -> None:
     write_text(folder / PAGE, report_page.page(header, models))
     print(text)
     print(f"written: {', '.join(str(folder / file) for file in (RESULTS, SUMMARY, REPORT, PAGE, PICTURE))}")
+
+
+@contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    """Of products of fp32 numbers on a GPU, until the block ends."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
@@ -135,7 +150,11 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
     model = load_model(
         source.name, entry.adapter, gguf_file=source.gguf_file, device=config.run.device, dtype=entry.dtype
     )
-    chosen = _contenders(source.policies, config.contenders, config.contenders.budgets or _budgets_of(model))
+    left_out = {} if config.contenders.policies else _unfit(source.policies, model)
+    for name, reason in left_out.items():
+        print(f"{source.title} without {name}: {reason}")
+    policies = [name for name in source.policies if name not in left_out]
+    chosen = _contenders(policies, config.contenders, config.contenders.budgets or _budgets_of(model))
     records = Scorer(model, chosen, store, config.run.batch_size, pin=config.contenders.pin).score(blocks)
     rows = blocks[0].items
     sizes = memory_bytes(model, rows[0], chosen)
@@ -147,6 +166,7 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
             "model": entry.package or source.name,
             "gguf_file": source.gguf_file,
             "adapter": entry.adapter,
+            "left_out": sorted(left_out),
             **machine_and_versions(model),
         },
         summaries=aggregate(records, reference=reference),
@@ -157,6 +177,23 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
         shown=_shown(model, rows, chosen) if entry.adapter else None,
         answers=differing_answers(records, blocks, tokenizer),
     )
+
+
+def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
+    """Which of the policies cannot run with a model that is loaded, and why."""
+    from retention_gates.gates.model import find_gated_model
+    from retention_gates.gates.policies import FeedbackPolicy, find_policy
+    from retention_gates.gates.rotation import rotary_frequencies
+
+    reasons = {}
+    for name in policies:
+        policy = find_policy(name)
+        if isinstance(policy, FeedbackPolicy) and policy.needs_rotation:
+            try:
+                rotary_frequencies(find_gated_model(model).model, name)
+            except ValueError as error:
+                reasons[name] = str(error)
+    return reasons
 
 
 def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", start: int) -> list[Block]:

@@ -20,6 +20,7 @@ def machine_and_versions(model: "nn.Module") -> dict[str, Any]:
 
     parameter = next(model.parameters())
     on_gpu = parameter.device.type == "cuda"
+    is_rounded = on_gpu and parameter.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     device = torch.cuda.get_device_name(parameter.device) if on_gpu else f"{platform.machine()} CPU"
     if parameter.device.type == "cpu":
         device += f", {torch.get_num_threads()} threads"
@@ -30,7 +31,7 @@ def machine_and_versions(model: "nn.Module") -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES},
         "triton": _triton(),
         "device": device,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "dtype": str(parameter.dtype).removeprefix("torch.") + (" (products in tf32)" if is_rounded else ""),
     }
 
 

@@ -93,9 +93,13 @@ def facts(header: dict[str, Any], models: Sequence[ModelReport]) -> list[str]:
         adapter = f"adapter `{known['adapter']}`" if known["adapter"] else "no adapter, gates untrained"
         file = f" (`{known['gguf_file']}`)" if known["gguf_file"] else ""
         commit = f", commit {known['commit']}" if known["commit"] else ""
+        without = (
+            f"; without {', '.join(known['left_out'])}, which this model cannot have" if known["left_out"] else ""
+        )
         lines.append(
             f"{model.title}: `{known['model']}`{file}, {adapter}; retention-gates {known['retention_gates']}{commit}, "
             f"{known['device']}, {known['dtype']}, torch {known['torch']}, transformers {known['transformers']}"
+            + without
         )
     lines.append(
         f"text: {header['rows']} passages of {header['length']} tokens from `{header['text']}` for each seed"

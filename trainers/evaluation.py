@@ -8,7 +8,7 @@ itself, gates off.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -267,7 +267,7 @@ def _hidden_states(
     """What lm_head would get, [B, T, C] each: from the full cache, None, and then from some contenders at a time."""
     gated = find_gated_model(model)  # passes go through what it lies in, which may put a sharded model together
     was_training = gated.training
-    caches = iter([_cache_of(gated, contender, pinned) for contender in chosen])  # refused before anything is computed
+    caches = [_cache_of(gated, contender, pinned) for contender in chosen]  # refused before anything is computed
     gated.eval()
     try:
         with gates_off(gated):
@@ -275,14 +275,14 @@ def _hidden_states(
         progress(len(ids))
         yield [None], [full]
         for some in _passes(chosen, max(1, _tokens_at_a_time(gated, ids.device) // ids.numel())):
+            own = [caches.pop(0) for _ in some]  # what a pass has found out goes with its caches
             hidden = model(
                 input_ids=ids.repeat(len(some), 1),
-                past_key_values=SimulatedCache.side_by_side(
-                    [*islice(caches, len(some))], torch.tensor(seeds, device=ids.device)
-                ),
+                past_key_values=SimulatedCache.side_by_side(own, torch.tensor(seeds, device=ids.device)),
                 use_cache=True,
                 last_hidden_state_only=True,
             )
+            del own
             progress(len(some) * len(ids))
             yield some, hidden.split(len(ids))
     finally:

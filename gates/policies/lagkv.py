@@ -22,23 +22,33 @@ def observe(held: Held, weights: torch.Tensor) -> torch.Tensor:
     Source: "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important",
     https://arxiv.org/abs/2504.04704
     """
-    lag = (held.budgets // 4).clamp(SMALLEST_LAG, LARGEST_LAG)  # [B, H]
+    lag = _lag(held.budgets)
     counted = (held.step - held.start)[:, None] + 1 - SINKS  # tokens in partitions, up to the last query
     complete = torch.div(counted, lag, rounding_mode="floor").clamp(min=0)
     before = torch.div(counted - held.is_real.shape[1], lag, rounding_mode="floor").clamp(min=0)
-    for new in range(int((complete - before).max())):
+    queries = held.is_real.shape[1]
+    for new in range(1 if queries == 1 else int((complete - before).max())):
         next_one = before + new  # the partition, [B, H], that scores the one before it
-        is_due = (next_one < complete) & (next_one > 0)
-        _score(held, lag, next_one, is_due)
+        is_scored = (next_one < complete) & (next_one > 0)
+        _score(held, lag, next_one, is_scored)
     return held.state
 
 
-def _score(held: Held, lag: torch.Tensor, next_one: torch.Tensor, is_due: torch.Tensor) -> None:
+def is_due(offsets: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+    """Whether a partition of any head is complete after a token, bool [B, T]."""
+    return ((offsets[:, None] + 1 - SINKS) % _lag(budgets)[..., None] == 0).any(1)
+
+
+def _lag(budgets: torch.Tensor) -> torch.Tensor:
+    return (budgets // 4).clamp(SMALLEST_LAG, LARGEST_LAG)  # [B, H]
+
+
+def _score(held: Held, lag: torch.Tensor, next_one: torch.Tensor, is_scored: torch.Tensor) -> None:
     offset = held.positions - held.start[:, None, None] - SINKS
     partition = torch.div(offset, lag[..., None], rounding_mode="floor")
     partition = partition.masked_fill(~held.exists | (offset < 0), -1)
     reference = partition == next_one[..., None]
-    scored = (partition == next_one[..., None] - 1) & is_due[..., None]
+    scored = (partition == next_one[..., None] - 1) & is_scored[..., None]
     total = _spread(held.keys.float(), reference, scored) + _spread(held.values.float(), reference, scored)
     total = total.masked_fill(~scored, float("inf"))
     rank = total.argsort(dim=2, stable=True).argsort(dim=2).float() / lag[..., None]
@@ -58,5 +68,10 @@ def unscored(new: NewTokens) -> torch.Tensor:
 
 
 LAGKV = FeedbackPolicy(
-    name="lagkv", recent_fraction=0.5, observe=observe, looks_at_weights=False, initial_state=unscored, reads_back=True
+    name="lagkv",
+    recent_fraction=0.5,
+    observe=observe,
+    is_due=is_due,
+    looks_at_weights=False,
+    initial_state=unscored,
 )

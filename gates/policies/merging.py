@@ -8,6 +8,7 @@ from retention_gates.gates.policies.policy import FeedbackPolicy, NewTokens
 
 SIMILAR = 0.6  # cosine of the keys from which on a victim is merged rather than dropped
 VICTIMS = 128  # looked at together, each beside all entries
+EPSILON = 1e-12  # F.normalize's least length
 
 
 def observe(held: Held, weights: torch.Tensor) -> torch.Tensor:
@@ -24,28 +25,34 @@ def merge(held: Held, victims: torch.Tensor, most: int) -> tuple[torch.Tensor, t
     Cache Compression", https://arxiv.org/abs/2503.10714, but: both merge into a part of the cache set aside for it,
     here any survivor will do; and an entry's logit is not raised by the log of the number of tokens it stands for.
     """
-    count = held.state[..., 1:].clone()  # [B, H, S, 1]
-    keys, values = held.keys.float(), held.values.float()
-    units, survives = F.normalize(keys, dim=3), held.exists & ~victims
-    mass, key_sum, value_sum = count.clone(), keys * count, values * count
+    keys, values, count = held.keys.float(), held.values.float(), held.state[..., 1:]  # count is [B, H, S, 1]
+    lengths, survives = keys.norm(dim=3).clamp(min=EPSILON)[:, :, None], held.exists & ~victims
     by_victim = victims.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :most]
-    for first in range(0, most, VICTIMS):
-        index = by_victim[:, :, first : first + VICTIMS]  # [B, H, V]
-        similarity = _gather(units, index) @ units.transpose(2, 3)  # [B, H, V, S]
-        nearest = similarity.masked_fill(~survives[:, :, None], -1.0).max(dim=3, keepdim=True)
-        joins = victims.gather(2, index)[..., None] & (nearest.values >= SIMILAR)
-        share = torch.zeros_like(similarity).scatter_(3, nearest.indices, _gather(count, index) * joins)
-        mass += share.sum(2)[..., None]
-        key_sum += share.transpose(2, 3) @ _gather(keys, index)
-        value_sum += share.transpose(2, 3) @ _gather(values, index)
-    held.state[..., 1:] = mass
-    grown = mass > count  # others stay as they are, to the bit
-    mass = mass.clamp(min=1.0)
-    return (key_sum / mass).where(grown, keys), (value_sum / mass).where(grown, values)
+    joined = []
+    for index in by_victim.split(VICTIMS, dim=2):  # [B, H, V]
+        similarity = F.normalize(_gather(keys, index), dim=3) @ keys.transpose(2, 3) / lengths  # [B, H, V, S]
+        nearest = similarity.masked_fill(~survives[:, :, None], -1.0).max(dim=3)
+        joined.append((index, nearest.indices, victims.gather(2, index) & (nearest.values >= SIMILAR)))
+    for index, target, joins in joined:
+        # [B, H, V, V], what joins the same survivor: every victim of it knows, and writes, the same result
+        together = ((target[..., None] == target[:, :, None]) & joins[:, :, None]).float()
+        own, before = _gather(count, index), _gather(count, target)
+        added = together @ own
+        for x in (keys, values):
+            mean = (_gather(x, target) * before + together @ (_gather(x, index) * own)) / (before + added)
+            _put(x, target, mean, where=added > 0)
+        _put(count, target, before + added, where=added > 0)
+    return keys, values
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def _put(x: torch.Tensor, index: torch.Tensor, new: torch.Tensor, *, where: torch.Tensor) -> None:
+    """Others stay as they are, to the bit."""
+    places = index[..., None].expand(-1, -1, -1, x.shape[3])
+    x.scatter_(2, places, new.where(where, x.gather(2, places)))
 
 
 def one_token(new: NewTokens) -> torch.Tensor:

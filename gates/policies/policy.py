@@ -65,6 +65,9 @@ class FeedbackPolicy(Policy):
     """
 
     observe: Callable[[Held, torch.Tensor], torch.Tensor] | None = None  # -> [B, H, S, K]
+    # after which tokens `observe` changes anything: of their offsets int64 [B, T] from the row's first real token, and
+    # budgets int64 [B, H]; None: after any
+    is_due: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # -> bool [B, T]
     looks_at_weights: bool = True  # if not, `observe` gets none, [B, H, 0, S]
     priority: Callable[[Held], torch.Tensor] = first_of_state  # -> [B, H, S] fp32
     initial_state: Callable[[NewTokens], torch.Tensor] = zeros  # -> [B, H, T, K] fp32

@@ -182,8 +182,8 @@ def _products(
         values = tl.load(weight_rows + at, mask=weight_mask, other=0.0, eviction_policy="evict_first")
         inputs = tl.load(x_rows + at, mask=x_mask, other=0.0)
         if WIDE:
-            # 16 bits of x are exact in tf32: only the weight is cut in two. A step's products go into a sum of their own,
-            # which is added in fp32: tensor cores cut off what they add to a sum, and 1,000 cuts are seen in the result
+            # 16 bits of x are exact in tf32: only the weight is cut in two. A step's products have a sum of their own,
+            # which is added in fp32: tensor cores cut off what they add to a sum, and 1,000 cuts show in the result
             high = (values.to(tl.uint32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
             part = tl.dot(inputs.to(tl.float32), tl.trans(values - high), input_precision="tf32")
             total += tl.dot(inputs.to(tl.float32), tl.trans(high), part, input_precision="tf32")

@@ -23,7 +23,7 @@ def test_padded_batch(device, family, recordings):
     assert len(recordings) == 1
 
 
-@pytest.mark.parametrize("policy", ["key_norm", "random", "streaming_llm", "h2o"])
+@pytest.mark.parametrize("policy", ["key_norm", "random", "streaming_llm", "h2o", "lagkv"])
 def test_other_policies(device, policy):
     model = on(device)
     assert_same(model, *caches(model, policy=policy, buffer_size=3), **padded_batch(device), **GREEDY)

@@ -1,6 +1,7 @@
 """Steps that are not recorded, or compiled first."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from retention_gates import find_gated_model
 from retention_gates.gates import decode_graph
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.decode_graph import logger
+from retention_gates.gates.policies import POLICIES
 
 
 def waiting(module):
@@ -26,14 +28,15 @@ def waiting(module):
     ("case", "reason"),
     [
         ("hook", "mlp.up_proj has a forward hook"),
-        ("lagkv", "policy='lagkv' waits for the device"),
+        ("h2o", "policy='h2o' waits for the device"),
         ("expected_attention", "gives priorities at every 8th step only"),
         ("waits", "waits for the device|_local_scalar_dense"),
     ],
 )
 def test_what_cannot_be_recorded_runs_as_it_is_and_that_is_said(device, case, reason, caplog):
     model = on(device)
-    options = {} if case in ("hook", "waits") else dict(policy=case, memory_size=20)
+    reads_back = replace(POLICIES["h2o"], reads_back=True)
+    options = {} if case in ("hook", "waits") else dict(policy=reads_back if case == "h2o" else case, memory_size=20)
     mlp = find_gated_model(model).model.get_decoder().layers[0].mlp
     calls = []
     if case == "hook":

@@ -10,6 +10,7 @@ from torch import nn
 from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.feedback_layer import FeedbackSlotLayer
 from retention_gates.gates.policies import POLICIES, FeedbackPolicy, NewTokens, ScoredPolicy, as_feedback, find_policy
+from retention_gates.gates.policies.held import Held, Setting
 
 SCORED = [name for name, policy in POLICIES.items() if isinstance(policy, ScoredPolicy)]
 OWNER = nn.Identity()
@@ -156,3 +157,41 @@ def test_spans_with_a_budget_of_their_own(name, chunks):
     kept = [[[len(held & set(range(a, b))) for a, b, _ in reserved] for held in run[-1]] for run in (ours, without)]
     assert all(first >= 3 and second >= 4 for first, second in kept[0])
     assert any(first < 3 or second < 4 for first, second in kept[1])
+
+
+def test_victims_that_are_merged_together():
+    """Against loops: some join the same survivor, some are like none, and what nobody joins stays to the bit."""
+    torch.manual_seed(0)
+    places, most = 12, 6
+    key, value = torch.randn(2, 1, 2, places, 8)
+    key[:, :, 6:9] = key[:, :, :1] * torch.tensor([2.0, 3.0, 0.5])[:, None]  # these join the first
+    key[:, :, 9] = key[:, :, 1] + 0.1
+    count = torch.randint(1, 5, (1, 2, places)).float()
+    victims = torch.zeros(1, 2, places, dtype=torch.bool)
+    victims[:, 0, 6:], victims[:, 1, 7:10] = True, True
+    positions = torch.arange(places).expand(1, 2, -1).clone()
+    positions[:, 1, 11] = -1
+    state = torch.stack([torch.rand(1, 2, places), count], dim=3)
+    slots = {"keys": key.clone(), "values": value.clone()}
+    setting = Setting(torch.full((1, 2), places), 1.0, torch.empty(0), ())
+    query, real = torch.randn(1, 4, 1, 8), torch.ones(1, 1, dtype=torch.bool)
+    held = Held(
+        positions, state, torch.empty(1, 2, 0), query, real, torch.tensor(12), torch.tensor([0]), slots.get, setting
+    )
+    keys, values = POLICIES["merging"].merge(held, victims, most)
+    for head in range(2):
+        survivors = [i for i in range(places) if positions[0, head, i] >= 0 and not victims[0, head, i]]
+        joined: dict[int, list[int]] = {i: [] for i in survivors}
+        for victim in victims[0, head].nonzero().flatten().tolist():
+            likeness = torch.cosine_similarity(key[0, head, victim][None], key[0, head, survivors])
+            if likeness.max() >= 0.6:
+                joined[survivors[int(likeness.argmax())]].append(victim)
+        assert sorted(map(len, joined.values()))[-1] == (3 if head == 0 else 2)
+        for survivor, others in joined.items():
+            group = [survivor, *others]
+            mass = count[0, head, group]
+            assert held.state[0, head, survivor, 1] == mass.sum()
+            for new, old in ((keys, key), (values, value)):
+                mean = (old[0, head, group] * mass[:, None]).sum(0) / mass.sum()
+                torch.testing.assert_close(new[0, head, survivor], mean)
+                assert others or torch.equal(new[0, head, survivor], old[0, head, survivor])

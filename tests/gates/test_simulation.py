@@ -185,7 +185,7 @@ def test_bad_arguments_are_those_of_the_bounded_cache():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", ["h2o", "snapkv", "rkv", "expected_attention", "merging"])
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "rkv", "lagkv", "expected_attention", "merging"])
 def test_captured_steps_are_the_steps(policy):
     plain = replace(POLICIES[policy], reads_back=True)  # which no graph is captured of
     model, ids = gated_model().cuda(), token_ids(2, 80).cuda()

@@ -192,6 +192,7 @@ def test_the_page_is_whole_and_loads_nothing(files, tmp_path):
         (["run.output="], "run.output is missing"),
         (["run.seeds=[]"], "run.seeds=[] must be one or more"),
         (["run.seeds=[1, 1]"], "must be one or more different numbers"),
+        (["run.matmul_precision=low"], "choose among highest, high"),
         (["run.batch_size=two"], "is a str, where int is wanted"),
         (["tasks.chess.examples=2"], "unknown task 'chess'"),
         (["tasks.passkey.lengths=[1]"], "tasks.passkey.lengths=1 must be"),

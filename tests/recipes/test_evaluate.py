@@ -5,12 +5,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from gated_models import gated_model
 from tiny_adapter import Files, make_files
 
 from retention_gates.cli import main
 from retention_gates.gates.policies import POLICIES
 from retention_gates.recipes.bench.harness import Measurement
-from retention_gates.recipes.compare import can_run
+from retention_gates.recipes.compare import _unfit, can_run
 from retention_gates.trainers.comparison import aggregate, holm
 from retention_gates.trainers.evaluation import contenders
 
@@ -168,6 +169,31 @@ def test_untrained_gates_run_the_policies_that_need_none(files, tmp_path):
     assert {r["policy"] for r in records} == {"full", *(name for name in POLICIES if can_run(name, None))}
     assert "retention" not in {r["policy"] for r in records} > set(RIVALS)
     assert {r["budgets"] for r in records} == {"uniform", None}
+
+
+def test_policies_that_a_model_cannot_have(files, tmp_path, monkeypatch, capsys):
+    """Of all that there are they are left out, which is said; by name they are refused."""
+
+    def refuse(model, policy):
+        raise ValueError(f"no {policy} here")
+
+    for place in ("rotation", "cache"):
+        monkeypatch.setattr(f"retention_gates.gates.{place}.rotary_frequencies", refuse)
+    arguments = ["--model", str(files.model), "--text", str(files.texts), "--length", "40", "--memory-size", "16"]
+    arguments += ["--documents", "1", "--output", str(tmp_path / "out")]
+    assert main(["evaluate", *arguments, "--policies", "tova", "expected_attention"]) == 2
+    assert "no expected_attention here" in capsys.readouterr().err
+    assert main(["evaluate", *arguments]) == 0
+    assert "without expected_attention: no expected_attention here" in capsys.readouterr().out
+    assert {r["policy"] for r in read(tmp_path / "out")[1]} == {
+        *("full", *(name for name in POLICIES if can_run(name, None) and name != "expected_attention"))
+    }
+    assert "; without expected_attention, which" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_gemma_has_two_rotary_embeddings():
+    assert list(_unfit(["tova", "expected_attention"], gated_model("gemma3_text"))) == ["expected_attention"]
+    assert _unfit(["tova", "expected_attention"], gated_model("llama")) == {}
 
 
 def test_a_folder_of_folders_of_ours_is_ours(evaluated, files, tmp_path):

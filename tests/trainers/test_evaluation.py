@@ -1,5 +1,7 @@
 """Scores equal those of a true token-by-token decode with a bounded cache."""
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +11,7 @@ from tiny_models import tiny_model
 
 from retention_gates import find_gated_model
 from retention_gates.gates.cache import BoundedCache
+from retention_gates.gates.stepwise import Stepper
 from retention_gates.trainers import evaluation
 from retention_gates.trainers.evaluation import Contender, compare_answers, compare_rows, contenders
 
@@ -217,3 +220,28 @@ def test_what_is_known_is_given_pass_by_pass(monkeypatch):
     assert sorted((r for some in given for r in some), key=lambda record: record["row"]) == records
     longer = contenders(["random"], [6, 7, 8, 9, 10, 11], ["uniform"])
     assert [len(some) for some in evaluation._passes([*longer, *chosen], 4)] == [4, 2, 3, 3, 3]
+
+
+def test_a_pass_leaves_no_memory_behind(monkeypatch):
+    """What is simulated step by step has copies of queries, keys and values: a GPU has no room for those of all."""
+    steppers, alive = [], []
+
+    def made(self, *arguments):
+        made_before(self, *arguments)
+        steppers.append(weakref.ref(self))
+
+    made_before = Stepper.__init__
+    monkeypatch.setattr(Stepper, "__init__", made)
+    monkeypatch.setattr(evaluation, "TOKENS_AT_A_TIME", (1, 0))
+    gc.disable()
+    try:
+        compare_rows(
+            gated_model(),
+            token_ids(2, 20),
+            contenders(["h2o", "lagkv", "merging"], [8, 12], ["uniform"]),
+            batch_size=2,
+            found=lambda records: alive.append(sum(stepper() is not None for stepper in steppers)),
+        )
+    finally:
+        gc.enable()
+    assert len(steppers) == 6 and alive == [0] * 7
