@@ -218,22 +218,22 @@ def main() -> None:
 
 
 def run_all(todo: list[tuple[Ablation, Run]], output: Path, *, until: float) -> None:
-    """Args: until: on the monotonic clock; no run is started that would end later at the slowest pace so far."""
+    """Args: until: on the monotonic clock; no run is started that would end later at the pace of the last one."""
     claim_output(output)
     bench = None
-    slowest = 0.0  # seconds per step of training, loading and scoring included
+    pace = 0.0  # of the last run, seconds per step of training, all included
     for ablation, run in todo:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             folder = output / f"{run.variant}-{run.seed}".replace(" ", "-") if ablation.keep else Path(scratch)
             config = load_config(ablation.recipe, [*run.overrides, f"training.output_dir={folder}"])
-            if start + slowest * config.training.max_steps > until:
+            if start + pace * config.training.max_steps > until:
                 print(f"stopped before {run.variant}, seed {run.seed}: the time is up")
                 return
             claim_output(folder)
             bench = bench or Bench(config)
             result = bench.run(config, ablation.evaluation, folder)
-        slowest = max(slowest, (time.monotonic() - start) / config.training.max_steps)
+        pace = (time.monotonic() - start) / config.training.max_steps
         line = {"variant": run.variant, "seed": run.seed, **result, "overrides": run.overrides, "key": run.key}
         with open(output / RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
