@@ -62,6 +62,7 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         rows,
         columns,
         x.stride(0),
+        0.0,
         COUNT=count,
         FIRST=sum(weight.dtype == weights[0].dtype for weight in weights),
         BM=max(16, triton.next_power_of_2(rows)),
@@ -112,6 +113,7 @@ def _linears(
     rows,
     columns,
     x_stride,
+    zero,  # 0.0
     COUNT: tl.constexpr,
     FIRST: tl.constexpr,  # weights of the first one's dtype, which come first; the others share another dtype
     BM: tl.constexpr,
@@ -132,13 +134,14 @@ def _linears(
     # leave room for half as many programs.
     if (FIRST == COUNT) | (program < begins[FIRST % COUNT]):
         total = _products(
-            x, weights, sizes, strides, begins, program, rows, columns, x_stride, 0, FIRST, BM, BN, BK, STAGES, EVEN
-        )
+            x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, 0, FIRST, BM, BN, BK, STAGES,
+            EVEN,
+        )  # fmt: skip
     else:
         if FIRST < COUNT:
             total = _products(
-                x, weights, sizes, strides, begins, program, rows, columns, x_stride, FIRST, COUNT, BM, BN, BK, STAGES,
-                EVEN,
+                x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, FIRST, COUNT, BM, BN, BK,
+                STAGES, EVEN,
             )  # fmt: skip
     row = tl.arange(0, BM)
     for i in tl.static_range(COUNT):
@@ -157,7 +160,7 @@ def _linears(
 
 @triton.jit
 def _products(
-    x, weights, sizes, strides, begins, program, rows, columns, x_stride,
+    x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero,
     FROM: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -174,6 +177,8 @@ def _products(
     x_rows = x + row[:, None] * x_stride
     weight_rows = weight + out[:, None].to(tl.int64) * stride
     total = tl.zeros([BM, BN], tl.float32)
+    rest = tl.zeros([BM, BN], tl.float32)
+    nothing = tl.zeros([BM, BN], tl.float32) + zero  # which the compiler cannot know, else it would add to the total
     for start in tl.range(0, columns, STEP, num_stages=AHEAD):
         at = start + column[None, :]
         weight_mask, x_mask = (out < size)[:, None], (row < rows)[:, None]
@@ -183,10 +188,11 @@ def _products(
         inputs = tl.load(x_rows + at, mask=x_mask, other=0.0)
         if WIDE:
             # 16 bits of x are exact in tf32: only the weight is cut in two. A step's products have a sum of their own,
-            # which is added in fp32: tensor cores cut off what they add to a sum, and 1,000 cuts show in the result
+            # which is added in fp32: tensor cores cut off what they add to a sum, and 1,000 cuts show in the result.
+            # (They don't for what is cut off the weight, which has a sum to itself, so that neither waits.)
             high = (values.to(tl.uint32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
-            part = tl.dot(inputs.to(tl.float32), tl.trans(values - high), input_precision="tf32")
-            total += tl.dot(inputs.to(tl.float32), tl.trans(high), part, input_precision="tf32")
+            rest = tl.dot(inputs.to(tl.float32), tl.trans(values - high), rest, input_precision="tf32")
+            total += tl.dot(inputs.to(tl.float32), tl.trans(high), nothing, input_precision="tf32")
         else:
             total = tl.dot(inputs.to(values.dtype), tl.trans(values), total)
-    return total
+    return total + rest
