@@ -4,9 +4,10 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import get_args
+from typing import cast, get_args
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from retention_gates.gates.storage import DTYPES
 from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch, started_ranks
@@ -195,10 +196,13 @@ class RetentionTrainingArguments(TrainingArguments):
         check_devices(self.use_cpu)
         self._settle_row_groups()
         self._settle_accumulation()
+        is_given = self.accelerator_config is not None
         super().__post_init__()
         check_launch(self.ranks, self.world_size)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
+        if not is_given:  # else the host would wait for the step before, each time that rows are copied to the device
+            cast(AcceleratorConfig, self.accelerator_config).non_blocking = self.dataloader_pin_memory
 
     @property
     def longest_stretch(self) -> float:

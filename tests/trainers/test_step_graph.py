@@ -37,6 +37,19 @@ def test_layerwise_too(tmp_path: Path):
     assert [x["loss"] for x in graphed] == pytest.approx([x["loss"] for x in plain], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"use_cpu": True}, False),  # nothing is copied
+        ({"dataloader_pin_memory": True}, True),
+        ({"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": False}}, False),
+    ],
+)
+def test_rows_are_copied_while_the_step_before_runs(tmp_path: Path, options: dict, expected: bool):
+    args = RetentionTrainingArguments(output_dir=str(tmp_path), report_to=[], **options)
+    assert args.accelerator_config.non_blocking == expected
+
+
 def test_needs_a_gpu(tmp_path: Path):
     with pytest.raises(ValueError, match="cuda_graph=True on cpu, 1 processes"):
         trainer_of(tmp_path, gated("llama"), cuda_graph=True)
