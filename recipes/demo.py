@@ -2,7 +2,7 @@
 
 Beside the gates that it trains, it scores those that come with the repository, which were trained longer on a GPU.
 
-    make demo                       SmolLM2-135M-Instruct, two CPU cores, about 10 minutes
+    make demo                       SmolLM2-135M-Instruct, two CPU cores, 15 to 20 minutes
     make demo MODEL=Qwen/Qwen3-0.6B any other decoder, in a folder of its own; OUTPUT=... names another
 
 Every step is one command of `retention-gates`, printed before it runs, so that it can be repeated by hand.
