@@ -275,14 +275,15 @@ def _hidden_states(
         progress(len(ids))
         yield [None], [full]
         for some in _passes(chosen, max(1, _tokens_at_a_time(gated, ids.device) // ids.numel())):
-            own = [caches.pop(0) for _ in some]  # what a pass has found out goes with its caches
             hidden = model(
                 input_ids=ids.repeat(len(some), 1),
-                past_key_values=SimulatedCache.side_by_side(own, torch.tensor(seeds, device=ids.device)),
+                past_key_values=SimulatedCache.side_by_side(
+                    [caches.pop(0) for _ in some],  # nobody else has them: what a pass has found out goes with it
+                    torch.tensor(seeds, device=ids.device),
+                ),
                 use_cache=True,
                 last_hidden_state_only=True,
             )
-            del own
             progress(len(some) * len(ids))
             yield some, hidden.split(len(ids))
     finally:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -37,31 +38,18 @@ STEPS = {"scaling": 6, "split": 1}  # timed
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every step, until the device is done with it, and the losses that are logged."""
+    """When the device was done with each step, on the monotonic clock."""
 
     def __init__(self) -> None:
-        self.began = 0.0
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = self._now()
+        self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(self._now() - self.began)
-        say(f"step {len(self.seconds)}: {self.seconds[-1]:.2f} s")
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"]:
-            self.losses.append(kwargs["logs"]["loss"])
-
-    @staticmethod
-    def _now() -> float:
         torch.cuda.synchronize()
-        return time.monotonic()
+        self.ends.append(time.monotonic())
+        say(f"step {len(self.ends)}")
 
 
-def train(case: str, tokens: int, layers: int, share_rows: bool, found: Path) -> None:
+def train(case: str, tokens: int, layers: int, found: Path) -> None:
     """One rank's training; the first rank writes to `found` what it saw."""
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     steps = FIRST_STEPS[case] + STEPS[case]
@@ -71,7 +59,6 @@ def train(case: str, tokens: int, layers: int, share_rows: bool, found: Path) ->
             max_steps=steps,
             memory_size=512,
             per_device_train_batch_size=1,
-            parallelism_config={"sp_size": 2} if share_rows else None,
             logging_steps=1,
             report_to=[],
             save_strategy="no",
@@ -81,10 +68,13 @@ def train(case: str, tokens: int, layers: int, share_rows: bool, found: Path) ->
         model = make_model("cuda", torch.bfloat16, num_hidden_layers=layers, max_position_embeddings=tokens, **SHAPE)
         rows = RandomRows(steps * arguments.row_groups, tokens, SHAPE["vocab_size"])
         times = StepTimes()
-        RetentionTrainer(model, arguments, rows, callbacks=[times]).train()
+        trainer = RetentionTrainer(model, arguments, rows, callbacks=[times])
+        trainer.train()
     if arguments.process_index == 0:
         peak = torch.cuda.max_memory_allocated() / 2**20
-        seen = {"seconds": times.seconds[FIRST_STEPS[case] :], "peak_mib": peak, "loss": times.losses[0]}
+        timed = times.ends[FIRST_STEPS[case] - 1 :]  # from the end of the last that compiles
+        seconds = [after - before for before, after in pairwise(timed)]
+        seen = {"seconds": seconds, "peak_mib": peak, "loss": trainer.state.log_history[0]["loss"]}
         found.write_text(json.dumps(seen | {"ranks": arguments.world_size}), encoding="utf-8")
 
 
@@ -120,7 +110,7 @@ def split(tokens: int, *arguments: str) -> list[Measurement]:
     """Seconds of a step on one row, whole on one GPU and shared by two."""
     case = f"a row of {tokens} tokens"
     whole = launched("one_gpu", 1, *arguments)
-    halves = launched("ulysses", 2, *arguments, "--share-rows")
+    halves = launched("ulysses", 2, *arguments)
     error = abs(halves["loss"] - whole["loss"]) / whole["loss"]
     return [
         Measurement(case, "1 GPU", median(whole["seconds"]), "s", None, None, whole["peak_mib"]),
@@ -135,12 +125,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of a row (default: 16,384 for scaling, 65,536 for split)")
     parser.add_argument("--layers", type=int, default=36, help="(default: %(default)s)")
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)  # in the processes that are launched
-    parser.add_argument("--share-rows", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     tokens = options.tokens or TOKENS[options.case]
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if options.found is not None:
-        train(options.case, tokens, options.layers, options.share_rows, options.found)
+        train(options.case, tokens, options.layers, options.found)
         return
     if torch.cuda.device_count() < 2:
         raise SystemExit(f"train_ranks needs two GPUs, and there are {torch.cuda.device_count()} here.")
