@@ -181,7 +181,12 @@ class DecodeGraph:
         if self.compile and watch is None:
             self._count()
             forward = torch.compile(forward, dynamic=False)
-        layers = self.layers.replaced() if watch is None else watch.watching(self.model())
+        if watch is None:
+            slots = [layer for layer in self.cache().layers if isinstance(layer, SlotLayer) and layer.is_initialized]
+            read_in = {layer.owner(): [layer.keys, layer.values] for layer in slots}
+            layers = self.layers.replaced(self.compile, read_in)
+        else:
+            layers = watch.watching(self.model())
         with layers, nullcontext() if self.windows is None else self.windows.one_token():
             return forward(**arguments)
 

@@ -13,7 +13,7 @@ from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
 from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.sparse_attention import attention_until
-from retention_gates.gates.stepwise import Stepper
+from retention_gates.gates.stepwise import Stepper, run_side_by_side
 from retention_gates.kernels.eviction_times import eviction_times
 
 
@@ -81,7 +81,9 @@ class SimulatedLayer(RuledLayer):
         new, valid = self.sequence
         arguments: dict[str, Any] = dict(scale=scale, softcap=softcap, sinks=sinks)
         share = self.batch_size // len(self.rules)
-        times, merged, first = [], [], 0
+        times: list[torch.Tensor] = []
+        stepwise: list[tuple[slice, int, Stepper]] = []  # rows, place in `times`
+        first = 0
         for _, group in groupby(self.rules, key=_kind):
             rules = list(group)
             rows = slice(first, first + share * len(rules))
@@ -92,12 +94,17 @@ class SimulatedLayer(RuledLayer):
                 times.append(_times_known_ahead(rules, own, own_valid))
             else:
                 shape = (query.shape, key.shape, value.shape, value.dtype, valid is None, sinks is None)
-                stepper = self._stepper(rules, scale, softcap, shape)
-                own_times, own_output = stepper.run(query[rows], own, own_valid, sinks)
-                times.append(own_times)
-                if own_output is not None:
-                    merged.append((rows, own_output))
+                stepper = self._stepper(rules, scale, softcap, (len(stepwise), *shape))
+                stepper.begin(query[rows], own, own_valid, sinks)
+                stepwise.append((rows, len(times), stepper))
+                times.append(new.log_beta[:0])  # comes below
             first = rows.stop
+        merged = []
+        results = run_side_by_side([stepper for _, _, stepper in stepwise], query.shape[2])
+        for (rows, place, _), (own_times, own_output) in zip(stepwise, results, strict=True):
+            times[place] = own_times
+            if own_output is not None:
+                merged.append((rows, own_output))
         self.eviction_times = torch.cat(times)
         most_held = max(max(rule.sizes) for rule in self.rules) - 1
         output = attention_until(self.eviction_times, query, key, value, most_held, **arguments)

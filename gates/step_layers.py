@@ -1,16 +1,19 @@
 """Layers of a recorded step in 16 bits, computed in fewer launches.
 
 Linear layers that read the same tensor are computed together when the first of them is called, RMS norms by torch's
-kernel for them. Which layers are that is seen, not known: one step is watched, and what it saw holds at every step,
-because a recorded step makes no choices. Outside of a recording every layer is called as ever.
+kernel for them, and queries and keys are turned by one of ours. While one group of linear layers ends, the weights of
+the next begin to come into the GPU's cache. Which layers that are is seen, not known: one step is watched, and what it
+saw holds at every step, because a recorded step makes no choices. Outside of a recording layers are called as ever.
 """
 
+import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,22 +23,27 @@ from torch import nn
 from retention_gates.gates.gate import GateLinear
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.few_row_linear import MOST_ROWS, few_row_linear
+from retention_gates.kernels.rotary import rotary
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+Turn = Callable[..., Any]
+ROTARY = "apply_rotary_pos_emb"  # the function's name in transformers' modelling files
 
 
 class Group:
     """Layers that read the same tensor, in the order in which they are called."""
 
-    def __init__(self, layers: list[nn.Module]):
-        self.layers = layers
+    def __init__(self, layers: list[nn.Module], next_layers: list[nn.Module]):
+        self.layers, self.next_layers = layers, next_layers
+        self.read_before: list[torch.Tensor] = []  # what is read between these and the next
         self.read: torch.Tensor | None = None
         self.outputs: list[torch.Tensor] = []  # of the layers that have not been called yet, the next one last
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if index == 0:
             weights, biases = ([getattr(layer, name) for layer in self.layers] for name in ("weight", "bias"))
-            self.read, self.outputs = x, few_row_linear(x, weights, biases)[::-1]
+            upcoming: Any = [*self.read_before, *(layer.weight for layer in self.next_layers)]
+            self.read, self.outputs = x, few_row_linear(x, weights, biases, upcoming)[::-1]
         elif not torch.compiler.is_compiling() and (
             x is not self.read or len(self.outputs) != len(self.layers) - index
         ):
@@ -46,8 +54,10 @@ class Group:
 class StepLayers:
     """What of one model's steps is computed otherwise while they are recorded."""
 
-    def __init__(self, groups: list[list[nn.Module]], norms: list[nn.Module]):
-        self.groups, self.norms = [Group(layers) for layers in groups], norms
+    def __init__(self, groups: list[list[nn.Module]], norms: list[nn.Module], turning: Sequence[ModuleType] = ()):
+        following = [*groups[1:], *groups[:1]]
+        self.groups = [Group(layers, later) for layers, later in zip(groups, following, strict=True)]
+        self.norms = norms
         # made once: for other functions a compiled step would be compiled again
         self.forwards = [
             (layer, _elsewhere(layer, partial(group.output, index)))
@@ -55,19 +65,35 @@ class StepLayers:
             for index, layer in enumerate(group.layers)
         ]
         self.forwards += [(norm, _elsewhere(norm, partial(_rms_norm, norm))) for norm in norms]
+        self.turning = list(turning)
 
     def __bool__(self) -> bool:
-        return bool(self.forwards)
+        return bool(self.forwards or self.turning)
 
     @contextmanager
-    def replaced(self) -> Iterator[None]:
-        """Inside of it, they are."""
-        with _replaced(self.forwards):
+    def replaced(
+        self, is_compiled: bool = False, read_in: Mapping[nn.Module | None, list[torch.Tensor]] | None = None
+    ) -> Iterator[None]:
+        """Inside of it, they are.
+
+        Args:
+            is_compiled: a compiler makes one kernel of turning and what is around it, which is better than ours.
+            read_in: what a module reads beside weights, such as its slots.
+        """
+        for module, tensors in (read_in or {}).items():
+            inside = set(module.modules()) if module is not None else set()
+            for group in self.groups:
+                if group.layers[-1] in inside and group.next_layers[0] in inside:
+                    group.read_before = tensors
+        turns = (
+            {} if is_compiled else {module: _turn_elsewhere(getattr(module, ROTARY), _turn) for module in self.turning}
+        )
+        with _replaced(self.forwards, turns):
             try:
                 yield
             finally:
                 for group in self.groups:
-                    group.read, group.outputs = None, []
+                    group.read, group.outputs, group.read_before = None, [], []
 
 
 class Watch:
@@ -76,12 +102,18 @@ class Watch:
     def __init__(self) -> None:
         self.times: Counter[nn.Module] = Counter()
         self.calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # of what can be computed otherwise
+        self.turns: list[tuple[ModuleType, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]] = []
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         # quantized layers are of other classes; layers with a forward of their own compute otherwise
         layers = [m for m in model.modules() if (_is_linear(m) or _may_be_norm(m)) and "forward" not in vars(m)]
-        with _replaced([(layer, _elsewhere(layer, partial(self._note, layer))) for layer in layers]):
+        turns = {
+            module: _turn_elsewhere(turn, partial(self._note_turn, module, turn))
+            for module in {sys.modules[type(each).__module__] for each in model.modules()}
+            if callable(turn := getattr(module, ROTARY, None))
+        }
+        with _replaced([(layer, _elsewhere(layer, partial(self._note, layer))) for layer in layers], turns):
             yield
 
     def _note(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -89,6 +121,11 @@ class Watch:
         self.times[layer] += 1
         if _fits(layer, x):
             self.calls.append((layer, x, output))
+        return output
+
+    def _note_turn(self, module: ModuleType, turn: Turn, *tensors: torch.Tensor) -> Any:
+        output = turn(*tensors)
+        self.turns.append((module, tensors, output))
         return output
 
     def found(self, model: nn.Module) -> StepLayers:
@@ -102,10 +139,12 @@ class Watch:
                 groups.setdefault(id(x), []).append(layer)  # every x is alive, so that no two share an id
             elif _same(_rms_norm(layer, x), output):
                 norms.append(layer)
-        self.calls = []
-        known = _known.get(model)
-        if known is None or [each.layers for each in known.groups] != list(groups.values()) or known.norms != norms:
-            known = _known[model] = StepLayers(list(groups.values()), norms)
+        others = {module for module, tensors, output in self.turns if not _turns_so(tensors, output)}
+        turning = list(dict.fromkeys(module for module, _, _ in self.turns if module not in others))
+        self.calls, self.turns = [], []
+        found, known = (list(groups.values()), norms, turning), _known.get(model)
+        if known is None or ([each.layers for each in known.groups], known.norms, known.turning) != found:
+            known = _known[model] = StepLayers(*found)
         return known
 
 
@@ -140,9 +179,37 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _fits(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether the op takes the layer and what it reads: of a norm, torch's."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or x.numel() > MOST_ROWS * x.shape[-1]:
+    if x.dtype not in (torch.float16, torch.bfloat16) or (_is_linear(layer) and x.numel() > MOST_ROWS * x.shape[-1]):
         return False
     return layer.weight.dtype in (x.dtype, torch.float32) and use_fused("few_row_linear", x)
+
+
+def _turn(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return rotary(query, key, *(x.expand(len(query), -1, -1) for x in (cos, sin)))
+
+
+def _turns_so(tensors: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the op gives the same to the bit, in 16 bits; there are other forms of rotary embedding."""
+    query = tensors[0]
+    if query.dtype not in (torch.float16, torch.bfloat16) or not use_fused("rotary", query):
+        return False
+    try:
+        turned = _turn(*tensors)
+    except (ValueError, RuntimeError):  # of other shapes
+        return False
+    return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(turned, output, strict=True))
+
+
+def _turn_elsewhere(turn: Turn, function: Turn) -> Turn:
+    """As `_elsewhere`, for a function of a modelling file."""
+
+    @wraps(turn)
+    def rotate(*tensors: Any, **options: Any) -> Any:
+        if getattr(_here, "replaces", False) and len(tensors) == 4 and not options:
+            return function(*tensors)
+        return turn(*tensors, **options)
+
+    return rotate
 
 
 def _elsewhere(layer: nn.Module, function: Forward) -> Forward:
@@ -158,14 +225,19 @@ def _elsewhere(layer: nn.Module, function: Forward) -> Forward:
 
 
 @contextmanager
-def _replaced(forwards: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
+def _replaced(forwards: list[tuple[nn.Module, Forward]], turns: Mapping[ModuleType, Turn]) -> Iterator[None]:
     with _lock:
+        before = {module: getattr(module, ROTARY) for module in turns}
         for layer, forward in forwards:
             layer.__dict__["forward"] = forward
+        for module, turn in turns.items():
+            setattr(module, ROTARY, turn)
         _here.replaces = True
         try:
             yield
         finally:
             _here.replaces = False
+            for module, turn in before.items():
+                setattr(module, ROTARY, turn)
             for layer, _ in forwards:
                 del layer.__dict__["forward"]

@@ -12,6 +12,32 @@ from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
 from retention_gates.kernels.slot_attention import entry_weights
 
 NEVER = 2**62  # a step that no sequence comes to
+# When each token is no longer seen, the first such step, int64 [B, H, T]; and the attention's output [B, HQ, T, Dv] if
+# entries are merged, which attention under those times cannot know.
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def run_side_by_side(steppers: Sequence["Stepper"], tokens: int) -> list[Result]:
+    """All steps of all steppers, which stand before their first one.
+
+    Captured steps of several run in streams of their own: the small operations of one leave most of a GPU idle.
+    """
+    captured = [stepper for stepper in steppers if stepper.is_captured]
+    if len(captured) > 1:
+        current = torch.cuda.current_stream(captured[0].query.device)
+        streams = [torch.cuda.Stream(current.device) for _ in captured]  # from a pool that torch keeps
+        for stream in streams:
+            stream.wait_stream(current)
+        for index in range(tokens):  # one after the other: a queue that is full would make the others wait
+            for stepper, stream in zip(captured, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    stepper.step(index)
+        for stream in streams:
+            current.wait_stream(stream)
+    for stepper in [each for each in steppers if len(captured) < 2 or not each.is_captured]:
+        for index in range(tokens):
+            stepper.step(index)
+    return [stepper.result() for stepper in steppers]
 
 
 class Stepper:
@@ -44,22 +70,21 @@ class Stepper:
     output: torch.Tensor | None  # [B, HQ, T, Dv] if entries are merged
     times: torch.Tensor  # int64 [B, H, T + 1]; the last column is nobody's
     column: torch.Tensor  # int64 [1], the step
+    kinds: list[tuple[bool, bool]]  # of each step, the arguments of `_step`
 
     def __init__(self, rules: Sequence[EvictionRule], scale: float, softcap: float | None):
         policy = rules[0].policy
         assert isinstance(policy, FeedbackPolicy)
         self.rules, self.policy, self.rule = rules, policy, rules[0]
         self.scale, self.softcap = scale, softcap
-        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by the arguments of `_step`
+        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by the kind of step
         self.is_ready = False
 
     @torch.no_grad()
-    def run(
+    def begin(
         self, query: torch.Tensor, new: NewTokens, valid: torch.Tensor | None, sinks: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The first step at which each token is no longer seen, int64 [B, H, T], and the attention's output.
-
-        The output, [B, HQ, T, Dv], is given if entries are merged, which attention under those times cannot know.
+    ) -> None:
+        """Takes a layer's tensors and stands before the first step.
 
         Args:
             query: [B, HQ, T, D], after RoPE.
@@ -71,18 +96,23 @@ class Stepper:
             self._allocate(query, new)
         self._load(query, new, valid, sinks)
         self._reset()
-        tokens, interval, due = query.shape[2], self.rule.interval, self._due(query.shape[2])
-        steps = [((step + 1) % interval == 0, due[step]) for step in range(tokens)]
+        interval, due = self.rule.interval, self._due(query.shape[2])
+        self.kinds = [((step + 1) % interval == 0, due[step]) for step in range(query.shape[2])]
         if self.is_captured:
-            self._capture(set(steps) - self.graphs.keys())
-        for refreshes, observes in steps:
-            if self.is_captured:
-                self.graphs[refreshes, observes].replay()
-            else:
-                self._step(refreshes, observes)
-        times = self.times[:, :, :tokens].clone()
-        if valid is not None:
-            times.masked_fill_(~valid[:, None], 0)
+            self._capture(set(self.kinds) - self.graphs.keys())
+
+    @torch.no_grad()
+    def step(self, index: int) -> None:
+        if self.is_captured:
+            self.graphs[self.kinds[index]].replay()
+        else:
+            self._step(*self.kinds[index])
+
+    def result(self) -> Result:
+        """After the last step."""
+        times = self.times[:, :, :-1].clone()
+        if self.is_padded:
+            times.masked_fill_(~self.real[:, None], 0)
         return times, self.output
 
     def _load(

@@ -26,8 +26,8 @@ TEXT = "text"
 # tokens whose logits exist at a time, on a CPU and on a GPU: with the largest vocabulary, 256 are 256 MiB in fp32
 LOGITS_CHUNK = (256, 2048)
 # tokens that go through the model at a time, contenders side by side, on a CPU and at most on a GPU: with more of them
-# a simulated step costs each less
-TOKENS_AT_A_TIME = (2**15, 2**19)
+# a simulated step costs each less, and steps of several policies run at the same time
+TOKENS_AT_A_TIME = (2**15, 2**21)
 
 Progress = Callable[[int], Any]  # is told how many forward passes x rows were done
 Records = list[dict[str, Any]]

@@ -11,6 +11,8 @@ from torch import Tensor
 from retention_gates.kernels.dispatch import on_own_device
 
 MOST_TOGETHER = 4  # weights of one launch
+AHEAD = 0.4  # of the L2 cache, for what is read next
+PIECE: tl.constexpr = tl.constexpr(512)  # bytes that one instruction fetches
 TF32_BITS: tl.constexpr = tl.constexpr(0xFFFFE000)  # of a number in fp32, those that tf32 has
 
 
@@ -28,21 +30,28 @@ def tile_for(rows: int) -> Tile:
     return Tile(32, 128, 4, 5) if rows > 16 else Tile(16, 256, 2, 4)
 
 
-def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def few_row_linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], upcoming: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Arguments and result as in the package's `few_row_linear`."""
     rows = x.reshape(-1, x.shape[-1])
     outputs: dict[int, Tensor] = {}
     order = sorted(range(len(weights)), key=lambda index: weights[index].dtype == x.dtype)  # a launch has two dtypes
     for first in range(0, len(weights), MOST_TOGETHER):
         together = order[first : first + MOST_TOGETHER]
-        results = _few_row_linear(rows, [weights[i] for i in together], [biases[i] for i in together])
+        is_last = first + MOST_TOGETHER >= len(weights)
+        results = _few_row_linear(
+            rows, [weights[i] for i in together], [biases[i] for i in together], [*upcoming] if is_last else []
+        )
         outputs |= zip(together, results, strict=True)
     return [outputs[i].view(*x.shape[:-1], len(weight)) for i, weight in enumerate(weights)]
 
 
 @torch.library.custom_op("retention_gates::few_row_linear", mutates_args=())
 @on_own_device
-def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def _few_row_linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], upcoming: Sequence[Tensor]
+) -> list[Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     count, (rows, columns) = len(weights), x.shape
     outputs = _empty(x, weights)
@@ -51,6 +60,7 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     ends = [sum(blocks[: index + 1]) for index in range(count)]
     none = [None] * (MOST_TOGETHER - count)
     ends += ends[-1:] * len(none)
+    fetched, sizes = _ahead(upcoming, x.device)
     _linears[(ends[-1],)](
         x,
         *(*weights, *none),
@@ -63,6 +73,8 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         columns,
         x.stride(0),
         0.0,
+        *fetched,
+        *sizes,
         COUNT=count,
         FIRST=sum(weight.dtype == weights[0].dtype for weight in weights),
         BM=max(16, triton.next_power_of_2(rows)),
@@ -70,14 +82,33 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         BK=tile.columns,
         STAGES=tile.stages,
         EVEN=columns % tile.columns == 0,
+        UPCOMING=MOST_TOGETHER - sizes.count(0),
+        LANES=32 * tile.warps,
         num_warps=tile.warps,
     )
     return outputs
 
 
 @_few_row_linear.register_fake
-def _(x, weights, biases):
+def _(x, weights, biases, upcoming):
     return _empty(x, weights)
+
+
+def _ahead(upcoming: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor | None], list[int]]:
+    """What is fetched, and how many bytes of each: as much as fits, in their order. Older GPUs don't know how."""
+    room = 0
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        room = int(AHEAD * torch.cuda.get_device_properties(device).L2_cache_size)
+    tensors: list[Tensor | None] = []
+    sizes = []
+    for tensor in upcoming[:MOST_TOGETHER]:
+        size = min(room, tensor.nbytes) // 16 * 16
+        if size and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+            tensors.append(tensor)
+            sizes.append(size)
+            room -= size
+    missing = MOST_TOGETHER - len(sizes)
+    return [*tensors, *[None] * missing], [*sizes, *[0] * missing]
 
 
 def _empty(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -114,6 +145,14 @@ def _linears(
     columns,
     x_stride,
     zero,  # 0.0
+    upcoming_0,  # anything contiguous
+    upcoming_1,
+    upcoming_2,
+    upcoming_3,
+    bytes_0,  # of it that are fetched, a multiple of 16
+    bytes_1,
+    bytes_2,
+    bytes_3,
     COUNT: tl.constexpr,
     FIRST: tl.constexpr,  # weights of the first one's dtype, which come first; the others share another dtype
     BM: tl.constexpr,
@@ -121,6 +160,8 @@ def _linears(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
+    UPCOMING: tl.constexpr,  # how many are fetched
+    LANES: tl.constexpr,  # threads of a program
 ):
     program = tl.program_id(0)
     weights = (weight_0, weight_1, weight_2, weight_3)
@@ -156,6 +197,29 @@ def _linears(
             mask = (row < rows)[:, None] & (out < sizes[i])[None, :]
             place = outputs[i] + row[:, None] * sizes[i] + out[None, :]
             tl.store(place, result.to(outputs[i].dtype.element_ty), mask=mask)
+    upcoming = (upcoming_0, upcoming_1, upcoming_2, upcoming_3)
+    counts = (bytes_0, bytes_1, bytes_2, bytes_3)
+    for i in tl.static_range(UPCOMING):
+        _fetch(upcoming[i].to(tl.int64), counts[i], LANES)
+
+
+@triton.jit
+def _fetch(address, count, LANES: tl.constexpr):
+    """Asks for the program's share of so many bytes to come to the L2 cache. The last programs have the first shares,
+    because while others still read, memory has enough to do."""
+    lane = tl.arange(0, LANES) * PIECE
+    programs = tl.num_programs(0)
+    for share in range(programs - 1 - tl.program_id(0), tl.cdiv(count, LANES * PIECE), programs):
+        offset = share * (LANES * PIECE) + lane
+        size = tl.minimum(tl.maximum(count - offset, 0), PIECE)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [address + offset, size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

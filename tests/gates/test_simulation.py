@@ -116,12 +116,12 @@ def test_side_by_side_is_one_by_one(policy):
         cache.pin(3, 5)
         return cache
 
-    settings = [dict(memory_size=m, policy=p) for p in (policy, "streaming_llm") for m in (12, 7, 40)]
+    settings = [dict(memory_size=m, policy=p) for p in (policy, "streaming_llm", "tova") for m in (12, 7, 40)]
     with torch.no_grad():
         alone = [make(**setting) for setting in settings]
         logits = [model(input_ids=ids, past_key_values=cache, attention_mask=mask).logits for cache in alone]
         together = SimulatedCache.side_by_side([make(**setting) for setting in settings])
-        beside = model(input_ids=ids.repeat(6, 1), past_key_values=together, attention_mask=mask.repeat(6, 1)).logits
+        beside = model(input_ids=ids.repeat(9, 1), past_key_values=together, attention_mask=mask.repeat(9, 1)).logits
     for index, (expected, cache) in enumerate(zip(logits, alone, strict=True)):
         rows = slice(2 * index, 2 * index + 2)
         torch.testing.assert_close(beside[rows][mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
@@ -130,7 +130,7 @@ def test_side_by_side_is_one_by_one(policy):
     with pytest.raises(ValueError, match="before they stand side by side"):
         together.pin(2, 3)
     fresh = SimulatedCache.side_by_side([SimulatedCache(model, **setting) for setting in settings])
-    with pytest.raises(ValueError, match="6 caches side by side and got a batch of 2"):
+    with pytest.raises(ValueError, match="9 caches side by side and got a batch of 2"):
         model(input_ids=ids, past_key_values=fresh)
 
 
@@ -195,3 +195,19 @@ def test_captured_steps_are_the_steps(policy):
     torch.testing.assert_close(captured, stepped)
     for one, other in zip(*(cache.gated_layers for cache in caches), strict=True):
         assert torch.equal(one.eviction_times, other.eviction_times) and (one.eviction_times < 80).any()
+
+
+@pytest.mark.gpu
+def test_policies_in_streams_of_their_own():
+    names, model = ["h2o", "tova", "snapkv", "rkv", "morphkv"], gated_model().cuda()
+    ids = token_ids(2, 200).repeat(2 * len(names), 1).cuda()
+    seen = []
+    for reads_back in (False, True):
+        policies = [replace(POLICIES[name], reads_back=reads_back) for name in names]
+        caches = [SimulatedCache(model, memory_size=m, policy=policy) for policy in policies for m in (24, 40)]
+        together = SimulatedCache.side_by_side(caches)
+        with torch.no_grad():
+            logits = model(input_ids=ids, past_key_values=together).logits
+        seen.append([logits, *(layer.eviction_times for layer in together.gated_layers)])
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)

@@ -1,5 +1,6 @@
 """Layers of a recorded step that are computed in fewer launches."""
 
+import sys
 import threading
 
 import pytest
@@ -42,9 +43,21 @@ def test_a_step_with_all_together(device, family):
     assert groups == [*layer, *layer, ["lm_head"]]
     norms = [module for name, module in model.named_modules() if "norm" in name]
     assert len(norms) == (9 if family == "qwen3" else 5) and set(cache.decode_graph.layers.norms) == set(norms)
+    assert cache.decode_graph.layers.turning == [sys.modules[type(find_gated_model(model).model).__module__]]
     plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
     assert torch.equal(together, plain)
     assert not [module for module in model.modules() if isinstance(module, nn.Linear) and "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("family", ["phi3", "glm4", "cohere2"])
+def test_other_ways_of_turning(device, family):
+    """phi3 and glm4 turn some channels only, glm4 and cohere2 neighbours: what the op does otherwise is left alone."""
+    model, ids = half(family, device), token_ids(2, 9).to(device)
+    cache = BoundedCache(model, 6)
+    graphed = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
+    assert torch.equal(graphed, plain)
+    assert bool(cache.decode_graph.layers.turning) == (family == "phi3")
 
 
 def test_a_second_cache_finds_the_same_functions(device):
