@@ -181,12 +181,7 @@ class DecodeGraph:
         if self.compile and watch is None:
             self._count()
             forward = torch.compile(forward, dynamic=False)
-        if watch is None:
-            slots = [layer for layer in self.cache().layers if isinstance(layer, SlotLayer) and layer.is_initialized]
-            read_in = {layer.owner(): [layer.keys, layer.values] for layer in slots}
-            layers = self.layers.replaced(self.compile, read_in)
-        else:
-            layers = watch.watching(self.model())
+        layers = self.layers.replaced(self.compile) if watch is None else watch.watching(self.model())
         with layers, nullcontext() if self.windows is None else self.windows.one_token():
             return forward(**arguments)
 

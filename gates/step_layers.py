@@ -1,9 +1,9 @@
 """Layers of a recorded step in 16 bits, computed in fewer launches.
 
-Linear layers that read the same tensor are computed together when the first of them is called, RMS norms by torch's
-kernel for them, and queries and keys are turned by one of ours. While one group of linear layers ends, the weights of
-the next begin to come into the GPU's cache. Which layers that are is seen, not known: one step is watched, and what it
-saw holds at every step, because a recorded step makes no choices. Outside of a recording layers are called as ever.
+Linear layers that read the same tensor are computed together when the first of them is called, RMS norms are one
+kernel each, and queries and keys are turned by one. Which layers that are is seen, not known: one step is watched, and
+what it saw holds at every step, because a recorded step makes no choices. Outside of a recording layers are called as
+ever.
 """
 
 import sys
@@ -23,6 +23,7 @@ from torch import nn
 from retention_gates.gates.gate import GateLinear
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.few_row_linear import MOST_ROWS, few_row_linear
+from retention_gates.kernels.rms_norm import LARGEST_WIDTH, rms_norm
 from retention_gates.kernels.rotary import rotary
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -33,17 +34,15 @@ ROTARY = "apply_rotary_pos_emb"  # the function's name in transformers' modellin
 class Group:
     """Layers that read the same tensor, in the order in which they are called."""
 
-    def __init__(self, layers: list[nn.Module], next_layers: list[nn.Module]):
-        self.layers, self.next_layers = layers, next_layers
-        self.read_before: list[torch.Tensor] = []  # what is read between these and the next
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
         self.read: torch.Tensor | None = None
         self.outputs: list[torch.Tensor] = []  # of the layers that have not been called yet, the next one last
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if index == 0:
             weights, biases = ([getattr(layer, name) for layer in self.layers] for name in ("weight", "bias"))
-            upcoming: Any = [*self.read_before, *(layer.weight for layer in self.next_layers)]
-            self.read, self.outputs = x, few_row_linear(x, weights, biases, upcoming)[::-1]
+            self.read, self.outputs = x, few_row_linear(x, weights, biases)[::-1]
         elif not torch.compiler.is_compiling() and (
             x is not self.read or len(self.outputs) != len(self.layers) - index
         ):
@@ -55,45 +54,34 @@ class StepLayers:
     """What of one model's steps is computed otherwise while they are recorded."""
 
     def __init__(self, groups: list[list[nn.Module]], norms: list[nn.Module], turning: Sequence[ModuleType] = ()):
-        following = [*groups[1:], *groups[:1]]
-        self.groups = [Group(layers, later) for layers, later in zip(groups, following, strict=True)]
-        self.norms = norms
+        self.groups, self.norms = [Group(layers) for layers in groups], norms
         # made once: for other functions a compiled step would be compiled again
         self.forwards = [
             (layer, _elsewhere(layer, partial(group.output, index)))
             for group in self.groups
             for index, layer in enumerate(group.layers)
         ]
-        self.forwards += [(norm, _elsewhere(norm, partial(_rms_norm, norm))) for norm in norms]
+        self.norm_forwards = {
+            is_compiled: [(norm, _elsewhere(norm, partial(form, norm))) for norm in norms]
+            for is_compiled, form in ((False, _rms_norm), (True, _torch_rms_norm))
+        }
         self.turning = list(turning)
 
     def __bool__(self) -> bool:
-        return bool(self.forwards or self.turning)
+        return bool(self.forwards or self.norms or self.turning)
 
     @contextmanager
-    def replaced(
-        self, is_compiled: bool = False, read_in: Mapping[nn.Module | None, list[torch.Tensor]] | None = None
-    ) -> Iterator[None]:
-        """Inside of it, they are.
-
-        Args:
-            is_compiled: a compiler makes one kernel of turning and what is around it, which is better than ours.
-            read_in: what a module reads beside weights, such as its slots.
-        """
-        for module, tensors in (read_in or {}).items():
-            inside = set(module.modules()) if module is not None else set()
-            for group in self.groups:
-                if group.layers[-1] in inside and group.next_layers[0] in inside:
-                    group.read_before = tensors
+    def replaced(self, is_compiled: bool = False) -> Iterator[None]:
+        """Inside of it, they are. A compiler makes one kernel of norms, turning and what is around them."""
         turns = (
             {} if is_compiled else {module: _turn_elsewhere(getattr(module, ROTARY), _turn) for module in self.turning}
         )
-        with _replaced(self.forwards, turns):
+        with _replaced([*self.forwards, *self.norm_forwards[is_compiled]], turns):
             try:
                 yield
             finally:
                 for group in self.groups:
-                    group.read, group.outputs, group.read_before = None, [], []
+                    group.read, group.outputs = None, []
 
 
 class Watch:
@@ -162,11 +150,15 @@ def _may_be_norm(module: Any) -> bool:
     return names == ["weight"] and module.weight.ndim == 1 and _epsilon(module) is not None
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def _epsilon(module: Any) -> Any:
     return next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
 
 
 def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, norm.weight, _epsilon(norm))
+
+
+def _torch_rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, _epsilon(norm))
 
 
@@ -177,11 +169,15 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=2 * torch.finfo(one.dtype).eps, atol=1e-6)
 
 
-def _fits(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the op takes the layer and what it reads: of a norm, torch's."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or (_is_linear(layer) and x.numel() > MOST_ROWS * x.shape[-1]):
+def _fits(layer: Any, x: torch.Tensor) -> bool:
+    """Whether the op for it takes the layer and what it reads."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return layer.weight.dtype in (x.dtype, torch.float32) and use_fused("few_row_linear", x)
+    if not _is_linear(layer):
+        fits = layer.weight.shape == x.shape[-1:] and len(layer.weight) <= LARGEST_WIDTH
+        return fits and layer.weight.dtype == x.dtype and use_fused("rms_norm", x)
+    few = x.numel() <= MOST_ROWS * x.shape[-1]
+    return few and layer.weight.dtype in (x.dtype, torch.float32) and use_fused("few_row_linear", x)
 
 
 def _turn(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:

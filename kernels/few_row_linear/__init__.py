@@ -12,10 +12,7 @@ MOST_ROWS = 32
 
 
 def few_row_linear(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    upcoming: Sequence[torch.Tensor] = (),
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
     """`x W^T + b` for every weight and bias, [..., N_i] each in the weight's dtype, accumulated in fp32.
 
@@ -23,8 +20,6 @@ def few_row_linear(
         x: [..., C], at most 32 rows in all, float16 or bfloat16.
         weights: [N_i, C] each, in the dtype of x or in float32, which reads x as float32.
         biases: [N_i] each in its weight's dtype, or None.
-        upcoming: up to four tensors that the next kernels will read. They have no part in the result: what the GPU's
-            cache has room for is fetched while small kernels leave its memory idle.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together.
@@ -50,8 +45,7 @@ def few_row_linear(
             if bias.dtype != weight.dtype:
                 raise ValueError(f"biases[{index}] is {bias.dtype} and {name} {weight.dtype}: they must be alike.")
         check_same_device("x", x, **{name: weight, f"biases[{index}]": bias})
+    form = naive.few_row_linear
     if use_fused("few_row_linear", x):
-        from retention_gates.kernels.few_row_linear import fused
-
-        return fused.few_row_linear(x, weights, biases, upcoming)
-    return naive.few_row_linear(x, weights, biases)
+        from retention_gates.kernels.few_row_linear.fused import few_row_linear as form
+    return form(x, weights, biases)

@@ -7,12 +7,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from retention_gates.kernels.dispatch import on_own_device
+from retention_gates.kernels.dispatch import begins_early, on_own_device
 
 MOST_TOGETHER = 4  # weights of one launch
-AHEAD = 0.4  # of the L2 cache, for what is read next
-PIECE: tl.constexpr = tl.constexpr(512)  # bytes that one instruction fetches
+FETCHED: tl.constexpr = tl.constexpr(2048)  # bytes of each row of a weight that come before x is there
 TF32_BITS: tl.constexpr = tl.constexpr(0xFFFFE000)  # of a number in fp32, those that tf32 has
 
 
@@ -30,28 +30,21 @@ def tile_for(rows: int) -> Tile:
     return Tile(32, 128, 4, 5) if rows > 16 else Tile(16, 256, 2, 4)
 
 
-def few_row_linear(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], upcoming: Sequence[Tensor] = ()
-) -> list[Tensor]:
+def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Arguments and result as in the package's `few_row_linear`."""
     rows = x.reshape(-1, x.shape[-1])
     outputs: dict[int, Tensor] = {}
     order = sorted(range(len(weights)), key=lambda index: weights[index].dtype == x.dtype)  # a launch has two dtypes
     for first in range(0, len(weights), MOST_TOGETHER):
         together = order[first : first + MOST_TOGETHER]
-        is_last = first + MOST_TOGETHER >= len(weights)
-        results = _few_row_linear(
-            rows, [weights[i] for i in together], [biases[i] for i in together], [*upcoming] if is_last else []
-        )
+        results = _few_row_linear(rows, [weights[i] for i in together], [biases[i] for i in together])
         outputs |= zip(together, results, strict=True)
     return [outputs[i].view(*x.shape[:-1], len(weight)) for i, weight in enumerate(weights)]
 
 
 @torch.library.custom_op("retention_gates::few_row_linear", mutates_args=())
 @on_own_device
-def _few_row_linear(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], upcoming: Sequence[Tensor]
-) -> list[Tensor]:
+def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     count, (rows, columns) = len(weights), x.shape
     outputs = _empty(x, weights)
@@ -60,7 +53,7 @@ def _few_row_linear(
     ends = [sum(blocks[: index + 1]) for index in range(count)]
     none = [None] * (MOST_TOGETHER - count)
     ends += ends[-1:] * len(none)
-    fetched, sizes = _ahead(upcoming, x.device)
+    early = begins_early(x.device)
     _linears[(ends[-1],)](
         x,
         *(*weights, *none),
@@ -73,8 +66,6 @@ def _few_row_linear(
         columns,
         x.stride(0),
         0.0,
-        *fetched,
-        *sizes,
         COUNT=count,
         FIRST=sum(weight.dtype == weights[0].dtype for weight in weights),
         BM=max(16, triton.next_power_of_2(rows)),
@@ -82,33 +73,20 @@ def _few_row_linear(
         BK=tile.columns,
         STAGES=tile.stages,
         EVEN=columns % tile.columns == 0,
-        UPCOMING=MOST_TOGETHER - sizes.count(0),
+        BEGINS_EARLY=early,
+        # whole pieces of 16 bytes, at addresses that the instruction takes
+        FETCHES=early
+        and all((w.data_ptr() | w.stride(0) * w.itemsize | columns * w.itemsize) % 16 == 0 for w in weights),
         LANES=32 * tile.warps,
         num_warps=tile.warps,
+        **({"launch_pdl": True} if early else {}),
     )
     return outputs
 
 
 @_few_row_linear.register_fake
-def _(x, weights, biases, upcoming):
+def _(x, weights, biases):
     return _empty(x, weights)
-
-
-def _ahead(upcoming: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor | None], list[int]]:
-    """What is fetched, and how many bytes of each: as much as fits, in their order. Older GPUs don't know how."""
-    room = 0
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        room = int(AHEAD * torch.cuda.get_device_properties(device).L2_cache_size)
-    tensors: list[Tensor | None] = []
-    sizes = []
-    for tensor in upcoming[:MOST_TOGETHER]:
-        size = min(room, tensor.nbytes) // 16 * 16
-        if size and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
-            tensors.append(tensor)
-            sizes.append(size)
-            room -= size
-    missing = MOST_TOGETHER - len(sizes)
-    return [*tensors, *[None] * missing], [*sizes, *[0] * missing]
 
 
 def _empty(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -145,14 +123,6 @@ def _linears(
     columns,
     x_stride,
     zero,  # 0.0
-    upcoming_0,  # anything contiguous
-    upcoming_1,
-    upcoming_2,
-    upcoming_3,
-    bytes_0,  # of it that are fetched, a multiple of 16
-    bytes_1,
-    bytes_2,
-    bytes_3,
     COUNT: tl.constexpr,
     FIRST: tl.constexpr,  # weights of the first one's dtype, which come first; the others share another dtype
     BM: tl.constexpr,
@@ -160,9 +130,12 @@ def _linears(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
-    UPCOMING: tl.constexpr,  # how many are fetched
+    BEGINS_EARLY: tl.constexpr,
+    FETCHES: tl.constexpr,
     LANES: tl.constexpr,  # threads of a program
 ):
+    if BEGINS_EARLY:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     weights = (weight_0, weight_1, weight_2, weight_3)
     biases = (bias_0, bias_1, bias_2, bias_3)
@@ -176,13 +149,13 @@ def _linears(
     if (FIRST == COUNT) | (program < begins[FIRST % COUNT]):
         total = _products(
             x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, 0, FIRST, BM, BN, BK, STAGES,
-            EVEN,
+            EVEN, BEGINS_EARLY, FETCHES, LANES,
         )  # fmt: skip
     else:
         if FIRST < COUNT:
             total = _products(
                 x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, FIRST, COUNT, BM, BN, BK,
-                STAGES, EVEN,
+                STAGES, EVEN, BEGINS_EARLY, FETCHES, LANES,
             )  # fmt: skip
     row = tl.arange(0, BM)
     for i in tl.static_range(COUNT):
@@ -197,42 +170,23 @@ def _linears(
             mask = (row < rows)[:, None] & (out < sizes[i])[None, :]
             place = outputs[i] + row[:, None] * sizes[i] + out[None, :]
             tl.store(place, result.to(outputs[i].dtype.element_ty), mask=mask)
-    upcoming = (upcoming_0, upcoming_1, upcoming_2, upcoming_3)
-    counts = (bytes_0, bytes_1, bytes_2, bytes_3)
-    for i in tl.static_range(UPCOMING):
-        _fetch(upcoming[i].to(tl.int64), counts[i], LANES)
-
-
-@triton.jit
-def _fetch(address, count, LANES: tl.constexpr):
-    """Asks for the program's share of so many bytes to come to the L2 cache. The last programs have the first shares,
-    because while others still read, memory has enough to do."""
-    lane = tl.arange(0, LANES) * PIECE
-    programs = tl.num_programs(0)
-    for share in range(programs - 1 - tl.program_id(0), tl.cdiv(count, LANES * PIECE), programs):
-        offset = share * (LANES * PIECE) + lane
-        size = tl.minimum(tl.maximum(count - offset, 0), PIECE)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r",
-            [address + offset, size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
 def _products(
     x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero,
     FROM: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, BEGINS_EARLY: tl.constexpr, FETCHES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """x times the program's outputs of the one of the weights FROM..TO that it works at, [BM, BN]."""
     weight, size, stride, begin = weights[FROM], sizes[FROM], strides[FROM], begins[FROM]
     for i in tl.static_range(FROM + 1, TO):
         if program >= begins[i]:
             weight, size, stride, begin = weights[i], sizes[i], strides[i], begins[i]
+    if FETCHES:
+        _fetch(weight, stride, (program - begin) * BN, size, columns, BN, LANES)
+    if BEGINS_EARLY:
+        gdc_wait()
     # of a weight in fp32, fewer columns at a time, because two products of it need registers, and more steps ahead
     WIDE: tl.constexpr = weight.dtype.element_ty == tl.float32
     STEP: tl.constexpr = BK // 4 if WIDE else BK
@@ -260,3 +214,21 @@ def _products(
         else:
             total = tl.dot(inputs.to(values.dtype), tl.trans(values), total)
     return total + rest
+
+
+@triton.jit
+def _fetch(weight, stride, first, size, columns, BN: tl.constexpr, LANES: tl.constexpr):
+    """Asks for the beginnings of BN rows to come to the L2 cache."""
+    itemsize: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    PARTS: tl.constexpr = LANES // BN  # threads that share a row
+    lane = tl.arange(0, LANES)
+    row, begin = first + lane // PARTS, lane % PARTS * (FETCHED // PARTS)
+    count = tl.minimum(tl.maximum(columns * itemsize - begin, 0), FETCHED // PARTS)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [weight.to(tl.int64) + row.to(tl.int64) * stride * itemsize + begin, tl.where(row < size, count, 0)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
