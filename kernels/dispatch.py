@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 
 VARIABLE = "RETENTION_GATES_KERNELS"
 HAS_TRITON = find_spec("triton") is not None
-BEGIN_EARLY = True  # of kernels of a decoding step, on devices that can
 logger = logging.getLogger("retention_gates.kernels")
 _told: set[tuple[str, str, str]] = set()
 
@@ -39,20 +38,6 @@ def use_fused(op: str, tensor: torch.Tensor) -> bool:
     if not torch.compiler.is_compiling():
         _tell(op, "fused (Triton)" if fused else "naive (plain torch)", device)
     return fused
-
-
-def begins_early(device: torch.device) -> bool:
-    """Whether programs of a kernel are placed while the kernel before still runs, and wait for its end.
-
-    That is a programmatic dependent launch, which graphs take too. Such a kernel calls gdc_launch_dependents and
-    gdc_wait: what it waits for has waited itself, so that all kernels before are done.
-    """
-    return BEGIN_EARLY and device.type == "cuda" and not torch.version.hip and _is_hopper_or_later(device)
-
-
-@cache
-def _is_hopper_or_later(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:

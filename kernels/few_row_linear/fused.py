@@ -7,12 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from retention_gates.kernels.dispatch import begins_early, on_own_device
+from retention_gates.kernels.dispatch import on_own_device
 
 MOST_TOGETHER = 4  # weights of one launch
-FETCHED: tl.constexpr = tl.constexpr(2048)  # bytes of each row of a weight that come before x is there
 TF32_BITS: tl.constexpr = tl.constexpr(0xFFFFE000)  # of a number in fp32, those that tf32 has
 
 
@@ -53,7 +51,6 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     ends = [sum(blocks[: index + 1]) for index in range(count)]
     none = [None] * (MOST_TOGETHER - count)
     ends += ends[-1:] * len(none)
-    early = begins_early(x.device)
     _linears[(ends[-1],)](
         x,
         *(*weights, *none),
@@ -73,13 +70,7 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         BK=tile.columns,
         STAGES=tile.stages,
         EVEN=columns % tile.columns == 0,
-        BEGINS_EARLY=early,
-        # whole pieces of 16 bytes, at addresses that the instruction takes
-        FETCHES=early
-        and all((w.data_ptr() | w.stride(0) * w.itemsize | columns * w.itemsize) % 16 == 0 for w in weights),
-        LANES=32 * tile.warps,
         num_warps=tile.warps,
-        **({"launch_pdl": True} if early else {}),
     )
     return outputs
 
@@ -130,12 +121,7 @@ def _linears(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
-    BEGINS_EARLY: tl.constexpr,
-    FETCHES: tl.constexpr,
-    LANES: tl.constexpr,  # threads of a program
 ):
-    if BEGINS_EARLY:
-        gdc_launch_dependents()
     program = tl.program_id(0)
     weights = (weight_0, weight_1, weight_2, weight_3)
     biases = (bias_0, bias_1, bias_2, bias_3)
@@ -149,13 +135,13 @@ def _linears(
     if (FIRST == COUNT) | (program < begins[FIRST % COUNT]):
         total = _products(
             x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, 0, FIRST, BM, BN, BK, STAGES,
-            EVEN, BEGINS_EARLY, FETCHES, LANES,
+            EVEN,
         )  # fmt: skip
     else:
         if FIRST < COUNT:
             total = _products(
                 x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, FIRST, COUNT, BM, BN, BK,
-                STAGES, EVEN, BEGINS_EARLY, FETCHES, LANES,
+                STAGES, EVEN,
             )  # fmt: skip
     row = tl.arange(0, BM)
     for i in tl.static_range(COUNT):
@@ -176,17 +162,13 @@ def _linears(
 def _products(
     x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero,
     FROM: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, BEGINS_EARLY: tl.constexpr, FETCHES: tl.constexpr, LANES: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """x times the program's outputs of the one of the weights FROM..TO that it works at, [BM, BN]."""
     weight, size, stride, begin = weights[FROM], sizes[FROM], strides[FROM], begins[FROM]
     for i in tl.static_range(FROM + 1, TO):
         if program >= begins[i]:
             weight, size, stride, begin = weights[i], sizes[i], strides[i], begins[i]
-    if FETCHES:
-        _fetch(weight, stride, (program - begin) * BN, size, columns, BN, LANES)
-    if BEGINS_EARLY:
-        gdc_wait()
     # of a weight in fp32, fewer columns at a time, because two products of it need registers, and more steps ahead
     WIDE: tl.constexpr = weight.dtype.element_ty == tl.float32
     STEP: tl.constexpr = BK // 4 if WIDE else BK
@@ -214,21 +196,3 @@ def _products(
         else:
             total = tl.dot(inputs.to(values.dtype), tl.trans(values), total)
     return total + rest
-
-
-@triton.jit
-def _fetch(weight, stride, first, size, columns, BN: tl.constexpr, LANES: tl.constexpr):
-    """Asks for the beginnings of BN rows to come to the L2 cache."""
-    itemsize: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    PARTS: tl.constexpr = LANES // BN  # threads that share a row
-    lane = tl.arange(0, LANES)
-    row, begin = first + lane // PARTS, lane % PARTS * (FETCHED // PARTS)
-    count = tl.minimum(tl.maximum(columns * itemsize - begin, 0), FETCHED // PARTS)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [weight.to(tl.int64) + row.to(tl.int64) * stride * itemsize + begin, tl.where(row < size, count, 0)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from retention_gates.kernels.checks import with_unit_stride
-from retention_gates.kernels.dispatch import begins_early, on_own_device
+from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.gate_evict.kernel import evict_step
 from retention_gates.kernels.gate_evict.layout import device_offsets
 
@@ -111,7 +111,7 @@ def _gate_evict(
     batch, heads, _, head_dim = new_key.shape
     layout = device_offsets(tuple(head_offsets), keys.device)
     warps, rounds, passes = shape_of(layout.largest)
-    block, early = LANES * warps, begins_early(keys.device)
+    block = LANES * warps
     source = new_score
     if source is None:
         assert gate_hidden is not None
@@ -162,9 +162,7 @@ def _gate_evict(
         BD=next_power_of_2(head_dim),
         BDV=next_power_of_2(values.shape[2]),
         BS=1 if protected is None else next_power_of_2(len(protected)),
-        BEGINS_EARLY=early,
         num_warps=warps,
-        **({"launch_pdl": True} if early else {}),
     )
 
 

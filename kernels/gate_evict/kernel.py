@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # `seen` counts, above this bit, the programs that have read it: the last one leaves the next step's number there
 ARRIVAL: tl.constexpr = tl.constexpr(1 << 40)
@@ -172,11 +171,7 @@ def evict_step(
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BS: tl.constexpr,
-    BEGINS_EARLY: tl.constexpr,
 ):
-    if BEGINS_EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1)
     if UNIFORM:
         begin = head * size

@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from retention_gates.kernels.dispatch import begins_early, on_own_device
+from retention_gates.kernels.dispatch import on_own_device
 
 NUMBERS_PER_WARP = 512
 MOST_WARPS = 16
@@ -16,7 +15,7 @@ MOST_WARPS = 16
 @on_own_device
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Arguments and result as in the package's `rms_norm`."""
-    rows, weight, early = x.reshape(-1, x.shape[-1]), weight.contiguous(), begins_early(x.device)
+    rows, weight = x.reshape(-1, x.shape[-1]), weight.contiguous()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     output, block = _empty(x), triton.next_power_of_2(rows.shape[1])
     _norm[(len(rows),)](
@@ -27,9 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         epsilon,
         C=rows.shape[1],
         BLOCK=block,
-        BEGINS_EARLY=early,
         num_warps=min(MOST_WARPS, max(1, block // NUMBERS_PER_WARP)),
-        **({"launch_pdl": True} if early else {}),
     )
     return output
 
@@ -52,11 +49,7 @@ def _norm(
     epsilon,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
-    BEGINS_EARLY: tl.constexpr,
 ):
-    if BEGINS_EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = column < C
     values = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)

@@ -4,10 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from retention_gates.kernels.checks import with_unit_stride
-from retention_gates.kernels.dispatch import begins_early, on_own_device
+from retention_gates.kernels.dispatch import on_own_device
 
 
 @torch.library.custom_op("retention_gates::rotary", mutates_args=())
@@ -16,7 +15,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     """Arguments and result as in the package's `rotary`."""
     query, key, cos, sin = map(with_unit_stride, (query, key, cos, sin))
     (batch, query_heads, tokens, head_dim), heads, half = query.shape, key.shape[1], cos.shape[2] // 2
-    results, early = (_empty(query), _empty(key)), begins_early(query.device)
+    results = _empty(query), _empty(key)
     _turn[(query_heads + heads, batch * tokens)](
         query,
         key,
@@ -34,10 +33,9 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         HALF=half,
         PAIRS=triton.next_power_of_2(half),
         REST=triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0,
-        BEGINS_EARLY=early,
         num_warps=1,
         # a product and a sum in one would round once where torch rounds twice
-        **(dict(enable_fp_fusion=False, launch_pdl=early) if query.device.type == "cuda" else {}),
+        **({"enable_fp_fusion": False} if query.device.type == "cuda" else {}),
     )
     return results
 
@@ -76,11 +74,7 @@ def _turn(
     HALF: tl.constexpr,  # R / 2
     PAIRS: tl.constexpr,  # at least HALF
     REST: tl.constexpr,  # at least D - R
-    BEGINS_EARLY: tl.constexpr,
 ):
-    if BEGINS_EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, token = row // tokens, row % tokens
     if head < query_heads:

@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from retention_gates.kernels.checks import with_unit_stride
-from retention_gates.kernels.dispatch import begins_early, on_own_device
+from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.slot_attention.kernel import attend_parts, sum_parts, sum_received
 from retention_gates.kernels.slot_attention.parts import parts_of
 
 LARGEST_HEAD_DIM = 256
 SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that are read at a time
 SUM_WARPS = 4
+SUM_BEGINS_EARLY = True  # on devices that can, programs of the sum are started while parts are read, and wait
 SHORT_PART = 128  # slots
 
 
@@ -153,8 +154,7 @@ def _attend(
     parts = parts_of(tuple(head_offsets), batch * row_blocks, block, query.device, is_run)
     tile = tile_for(block, parts.length, rows)
     is_uniform = parts.per_head > 0
-    early = begins_early(query.device)
-    launch: dict[str, Any] = {"launch_pdl": True} if early else {}
+    early = SUM_BEGINS_EARLY and parts.most > 1 and _can_begin_early(query.device)
 
     query = with_unit_stride(query)
     new_key, new_value, new_positions = (
@@ -217,10 +217,9 @@ def _attend(
         IS_RUN=is_run,
         SOFTCAP=softcap is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        BEGINS_EARLY=early,
+        SUM_BEGINS_EARLY=early,
         num_warps=tile.warps,
         **common,
-        **launch,
     )
     if parts.most > 1:
         sum_parts[rows, heads, batch](
@@ -234,10 +233,10 @@ def _attend(
             parts.total,
             tokens,
             PARTS_AT_A_TIME=min(next_power_of_2(parts.most), SUM_NUMBERS // block_value),
-            BEGINS_EARLY=early,
+            SUM_BEGINS_EARLY=early,
             num_warps=SUM_WARPS,
             **common,
-            **launch,
+            **({"launch_pdl": True} if early else {}),
         )
     if received is not None:
         sum_received[grid](
@@ -262,6 +261,11 @@ def _attend(
 @_slot_attention_received.register_fake
 def _(query, keys, values, *others):
     return _empty_output(query, values).transpose(1, 2)
+
+
+def _can_begin_early(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launch, which graphs take too."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _empty_output(query: Tensor, values: Tensor) -> Tensor:

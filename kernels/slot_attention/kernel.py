@@ -100,11 +100,10 @@ def attend_parts(
     HAS_SINKS: tl.constexpr,
     HAS_RECEIVED: tl.constexpr,
     PRECISION: tl.constexpr,
-    BEGINS_EARLY: tl.constexpr,
+    SUM_BEGINS_EARLY: tl.constexpr,
 ):
-    if BEGINS_EARLY:
+    if SUM_BEGINS_EARLY:
         gdc_launch_dependents()
-        gdc_wait()
     part, row_block, batch_row = tl.program_id(0) // ROW_BLOCKS, tl.program_id(0) % ROW_BLOCKS, tl.program_id(2)
     head, first_slot, size, begin = _find_part(part, tl.program_id(1), table, size, length, UNIFORM)
     row_count = G * tokens
@@ -208,11 +207,10 @@ def sum_parts(
     HAS_SINKS: tl.constexpr,
     HAS_RECEIVED: tl.constexpr,
     UNIFORM: tl.constexpr,
-    BEGINS_EARLY: tl.constexpr,
+    SUM_BEGINS_EARLY: tl.constexpr,
 ):
     """The softmax of one query over all parts of its head, in order, so that two runs give the same bits."""
-    if BEGINS_EARLY:
-        gdc_launch_dependents()
+    if SUM_BEGINS_EARLY:
         gdc_wait()
     row, head, batch_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if UNIFORM:

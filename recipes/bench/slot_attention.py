@@ -20,7 +20,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from retention_gates.kernels import dispatch
 from retention_gates.kernels.slot_attention import Run, fused, naive, parts
 from retention_gates.recipes.bench.gate_evict import ragged
 from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, replayed_us, report
@@ -139,7 +138,7 @@ def sweep(layers: Layers, case: str, limit: float) -> list[Measurement]:
         "x3, parts in 32s": [(parts, "PROGRAMS", 3), (fused, "block_for", lambda *_: 32), always((32, 2, 2))],
         "x8, parts in 32s": [(parts, "PROGRAMS", 8), (fused, "block_for", lambda *_: 32), always((32, 2, 1))],
         **{f"sum by {warps} warps": [(fused, "SUM_WARPS", warps)] for warps in (1, 2, 8)},
-        "the sum begins late": [(dispatch, "BEGIN_EARLY", False)],
+        "the sum begins late": [(fused, "SUM_BEGINS_EARLY", False)],
     }
     for name, changed in changes.items():
         with ExitStack() as stack:

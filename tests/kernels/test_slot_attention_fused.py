@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retention_gates.kernels import dispatch
 from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.kernels.slot_attention import Run, fused, naive, parts, slot_attention
 from retention_gates.kernels.slot_attention.parts import parts_of
@@ -172,7 +171,7 @@ def test_batches_and_lengths_on_a_gpu(batch, size):
 def test_a_captured_call_is_replayed(early, monkeypatch):
     case, _, _ = inputs([300, 40], 4, 64, 64, dtype=torch.bfloat16, device="cuda")
     expected = slot_attention(*case, scale=0.1)
-    monkeypatch.setattr(dispatch, "BEGIN_EARLY", early)
+    monkeypatch.setattr(fused, "SUM_BEGINS_EARLY", early)
     slot_attention(*case, scale=0.1)  # compiles what it needs
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
