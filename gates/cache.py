@@ -109,11 +109,7 @@ class EvictingCache(Cache):
             for index, layer in enumerate(owners):
                 layers[layer].join(pool, index)
         super().__init__(layers=layers)
-
-    @property
-    def gated_layers(self) -> list[Any]:
-        """The layers that evict, in order."""
-        return [layer for layer in self.layers if isinstance(layer, RuledLayer)]
+        self.gated_layers = [layers[layer] for layer in owners]  # those that evict, in order
 
     @property
     def budgets(self) -> Budgets:
@@ -198,19 +194,19 @@ class EvictingCache(Cache):
 
     def _check_passes(self, layer_idx: int) -> None:
         """All layers must have begun equally many passes when the first begins another."""
-        first, *others = self.gated_layers
+        first = self.gated_layers[0]
         begins = layer_idx == first.rule.layer and first.staged is not None
-        if begins and any(layer.passes != first.passes for layer in others):
+        if begins and any(layer.passes != first.passes for layer in self.gated_layers):
             raise ValueError(
                 "The last forward pass with this cache broke off between two layers, so that they do not agree: call "
                 "cache.reset() and start the sequence again."
             )
 
     def _check_batch(self, states: torch.Tensor) -> None:
-        allocated = {layer.batch_size for layer in self.gated_layers if layer.is_initialized}
-        if allocated and states.shape[0] not in allocated:
+        allocated = next((layer.batch_size for layer in self.gated_layers if layer.is_initialized), None)
+        if allocated not in (None, states.shape[0]):
             raise ValueError(
-                f"This cache was allocated for a batch of {allocated.pop()} and got one of {states.shape[0]}: make a "
+                f"This cache was allocated for a batch of {allocated} and got one of {states.shape[0]}: make a "
                 "new one, or change it with cache.batch_repeat_interleave(n) or cache.batch_select_indices(rows)."
             )
 
