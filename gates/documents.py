@@ -2,6 +2,7 @@
 
 import torch
 
+from retention_gates.kernels.dispatch import use_host
 from retention_gates.kernels.memo import memo
 
 
@@ -37,6 +38,23 @@ def check_padding_mask(attention_mask: torch.Tensor | None) -> None:
             f"Retention gates need a 2-D padding mask [batch, tokens], not a mask {list(attention_mask.shape)}: "
             "pass the padding mask itself, or switch the gates off with model.disable_adapter()."
         )
+
+
+@memo
+def padding_in(attention_mask: torch.Tensor | None, batch_size: int, tokens: int) -> torch.Tensor | None:
+    """The padding mask [B, S], S >= T, as bool; on a CPU, where looking at it costs nothing, None if all is real.
+
+    Raises:
+        ValueError: as `check_padding_mask`.
+    """
+    check_padding_mask(attention_mask)
+    if attention_mask is None:
+        return None
+    mask = attention_mask.bool()
+    fits = len(mask) == batch_size and mask.shape[1] >= tokens  # what does not is for the cache to refuse
+    if fits and use_host(mask) and bool(mask.all()):
+        return None
+    return mask
 
 
 @memo

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from retention_gates.gates.attention import PREFIX, base_causal_mask
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import RetentionGateConfig
-from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets
+from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets, padding_in
 from retention_gates.gates.fading import Fading
 from retention_gates.gates.gate import GATES, RetentionGate
 from retention_gates.gates.recording import Recording
@@ -97,7 +97,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             finishes = cache_layer.finishes_gate and hidden_states.shape[1] == 1 and gate.can_be_finished_elsewhere
             with torch.no_grad():
                 log_beta = gate.unfinished(hidden_states) if finishes else gate(hidden_states)
-                cache_layer.stage(self, log_beta, None if padding_mask is None else padding_mask.bool())
+                cache_layer.stage(self, log_beta, padding_in(padding_mask, *hidden_states.shape[:2]))
             return self.base_layer(hidden_states, *args, cache_layer=cache_layer, **kwargs)
         if any(isinstance(other, GatedCacheLayer) for other in cache.layers):
             raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from retention_gates.kernels.checks import may_look_at_values
+
 VARIABLE = "RETENTION_GATES_KERNELS"
 HAS_TRITON = find_spec("triton") is not None
 logger = logging.getLogger("retention_gates.kernels")
@@ -38,6 +40,14 @@ def use_fused(op: str, tensor: torch.Tensor) -> bool:
     if not torch.compiler.is_compiling():
         _tell(op, "fused (Triton)" if fused else "naive (plain torch)", device)
     return fused
+
+
+def use_host(tensor: torch.Tensor) -> bool:
+    """Whether an op that does not run fused may choose by the numbers in its tensors: on a CPU, unless it is traced.
+
+    Not where RETENTION_GATES_KERNELS asks for a form.
+    """
+    return tensor.device.type == "cpu" and may_look_at_values(tensor) and not os.environ.get(VARIABLE)
 
 
 def on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:

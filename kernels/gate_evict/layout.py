@@ -13,6 +13,7 @@ class SlotTable(NamedTuple):
     slot: torch.Tensor  # [H, S] int64, where in the row a head's s-th slot lies, or its first if it has fewer
     exists: torch.Tensor  # [H, S] bool
     cell: torch.Tensor  # [N] int64, where in the flattened [H * S] a slot lies
+    head: torch.Tensor  # [N] int64, whose a slot is
     sizes: torch.Tensor  # [H] int64, slots of a head
     is_even: bool  # whether all heads have the same number, so that both ways are views
 
@@ -40,8 +41,10 @@ def slot_table(head_offsets: tuple[int, ...], device: torch.device) -> SlotTable
     exists = within < sizes[:, None]
     slot = offsets[:-1, None] + within.where(exists, 0)
     cell = exists.flatten().nonzero().squeeze(1)
+    head = cell // exists.shape[1]
     is_even = len({stop - start for start, stop in pairwise(head_offsets)}) == 1
-    return SlotTable(slot.to(device), exists.to(device), cell.to(device), sizes.to(device), is_even)
+    slot, exists, cell, head, sizes = (x.to(device) for x in (slot, exists, cell, head, sizes))
+    return SlotTable(slot, exists, cell, head, sizes, is_even)
 
 
 class DeviceOffsets(NamedTuple):

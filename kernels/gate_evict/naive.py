@@ -33,8 +33,8 @@ def gate_evict(
     """Arguments and effect as in the package's `gate_evict`; what it takes of a gate comes as three tensors."""
     table = slot_table(head_offsets, keys.device)
     if new_score is None:
-        assert gate_hidden is not None and gate_weight is not None
-        new_score = F.logsigmoid(F.linear(gate_hidden.float(), gate_weight, gate_bias))
+        assert gate_hidden is not None and gate_weight is not None and gate_bias is not None
+        new_score = finished(gate_hidden, gate_weight, gate_bias)
     new_position = seen.expand(len(start))
     if padding_mask is not None:
         drop_padding(positions, padding_mask[:, :-1])
@@ -54,6 +54,11 @@ def gate_evict(
     )
     pending.copy_(table.ragged(victims))
     seen += 1
+
+
+def finished(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """What a gate says, log_beta [B, H], after its output layer."""
+    return F.logsigmoid(F.linear(hidden.float(), weight, bias))
 
 
 def drop_padding(positions: torch.Tensor, past: torch.Tensor) -> None:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from retention_gates.kernels.checks import check_same_device, check_shape
-from retention_gates.kernels.dispatch import use_fused
-from retention_gates.kernels.slot_attention import naive
+from retention_gates.kernels.dispatch import use_fused, use_host
+from retention_gates.kernels.slot_attention import host, naive
 
 LONGEST_RUN = 16  # tokens
 
@@ -78,6 +78,8 @@ def slot_attention(
     form = naive.slot_attention
     if use_fused("slot_attention", query):
         from retention_gates.kernels.slot_attention.fused import slot_attention as form
+    elif use_host(query):
+        form = host.slot_attention
     return form(
         query,
         keys,

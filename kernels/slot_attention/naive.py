@@ -25,7 +25,7 @@ def slot_attention(
     grouped = query.reshape(batch, heads, -1, query.shape[3])  # [B, H, G * n, D]
     sink_logits = None if sinks is None else sinks.float().view(heads, -1, 1).repeat_interleave(tokens, dim=1)
     outputs = []
-    for first, last in _equal_heads(tuple(head_offsets)):
+    for first, last in equal_heads(tuple(head_offsets)):
         own, shape = slice(head_offsets[first], head_offsets[last]), (last - first, -1)
         key, value = (x[:, own].unflatten(1, shape).float() for x in (keys, values))  # [B, h, S, D]
         hidden = (positions[:, own].unflatten(1, shape) < 0)[:, :, None]  # [B, h, 1, S]
@@ -52,7 +52,7 @@ def slot_attention(
 
 
 @lru_cache(maxsize=256)
-def _equal_heads(head_offsets: tuple[int, ...]) -> list[tuple[int, int]]:
+def equal_heads(head_offsets: tuple[int, ...]) -> list[tuple[int, int]]:
     """First and last + 1 of the heads beside each other that have as many slots."""
     sizes = [stop - start for start, stop in pairwise(head_offsets)]
     begins = [head for head in range(len(sizes)) if head == 0 or sizes[head] != sizes[head - 1]]

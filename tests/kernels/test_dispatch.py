@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retention_gates.kernels import dispatch
-from retention_gates.kernels.dispatch import VARIABLE, use_fused
+from retention_gates.kernels.dispatch import VARIABLE, use_fused, use_host
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,15 @@ def test_cpu_tensors_run_naive_until_asked_otherwise(monkeypatch):
     assert use_fused("op", tensor)  # the tests run Triton's interpreter
     monkeypatch.setenv(VARIABLE, "naive")
     assert not use_fused("op", tensor)
+
+
+def test_numbers_decide_on_a_cpu_where_no_form_is_asked_for(monkeypatch):
+    assert use_host(torch.zeros(1)) and not use_host(torch.zeros(1, device="meta"))
+    traced = torch.compile(lambda x: x + use_host(x), fullgraph=True, backend="eager")
+    assert traced(torch.zeros(1)) == 0
+    for form in ("naive", "fused"):
+        monkeypatch.setenv(VARIABLE, form)
+        assert not use_host(torch.zeros(1))
 
 
 @pytest.mark.gpu

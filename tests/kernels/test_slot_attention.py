@@ -1,12 +1,14 @@
 """slot_attention against scaled_dot_product_attention over what each head holds, in fp64."""
 
 from itertools import accumulate
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from retention_gates.kernels.slot_attention import entry_weights, slot_attention
+from retention_gates.kernels.dispatch import VARIABLE
+from retention_gates.kernels.slot_attention import entry_weights, naive, slot_attention
 
 
 def inputs(sizes, group, head_dim, value_dim, batch=2, dtype=torch.float64, seed=0):
@@ -41,6 +43,25 @@ def test_equals_attention_over_what_is_held(sizes, group):
     assert output.dtype == torch.float64
     # computed in fp32
     torch.testing.assert_close(output, expected(*case, scale=0.4), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[1], [7, 7, 7], [3, 65, 2, 1], [5, 5, 9]])
+def test_slots_that_are_all_taken(sizes, monkeypatch):
+    query, keys, values, positions, offsets = inputs(sizes, 3, head_dim=12, value_dim=5, dtype=torch.float32)
+    positions[:] = 0
+    exact = expected(query.double(), keys.double(), values.double(), positions, offsets, scale=0.4)
+    monkeypatch.setenv(VARIABLE, "naive")
+    rounded = slot_attention(query, keys, values, positions, offsets, scale=0.4)
+    monkeypatch.delenv(VARIABLE)
+    with mock.patch.object(naive, "slot_attention", wraps=naive.slot_attention) as equation:
+        output = slot_attention(query, keys, values, positions, offsets, scale=0.4)
+        assert not equation.called
+        positions[1, -1] = -1
+        slot_attention(query, keys, values, positions, offsets, scale=0.4)
+        assert equation.called
+    assert output.shape == rounded.shape and output.is_contiguous()
+    limit = 2 * (rounded - exact).abs().max() + torch.finfo(torch.float32).eps
+    assert (output - exact).abs().max() <= limit
 
 
 def test_bf16_is_rounded_once():
