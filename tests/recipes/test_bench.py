@@ -76,8 +76,7 @@ def test_decode_bench_budgets_and_its_eager_rival():
 
 def test_decode_bench_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(decode, "report", partial(decode.report, results=tmp_path))
-    monkeypatch.setattr(decode, "SHORT", 3)
-    monkeypatch.setattr(decode, "LONG", 6)
+    monkeypatch.setattr(decode, "FEW", (3, 6))
     arguments = ["--shape", "tiny", "--device", "cpu", "--context", "90", "--memory-size", "40", "--batches", "2"]
     monkeypatch.setattr("sys.argv", ["decode.py", *arguments])
     decode.main()
@@ -85,7 +84,6 @@ def test_decode_bench_runs(monkeypatch, capsys, tmp_path):
     assert [row["contender"] for row in rows] == [
         "ours",
         "ours, ragged budgets",
-        "ours, graph=False",
         "eager cat, top-k, gather",
         "full cache, eager",
     ]
