@@ -100,7 +100,7 @@ class SimulatedLayer(RuledLayer):
                 times.append(new.log_beta[:0])  # comes below
             first = rows.stop
         merged = []
-        results = run_side_by_side([stepper for _, _, stepper in stepwise], query.shape[2])
+        results = run_side_by_side([stepper for _, _, stepper in stepwise])
         for (rows, place, _), (own_times, own_output) in zip(stepwise, results, strict=True):
             times[place] = own_times
             if own_output is not None:
