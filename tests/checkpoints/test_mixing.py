@@ -2,7 +2,6 @@
 
 import copy
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -108,6 +107,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "vocab_size
 
 def write_gguf(folder, model) -> str:
     """The model with its matrices in 4-bit blocks (Q4_1), under the names of the format."""
+    gguf = pytest.importorskip("gguf", reason="needs the extra demo")
     config = model.config
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
     writer.add_block_count(config.num_hidden_layers)
