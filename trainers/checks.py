@@ -56,6 +56,25 @@ def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
         )
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keeps 4-bit weights on a CPU in the form that gradients pass through.
+
+    On CPUs with products of bfloat16, bitsandbytes packs a layer's weights at the first forward pass in eval mode, and
+    its product with packed weights has no gradient: gates would learn from what is left.
+
+    Raises:
+        ValueError: if weights are packed already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"{name} was packed for inference by a forward pass in eval mode, and no gradients pass through "
+                    "packed weights: load the base again, and train before anything else."
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
 @torch.no_grad()
 def check_packing(model: PeftModel) -> None:
     """Raises ValueError if the base attends across packed documents, which the student never does.

@@ -36,7 +36,7 @@ from retention_gates.trainers.checkpoint import (
     whole_folder,
     write_manifest,
 )
-from retention_gates.trainers.checks import check_model, check_packing
+from retention_gates.trainers.checks import check_model, check_packing, keep_differentiable
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.divergence import check_progress, diverged
 from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
@@ -83,6 +83,7 @@ class RetentionTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ):
         check_model(model, args)
+        keep_differentiable(model)
         self._sharded = engine_of(args) != "replicated"
         if args.objective == "end_to_end" and not self._sharded:
             check_packing(model)

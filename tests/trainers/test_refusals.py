@@ -1,6 +1,7 @@
 """Models, rows and arguments that no gates can be trained with."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny_models import tiny_model
 from tiny_training import Rows, arguments, gated, trainer_of
 
 from retention_gates import find_gated_model
+from retention_gates.trainers.checks import keep_differentiable
 from retention_gates.trainers.trainer import RetentionTrainer
 
 
@@ -126,3 +128,16 @@ def test_every_measured_score_can_choose_the_best_checkpoint(tmp_path: Path, met
     best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "eval_strategy": "steps"}
     args = arguments(tmp_path, eval_memory_sizes=[8, 16], save_steps=2, eval_steps=2, **best)
     assert args.greater_is_better is ("agreement" in metric)
+
+
+def test_packed_4_bit_weights_have_no_gradient():
+    """As bitsandbytes has them on some CPUs."""
+    model = gated()
+    layer = find_gated_model(model).model.lm_head
+    layer.support_avx512bf16_for_cpu = True
+    layer.weight.quant_state = SimpleNamespace()
+    keep_differentiable(model)
+    assert not layer.support_avx512bf16_for_cpu
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="lm_head was packed for inference .* load the base again"):
+        keep_differentiable(model)
