@@ -98,8 +98,8 @@ class Watch:
         layers = [m for m in model.modules() if (_is_linear(m) or _may_be_norm(m)) and "forward" not in vars(m)]
         turns = {
             module: _turn_elsewhere(turn, partial(self._note_turn, module, turn))
-            for module in {sys.modules[type(each).__module__] for each in model.modules()}
-            if callable(turn := getattr(module, ROTARY, None))
+            for module in {sys.modules.get(type(each).__module__) for each in model.modules()}
+            if module is not None and callable(turn := getattr(module, ROTARY, None))
         }
         with _replaced([(layer, _elsewhere(layer, partial(self._note, layer))) for layer in layers], turns):
             yield
