@@ -81,8 +81,8 @@ class SimulatedLayer(RuledLayer):
         new, valid = self.sequence
         arguments: dict[str, Any] = dict(scale=scale, softcap=softcap, sinks=sinks)
         share = self.batch_size // len(self.rules)
-        times: list[torch.Tensor] = []
-        stepwise: list[tuple[slice, int, Stepper]] = []  # rows, place in `times`
+        found: list[tuple[slice, torch.Tensor | Stepper]] = []  # of some rows the times, or who finds them
+        steppers: list[Stepper] = []
         first = 0
         for _, group in groupby(self.rules, key=_kind):
             rules = list(group)
@@ -91,18 +91,19 @@ class SimulatedLayer(RuledLayer):
             own = NewTokens(new.log_beta[rows], key[rows], value[rows], new.offset[rows], seed, new.layer)
             own_valid = None if valid is None else valid[rows]
             if isinstance(rules[0].policy, ScoredPolicy):
-                times.append(_times_known_ahead(rules, own, own_valid))
+                found.append((rows, _times_known_ahead(rules, own, own_valid)))
             else:
                 shape = (query.shape, key.shape, value.shape, value.dtype, valid is None, sinks is None)
-                stepper = self._stepper(rules, scale, softcap, (len(stepwise), *shape))
+                stepper = self._stepper(rules, scale, softcap, (len(steppers), *shape))
                 stepper.begin(query[rows], own, own_valid, sinks)
-                stepwise.append((rows, len(times), stepper))
-                times.append(new.log_beta[:0])  # comes below
+                steppers.append(stepper)
+                found.append((rows, stepper))
             first = rows.stop
-        merged = []
-        results = run_side_by_side([stepper for _, _, stepper in stepwise])
-        for (rows, place, _), (own_times, own_output) in zip(stepwise, results, strict=True):
-            times[place] = own_times
+        results = dict(zip(steppers, run_side_by_side(steppers), strict=True))
+        times, merged = [], []
+        for rows, one in found:
+            own_times, own_output = results[one] if isinstance(one, Stepper) else (one, None)
+            times.append(own_times)
             if own_output is not None:
                 merged.append((rows, own_output))
         self.eviction_times = torch.cat(times)

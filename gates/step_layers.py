@@ -17,13 +17,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from retention_gates.gates.gate import GateLinear
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.few_row_linear import MOST_ROWS, few_row_linear
-from retention_gates.kernels.rms_norm import LARGEST_WIDTH, rms_norm
+from retention_gates.kernels.rms_norm import LARGEST_WIDTH, naive, rms_norm
 from retention_gates.kernels.rotary import rotary
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -62,8 +61,8 @@ class StepLayers:
             for index, layer in enumerate(group.layers)
         ]
         self.norm_forwards = {
-            is_compiled: [(norm, _elsewhere(norm, partial(form, norm))) for norm in norms]
-            for is_compiled, form in ((False, _rms_norm), (True, _torch_rms_norm))
+            is_compiled: [(norm, _elsewhere(norm, partial(_norm, form, norm))) for norm in norms]
+            for is_compiled, form in ((False, rms_norm), (True, naive.rms_norm))
         }
         self.turning = list(turning)
 
@@ -125,7 +124,7 @@ class Watch:
                 continue
             if _is_linear(layer):
                 groups.setdefault(id(x), []).append(layer)  # every x is alive, so that no two share an id
-            elif _same(_rms_norm(layer, x), output):
+            elif _same(_norm(rms_norm, layer, x), output):
                 norms.append(layer)
         others = {module for module, tensors, output in self.turns if not _turns_so(tensors, output)}
         turning = list(dict.fromkeys(module for module, _, _ in self.turns if module not in others))
@@ -154,12 +153,8 @@ def _epsilon(module: Any) -> Any:
     return next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
 
 
-def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, norm.weight, _epsilon(norm))
-
-
-def _torch_rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, _epsilon(norm))
+def _norm(form: Callable[..., torch.Tensor], norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return form(x, norm.weight, _epsilon(norm))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 
 MOST_TOGETHER = 4  # weights of one launch
@@ -43,7 +44,7 @@ def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
 @torch.library.custom_op("retention_gates::few_row_linear", mutates_args=())
 @on_own_device
 def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = with_unit_stride(x)
     count, (rows, columns) = len(weights), x.shape
     outputs = _empty(x, weights)
     tile = tile_for(rows)

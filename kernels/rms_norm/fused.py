@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 
 NUMBERS_PER_WARP = 512
@@ -15,8 +16,7 @@ MOST_WARPS = 16
 @on_own_device
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Arguments and result as in the package's `rms_norm`."""
-    rows, weight = x.reshape(-1, x.shape[-1]), weight.contiguous()
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows, weight = with_unit_stride(x.reshape(-1, x.shape[-1])), weight.contiguous()
     output, block = _empty(x), triton.next_power_of_2(rows.shape[1])
     _norm[(len(rows),)](
         rows,
