@@ -99,7 +99,7 @@ class SimulatedLayer(RuledLayer):
                 steppers.append(stepper)
                 found.append((rows, stepper))
             first = rows.stop
-        results = dict(zip(steppers, run_side_by_side(steppers), strict=True))
+        results = dict(zip(steppers, run_side_by_side(steppers, query.shape[2]), strict=True))
         times, merged = [], []
         for rows, one in found:
             own_times, own_output = results[one] if isinstance(one, Stepper) else (one, None)

@@ -1,9 +1,6 @@
 """Evictions of policies that look at what is held, simulated step by step over a sequence known beforehand."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,15 +12,12 @@ from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
 from retention_gates.kernels.slot_attention import entry_weights
 
 NEVER = 2**62  # a step that no sequence comes to
-AT_A_TIME = 8  # steps of one CUDA graph
-OFTEN = 8  # times that it is replayed at least
-Kind = tuple[bool, bool]  # of a step: whether it gives new priorities, and whether the policy learns anything
 # When each token is no longer seen, the first such step, int64 [B, H, T]; and the attention's output [B, HQ, T, Dv] if
 # entries are merged, which attention under those times cannot know.
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def run_side_by_side(steppers: Sequence["Stepper"]) -> list[Result]:
+def run_side_by_side(steppers: Sequence["Stepper"], tokens: int) -> list[Result]:
     """All steps of all steppers, which stand before their first one.
 
     Captured steps of several run in streams of their own: the small operations of one leave most of a GPU idle.
@@ -34,16 +28,15 @@ def run_side_by_side(steppers: Sequence["Stepper"]) -> list[Result]:
         streams = [torch.cuda.Stream(current.device) for _ in captured]  # from a pool that torch keeps
         for stream in streams:
             stream.wait_stream(current)
-        for runs in zip_longest(*(stepper.runs() for stepper in captured)):  # in turns: a queue that is full waits
-            for run, stream in zip(runs, streams, strict=True):
-                if run is not None:
-                    with torch.cuda.stream(stream):
-                        run()
+        for index in range(tokens):  # one after the other: a queue that is full would make the others wait
+            for stepper, stream in zip(captured, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    stepper.step(index)
         for stream in streams:
             current.wait_stream(stream)
     for stepper in [each for each in steppers if len(captured) < 2 or not each.is_captured]:
-        for run in stepper.runs():
-            run()
+        for index in range(tokens):
+            stepper.step(index)
     return [stepper.result() for stepper in steppers]
 
 
@@ -52,7 +45,7 @@ class Stepper:
 
     In one layer queries, keys and values of all steps are known before the first eviction; what is evicted decides
     only which weights an entry receives. So a step is a handful of small operations on [B, H, S], and no model runs.
-    On CUDA some steps are captured once and replayed, for every layer that comes with the same shapes.
+    On CUDA the step is captured once and replayed, for every layer that comes with the same shapes.
 
     Args:
         rules: of one layer; they differ in their budgets only, and in no interval. The batch has the first rule's rows
@@ -77,14 +70,14 @@ class Stepper:
     output: torch.Tensor | None  # [B, HQ, T, Dv] if entries are merged
     times: torch.Tensor  # int64 [B, H, T + 1]; the last column is nobody's
     column: torch.Tensor  # int64 [1], the step
-    kinds: list[Kind]  # of each step
+    kinds: list[tuple[bool, bool]]  # of each step, the arguments of `_step`
 
     def __init__(self, rules: Sequence[EvictionRule], scale: float, softcap: float | None):
         policy = rules[0].policy
         assert isinstance(policy, FeedbackPolicy)
         self.rules, self.policy, self.rule = rules, policy, rules[0]
         self.scale, self.softcap = scale, softcap
-        self.graphs: dict[tuple[Kind, ...], torch.cuda.CUDAGraph] = {}  # by the kinds of their steps
+        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by the kind of step
         self.is_ready = False
 
     @torch.no_grad()
@@ -106,27 +99,14 @@ class Stepper:
         interval, due = self.rule.interval, self._due(query.shape[2])
         self.kinds = [((step + 1) % interval == 0, due[step]) for step in range(query.shape[2])]
         if self.is_captured:
-            self._capture(set(self._plan()) - self.graphs.keys())
-
-    def runs(self) -> Iterator[Callable[[], None]]:
-        """What does all steps, called one after the other."""
-        if self.is_captured:
-            return (self.graphs[kinds].replay for kinds in self._plan())
-        return (partial(self._steps, (kind,)) for kind in self.kinds)
-
-    def _plan(self) -> list[tuple[Kind, ...]]:
-        """The kinds of steps, several steps at a time where such a row of kinds comes often."""
-        rows = [tuple(self.kinds[first : first + AT_A_TIME]) for first in range(0, len(self.kinds), AT_A_TIME)]
-        times = Counter(rows)
-        plan: list[tuple[Kind, ...]] = []
-        for row in rows:
-            plan += [row] if times[row] >= OFTEN else [(kind,) for kind in row]
-        return plan
+            self._capture(set(self.kinds) - self.graphs.keys())
 
     @torch.no_grad()
-    def _steps(self, kinds: tuple[Kind, ...]) -> None:
-        for kind in kinds:
-            self._step(*kind)
+    def step(self, index: int) -> None:
+        if self.is_captured:
+            self.graphs[self.kinds[index]].replay()
+        else:
+            self._step(*self.kinds[index])
 
     def result(self) -> Result:
         """After the last step."""
@@ -225,21 +205,19 @@ class Stepper:
         self.priority.fill_(float("inf"))
         self.times.fill_(self.times.shape[2] - 1)
 
-    def _capture(self, wanted: set[tuple[Kind, ...]]) -> None:
-        """Captures steps of each row of kinds."""
-        for kinds in wanted:
+    def _capture(self, kinds: set[tuple[bool, bool]]) -> None:
+        """Captures a step of each kind: those that give new priorities or don't, and learn something or don't."""
+        for kind in kinds:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for kind in sorted(set(kinds)):
-                    for _ in range(min(3, self.query.shape[2])):  # libraries allocate workspaces before the capture
-                        self._step(*kind)
-                    self._reset()
+                for _ in range(min(3, self.query.shape[2])):  # libraries allocate workspaces before the capture
+                    self._step(*kind)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._steps(kinds)
-            self.graphs[kinds] = graph
+                self._step(*kind)
+            self.graphs[kind] = graph
             self._reset()
 
     def _at_column(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
