@@ -24,9 +24,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(rows: int) -> Tile:
-    """For so many rows. Much of the weights has to be under way at any time."""
-    return Tile(32, 128, 4, 5) if rows > 16 else Tile(16, 256, 2, 4)
+def tile_for(rows: int, has_wide: bool) -> Tile:
+    """For so many rows, and whether a weight is in fp32. Much of the weights has to be under way at any time."""
+    return Tile(16 if has_wide and rows > 16 else 32, 256, 2, 4)
 
 
 def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -47,7 +47,7 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     x = with_unit_stride(x)
     count, (rows, columns) = len(weights), x.shape
     outputs = _empty(x, weights)
-    tile = tile_for(rows)
+    tile = tile_for(rows, any(weight.dtype != x.dtype for weight in weights))
     blocks = [triton.cdiv(len(weight), tile.outputs) for weight in weights]
     ends = [sum(blocks[: index + 1]) for index in range(count)]
     none = [None] * (MOST_TOGETHER - count)
@@ -66,7 +66,7 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         0.0,
         COUNT=count,
         FIRST=sum(weight.dtype == weights[0].dtype for weight in weights),
-        BM=max(16, triton.next_power_of_2(rows)),
+        BM=max(8, triton.next_power_of_2(rows)),
         BN=tile.outputs,
         BK=tile.columns,
         STAGES=tile.stages,
@@ -130,7 +130,7 @@ def _linears(
     sizes = (size_0, size_1, size_2, size_3)
     strides = (stride_0, stride_1, stride_2, stride_3)
     begins = (0, end_0, end_1, end_2)
-    total = tl.zeros([BM, BN], tl.float32)
+    total = tl.zeros([BN, BM], tl.float32)
     # One loop for each dtype, whose weight is chosen before it: loops of their own would each hold shared memory, and
     # leave room for half as many programs.
     if (FIRST == COUNT) | (program < begins[FIRST % COUNT]):
@@ -153,9 +153,9 @@ def _linears(
             out = (program - begins[i]) * BN + tl.arange(0, BN)
             result = total
             if biases[i] is not None:
-                result += tl.load(biases[i] + out, mask=out < sizes[i], other=0.0).to(tl.float32)[None, :]
-            mask = (row < rows)[:, None] & (out < sizes[i])[None, :]
-            place = outputs[i] + row[:, None] * sizes[i] + out[None, :]
+                result += tl.load(biases[i] + out, mask=out < sizes[i], other=0.0).to(tl.float32)[:, None]
+            mask = (row < rows)[None, :] & (out < sizes[i])[:, None]
+            place = outputs[i] + row[None, :] * sizes[i] + out[:, None]
             tl.store(place, result.to(outputs[i].dtype.element_ty), mask=mask)
 
 
@@ -165,7 +165,7 @@ def _products(
     FROM: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """x times the program's outputs of the one of the weights FROM..TO that it works at, [BM, BN]."""
+    """The program's outputs of the one of the weights FROM..TO that it works at times x, [BN, BM]."""
     weight, size, stride, begin = weights[FROM], sizes[FROM], strides[FROM], begins[FROM]
     for i in tl.static_range(FROM + 1, TO):
         if program >= begins[i]:
@@ -177,23 +177,23 @@ def _products(
     row, out, column = tl.arange(0, BM), (program - begin) * BN + tl.arange(0, BN), tl.arange(0, STEP)
     x_rows = x + row[:, None] * x_stride
     weight_rows = weight + out[:, None].to(tl.int64) * stride
-    total = tl.zeros([BM, BN], tl.float32)
-    rest = tl.zeros([BM, BN], tl.float32)
-    nothing = tl.zeros([BM, BN], tl.float32) + zero  # which the compiler cannot know, else it would add to the total
+    total = tl.zeros([BN, BM], tl.float32)
+    rest = tl.zeros([BN, BM], tl.float32)
+    nothing = tl.zeros([BN, BM], tl.float32) + zero  # which the compiler cannot know, else it would add to the total
     for start in tl.range(0, columns, STEP, num_stages=AHEAD):
         at = start + column[None, :]
         weight_mask, x_mask = (out < size)[:, None], (row < rows)[:, None]
         if not EVEN:
             weight_mask, x_mask = weight_mask & (at < columns), x_mask & (at < columns)
         values = tl.load(weight_rows + at, mask=weight_mask, other=0.0, eviction_policy="evict_first")
-        inputs = tl.load(x_rows + at, mask=x_mask, other=0.0)
+        inputs = tl.trans(tl.load(x_rows + at, mask=x_mask, other=0.0))
         if WIDE:
             # 16 bits of x are exact in tf32: only the weight is cut in two. A step's products have a sum of their own,
             # which is added in fp32: tensor cores cut off what they add to a sum, and 1,000 cuts show in the result.
             # (They don't for what is cut off the weight, which has a sum to itself, so that neither waits.)
             high = (values.to(tl.uint32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
-            rest = tl.dot(inputs.to(tl.float32), tl.trans(values - high), rest, input_precision="tf32")
-            total += tl.dot(inputs.to(tl.float32), tl.trans(high), nothing, input_precision="tf32")
+            rest = tl.dot(values - high, inputs.to(tl.float32), rest, input_precision="tf32")
+            total += tl.dot(high, inputs.to(tl.float32), nothing, input_precision="tf32")
         else:
-            total = tl.dot(inputs.to(values.dtype), tl.trans(values), total)
+            total = tl.dot(values, inputs.to(values.dtype), total)
     return total + rest

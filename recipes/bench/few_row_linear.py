@@ -27,12 +27,12 @@ SHAPES = {  # of Qwen3-4B: columns, and outputs of each weight; the gate's comes
     "lm_head": (2560, [151_936]),
 }
 TILES = [
-    fused.Tile(16, 128, 4, 6),
+    fused.Tile(16, 256, 1, 4),
     fused.Tile(16, 256, 2, 4),
-    fused.Tile(16, 256, 4, 4),
-    fused.Tile(16, 256, 4, 6),
-    fused.Tile(32, 128, 4, 5),
-    fused.Tile(32, 256, 8, 4),
+    fused.Tile(32, 128, 2, 6),
+    fused.Tile(32, 256, 2, 4),
+    fused.Tile(32, 256, 4, 4),
+    fused.Tile(64, 128, 4, 6),
 ]
 
 
