@@ -256,8 +256,8 @@ class BoundedCache(EvictingCache):
             policies known ahead. None: as the model makes them.
         graph: whether `generate` replays its decoding steps as one CUDA graph, recorded at the third; no effect on
             other devices.
-        compile: whether that step goes through torch.compile before, which takes about a minute at the first time and
-            joins the model's small operators.
+        compile: whether a step goes through torch.compile before, which takes a minute or two at the first time and
+            joins the model's small operators. On a CPU that needs a C++ compiler.
 
     Raises:
         ValueError: for sizes that leave no room, unknown names, and a model without gates.

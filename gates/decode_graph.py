@@ -7,6 +7,8 @@ tensors that the recording reads, the graph runs, and the logits are copied out.
 The padding mask, which grows by a column at every step, is no part of it. The prompt's pass has told the cache which
 columns are padding, and every token that `generate` makes itself is real.
 
+Where a device has no graphs, as a CPU, steps run as ever, or each is compiled if that is asked for.
+
 A step that waits for the device cannot be recorded. Of transformers' forms of sparse experts, "eager" waits, and so
 does "grouped_mm" where torch has no grouped product for the device and dtype, as on CUDA in fp32. "grouped_mm" reads
 prompts. Sampling goes on with "batched_mm", which does not wait; beams do so only after
@@ -29,7 +31,7 @@ from transformers.utils import ModelOutput, logging
 
 from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
 from retention_gates.gates.families import text_config
-from retention_gates.gates.graph_recorder import RECORDERS, Recorder
+from retention_gates.gates.graph_recorder import RECORDERS, Recorder, check_compiler
 from retention_gates.gates.policies import FeedbackPolicy
 from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.ruled_layer import RuledLayer
@@ -76,7 +78,8 @@ class DecodeGraph:
         self.prompt_columns = 0
         self.windows: Windows | None = None
         self.is_in_turn = False  # whether the last forward pass was a step of this turn
-        self.recorder: Recorder | None = None
+        self.is_attached = False
+        self.recorder: Recorder | None = None  # of a device that records steps
         self.cache: Callable[[], Any] = lambda: None
         self.model: Callable[[], Any] = lambda: None
 
@@ -101,9 +104,12 @@ class DecodeGraph:
     def attached(self, model: nn.Module, cache: Cache, prompt_columns: int) -> Iterator[None]:
         """Inside of it, steps of the model with the cache after the prompt's columns are recorded and replayed."""
         device, refusal = _device(model)
-        if refusal is None and device.type not in RECORDERS:
-            yield
-            return
+        recorder = RECORDERS.get(device.type)
+        if refusal is None and recorder is None:
+            if not self.compile:
+                yield
+                return
+            check_compiler()
         refusal = refusal or _why_not(model, cache)
         if refusal is not None:
             self.refuse(refusal)
@@ -113,14 +119,14 @@ class DecodeGraph:
         if weights != self.weights:
             self.forget()
         self.weights, self.prompt_columns, self.refusal = weights, prompt_columns, None
-        self.recorder, self.cache = RECORDERS[device.type](device), weakref.ref(cache)
+        self.recorder, self.cache = recorder and recorder(device), weakref.ref(cache)
         self.model = weakref.ref(model)
-        self.is_in_turn = False
+        self.is_attached, self.is_in_turn = True, False
         try:
             with _replaced_forward(model):
                 yield
         finally:
-            self.recorder = None
+            self.recorder, self.is_attached = None, False
             del kept  # until here no weight that the recording reads could be freed
 
     def step(self, forward: Forward, arguments: dict[str, Any]) -> Any:
@@ -132,6 +138,8 @@ class DecodeGraph:
         key, tensors, others = found
         if not self.is_in_turn:
             self._begin_turn(arguments.get("attention_mask"))
+        if self.recorder is None:
+            return self._run(forward, tensors | others)
         if self.recording is not None and self.recording.key == key:
             for name, buffer in self.recording.inputs.items():
                 buffer.copy_(tensors[name])
@@ -141,7 +149,6 @@ class DecodeGraph:
                 self.windows.count()
             return self._copied(self.recording)
         self.recording = None
-        assert self.recorder is not None
         if self.warm != key:
             watch = Watch() if self.watched != key else None
             output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others, watch))
@@ -244,7 +251,7 @@ def _replaced_forward(model: nn.Module) -> Iterator[None]:
             @wraps(forward)
             def step_or_forward(*args: Any, **kwargs: Any) -> Any:
                 graph = getattr(kwargs.get("past_key_values"), "decode_graph", None)
-                if args or graph is None or graph.recorder is None:
+                if args or graph is None or not graph.is_attached:
                     return forward(*args, **kwargs)
                 return graph.step(forward, kwargs)
 

@@ -119,7 +119,7 @@ class FeedbackSlotLayer(SlotLayer):
             weights = None if received is None else table.by_head(received)[:, :, None]
             feedback.observe(policy, held, weights, is_padded)
         interval = self.rule.interval
-        if self.columns % interval == 0:
+        if interval == 1 or self.columns % interval == 0:  # a compiled step must not depend on the count
             priority = feedback.priorities(policy, held)
             if interval > 1:
                 self.priority.copy_(table.ragged(priority))

@@ -1,5 +1,7 @@
 """Runs a step once in a way that it can be repeated without Python, in a CUDA graph."""
 
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -62,6 +64,16 @@ class CudaRecorder:
                 ) from error
             graph.replay()
         return output, graph.replay
+
+
+def check_compiler() -> None:
+    """Raises ValueError if what torch.compile makes for a CPU cannot be built here."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if not any(shutil.which(name) for name in names):
+        raise ValueError(
+            f"compile=True on a CPU builds C++, and none of {', '.join(names)} is installed here: install g++, name "
+            "another in the environment variable CXX, or leave compile=True out."
+        )
 
 
 @cache

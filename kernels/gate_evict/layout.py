@@ -32,19 +32,37 @@ class SlotTable(NamedTuple):
         return row if self.is_even else row[:, self.cell]
 
 
-@lru_cache(maxsize=256)
 def slot_table(head_offsets: tuple[int, ...], device: torch.device) -> SlotTable:
-    """The table of a layout; kept, because a layer asks for the same one at every step."""
-    offsets = torch.tensor(head_offsets)
-    sizes = offsets.diff()
-    within = torch.arange(int(sizes.max()))
-    exists = within < sizes[:, None]
-    slot = offsets[:-1, None] + within.where(exists, 0)
-    cell = exists.flatten().nonzero().squeeze(1)
-    head = cell // exists.shape[1]
-    is_even = len({stop - start for start, stop in pairwise(head_offsets)}) == 1
-    slot, exists, cell, head, sizes = (x.to(device) for x in (slot, exists, cell, head, sizes))
-    return SlotTable(slot, exists, cell, head, sizes, is_even)
+    """The table of a layout. It is kept, as a layer asks for it at every step, but not where it is traced."""
+    if not torch.compiler.is_compiling():
+        return _kept(head_offsets, device)
+    return (_made if device.type == "cpu" else _untraced)(head_offsets, device)
+
+
+def _made(head_offsets: tuple[int, ...], device: torch.device) -> SlotTable:
+    sizes = [stop - start for start, stop in pairwise(head_offsets)]
+    longest, heads = max(sizes), range(len(sizes))
+
+    def tensor(numbers: list) -> torch.Tensor:
+        return torch.tensor(numbers, device=device)
+
+    return SlotTable(
+        tensor([[head_offsets[h] + (s if s < sizes[h] else 0) for s in range(longest)] for h in heads]),
+        tensor([[s < sizes[h] for s in range(longest)] for h in heads]),
+        tensor([h * longest + s for h in heads for s in range(sizes[h])]),
+        tensor([h for h in heads for _ in range(sizes[h])]),
+        tensor(sizes),
+        len(set(sizes)) == 1,
+    )
+
+
+_kept = lru_cache(maxsize=256)(_made)
+
+
+@torch.compiler.disable
+def _untraced(head_offsets: tuple[int, ...], device: torch.device) -> SlotTable:
+    """On a GPU, to which no compiled step should copy the numbers each time."""
+    return _kept(head_offsets, device)
 
 
 class DeviceOffsets(NamedTuple):

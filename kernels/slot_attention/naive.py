@@ -1,6 +1,5 @@
 """Attention of one token over ragged slots in plain torch: the reference, and what runs without a fused kernel."""
 
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -51,7 +50,6 @@ def slot_attention(
     return torch.cat(outputs, dim=1).view(batch, query_heads, tokens, -1).to(query.dtype)
 
 
-@lru_cache(maxsize=256)
 def equal_heads(head_offsets: tuple[int, ...]) -> list[tuple[int, int]]:
     """First and last + 1 of the heads beside each other that have as many slots."""
     sizes = [stop - start for start, stop in pairwise(head_offsets)]

@@ -5,7 +5,7 @@
     python recipes/bench/decode.py --batches 1 4 32 --no-rivals
     python recipes/bench/decode.py --static                       # transformers' static cache, compiled: 75 s more
     python recipes/bench/decode.py --batches 1 --contexts 1024 8192 32768 131072 --plot decode_context.png
-    python recipes/bench/decode.py --shape smollm2-135m --device cpu --context 4096 --memory-size 256 --batches 1
+    python recipes/bench/decode.py --device cpu --shape smollm2-135m --batches 1 --memory-size 256 --context 4096
 
 Random weights in the shape of Qwen3-4B, bf16. Every contender is a cache that has read `--context` tokens: bounded
 ones hold what they keep of a short prompt and are told that more came before, full ones random keys and values.

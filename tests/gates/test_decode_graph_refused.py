@@ -9,7 +9,6 @@ from gated_models import gated_model, token_ids
 from recorded import GREEDY, assert_same, caches, is_recorded, on, padded_batch
 
 from retention_gates import find_gated_model
-from retention_gates.gates import decode_graph
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.decode_graph import logger
 from retention_gates.gates.policies import POLICIES
@@ -76,27 +75,28 @@ def test_the_models_forward_is_its_own_again(device):
     assert "forward" not in vars(inner) and inner.forward == own
 
 
-class EveryStep:
-    """A Recorder that never replays, so that every step goes through what was compiled."""
-
-    def __init__(self, device):
-        pass
-
-    def warm_up(self, step):
-        return step(), None
-
-
-def test_one_compilation_for_all_lengths_and_caches(monkeypatch):
-    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
-    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
-    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")  # operators, as on CUDA: nothing inside is compiled
-    compiled, compile = [], torch.compile
+@pytest.fixture
+def compiled(monkeypatch):
+    """One entry per graph that is traced, whole steps only; what is traced runs as it is."""
+    torch._dynamo.reset()  # it counts what all tests before had compiled
+    traced, compile = [], torch.compile
 
     def backend(graph, inputs):
-        compiled.append(graph)
+        traced.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda forward, **options: compile(forward, backend=backend, **options))
+    def compile_all(forward, **options):
+        return compile(forward, backend=backend, fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_all)
+    return traced
+
+
+# operators, as on CUDA: nothing inside is compiled; or what they do, as on a CPU
+@pytest.mark.parametrize("kernels", ["fused", None])
+def test_one_compilation_for_all_lengths_and_caches(monkeypatch, compiled, kernels):
+    if kernels is not None:
+        monkeypatch.setenv("RETENTION_GATES_KERNELS", kernels)
     model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
     plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4), do_sample=False, max_new_tokens=7)
     for _ in range(2):
@@ -108,16 +108,46 @@ def test_one_compilation_for_all_lengths_and_caches(monkeypatch):
     assert len(compiled) == 1
 
 
-def merged(given):
-    tensors, others = given
-    return [tensors | others]
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", dict(memory_size=9, buffer_size=3)),
+        ("llama", dict(budgets=[[6, 12], [13, 5]])),
+        ("llama", dict(policy="h2o")),
+        ("llama", dict(policy="streaming_llm", cache_dtype="int8")),
+        ("gemma3_text", {}),
+        ("qwen3_next", {}),
+    ],
+)
+def test_compiled_on_a_cpu(compiled, family, options):
+    model = on("cpu", family)
+    sizes = {"memory_size": 9} | options
+    each_step, plain = BoundedCache(model, compile=True, **sizes), BoundedCache(model, graph=False, **sizes)
+    for _ in range(2):
+        tokens = [model.generate(past_key_values=c, **padded_batch("cpu"), **GREEDY) for c in (each_step, plain)]
+        assert torch.equal(*tokens) and each_step.get_seq_length() == plain.get_seq_length()
+        for ours, theirs in zip(each_step.gated_layers, plain.gated_layers, strict=True):
+            assert torch.equal(ours.positions(0), theirs.positions(0)) and torch.equal(ours.seen, theirs.seen)
+        each_step.reset(), plain.reset()
+    assert len(compiled) == 1
+    assert each_step.decode_graph.refusal is None
+
+
+def test_what_cannot_be_built_is_said_before_anything_is_read(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = on("cpu")
+    cache = BoundedCache(model, 8, compile=True)
+    with pytest.raises(ValueError, match=r"none of no-such-compiler, g\+\+, clang\+\+ is installed"):
+        model.generate(past_key_values=cache, **padded_batch("cpu"), **GREEDY)
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.slow  # inductor builds C++
-def test_compiled_for_the_processor(monkeypatch):
-    monkeypatch.setitem(decode_graph.RECORDERS, "cpu", EveryStep)
-    monkeypatch.setattr(decode_graph.DecodeGraph, "_record", lambda self, f, key, *given: self._run(f, *merged(given)))
-    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+@pytest.mark.parametrize("kernels", ["fused", None])
+def test_compiled_for_the_processor(monkeypatch, kernels):
+    if kernels is not None:
+        monkeypatch.setenv("RETENTION_GATES_KERNELS", kernels)
     model, ids = on("cpu", num_hidden_layers=1), token_ids(1, 6)
     options = dict(do_sample=False, max_new_tokens=7)
     plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 4, graph=False), **options)
