@@ -12,6 +12,7 @@ from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 
 MOST_TOGETHER = 4  # weights of one launch
+WIDE_STAGES = 12
 TF32_BITS: tl.constexpr = tl.constexpr(0xFFFFE000)  # of a number in fp32, those that tf32 has
 
 
@@ -24,9 +25,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(rows: int, has_wide: bool) -> Tile:
-    """For so many rows, and whether a weight is in fp32. Much of the weights has to be under way at any time."""
-    return Tile(16 if has_wide and rows > 16 else 32, 256, 2, 4)
+def tile_for(rows: int, is_wide: bool) -> Tile:
+    """For so many rows, and a weight in fp32 or in 16 bits. Much of the weights has to be under way at any time.
+
+    A weight in fp32 is a gate's first layer, with few outputs: programs that are small and look far ahead.
+    """
+    return Tile(16, 64, 2, WIDE_STAGES) if is_wide else Tile(32, 256, 2, 4)
 
 
 def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -47,8 +51,9 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     x = with_unit_stride(x)
     count, (rows, columns) = len(weights), x.shape
     outputs = _empty(x, weights)
-    tile = tile_for(rows, any(weight.dtype != x.dtype for weight in weights))
-    blocks = [triton.cdiv(len(weight), tile.outputs) for weight in weights]
+    tiles = [tile_for(rows, weight.dtype != x.dtype) for weight in weights]
+    first, last = tiles[0], tiles[-1]  # of weights of the first one's dtype, and of the others
+    blocks = [triton.cdiv(len(weight), tile.outputs) for weight, tile in zip(weights, tiles, strict=True)]
     ends = [sum(blocks[: index + 1]) for index in range(count)]
     none = [None] * (MOST_TOGETHER - count)
     ends += ends[-1:] * len(none)
@@ -67,11 +72,10 @@ def _few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         COUNT=count,
         FIRST=sum(weight.dtype == weights[0].dtype for weight in weights),
         BM=max(8, triton.next_power_of_2(rows)),
-        BN=tile.outputs,
-        BK=tile.columns,
-        STAGES=tile.stages,
-        EVEN=columns % tile.columns == 0,
-        num_warps=tile.warps,
+        FIRST_TILE=(first.outputs, first.columns, first.stages),
+        TILE=(last.outputs, last.columns, last.stages),
+        EVEN=columns % first.columns == columns % last.columns == 0,
+        num_warps=last.warps,
     )
     return outputs
 
@@ -118,9 +122,8 @@ def _linears(
     COUNT: tl.constexpr,
     FIRST: tl.constexpr,  # weights of the first one's dtype, which come first; the others share another dtype
     BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
+    FIRST_TILE: tl.constexpr,  # outputs, columns and stages of a program that works at one of those weights
+    TILE: tl.constexpr,  # at another
     EVEN: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -130,64 +133,45 @@ def _linears(
     sizes = (size_0, size_1, size_2, size_3)
     strides = (stride_0, stride_1, stride_2, stride_3)
     begins = (0, end_0, end_1, end_2)
-    total = tl.zeros([BN, BM], tl.float32)
     # One loop for each dtype, whose weight is chosen before it: loops of their own would each hold shared memory, and
     # leave room for half as many programs.
     if (FIRST == COUNT) | (program < begins[FIRST % COUNT]):
-        total = _products(
-            x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, 0, FIRST, BM, BN, BK, STAGES,
-            EVEN,
+        _linear(
+            x, weights, biases, outputs, sizes, strides, begins, program, rows, columns, x_stride, zero, 0, FIRST, BM,
+            FIRST_TILE[0], FIRST_TILE[1], FIRST_TILE[2], EVEN,
         )  # fmt: skip
     else:
         if FIRST < COUNT:
-            total = _products(
-                x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero, FIRST, COUNT, BM, BN, BK,
-                STAGES, EVEN,
+            _linear(
+                x, weights, biases, outputs, sizes, strides, begins, program, rows, columns, x_stride, zero, FIRST,
+                COUNT, BM, TILE[0], TILE[1], TILE[2], EVEN,
             )  # fmt: skip
-    row = tl.arange(0, BM)
-    for i in tl.static_range(COUNT):
-        is_own = program >= begins[i]
-        if i + 1 < COUNT:
-            is_own &= program < begins[i + 1]
-        if is_own:
-            out = (program - begins[i]) * BN + tl.arange(0, BN)
-            result = total
-            if biases[i] is not None:
-                result += tl.load(biases[i] + out, mask=out < sizes[i], other=0.0).to(tl.float32)[:, None]
-            mask = (row < rows)[None, :] & (out < sizes[i])[:, None]
-            place = outputs[i] + row[None, :] * sizes[i] + out[:, None]
-            tl.store(place, result.to(outputs[i].dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _products(
-    x, weights, sizes, strides, begins, program, rows, columns, x_stride, zero,
-    FROM: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
+def _linear(
+    x, weights, biases, outputs, sizes, strides, begins, program, rows, columns, x_stride, zero, FROM: tl.constexpr,
+    TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The program's outputs of the one of the weights FROM..TO that it works at times x, [BN, BM]."""
+    """The program's outputs, of that one of the weights FROM..TO that it works at."""
     weight, size, stride, begin = weights[FROM], sizes[FROM], strides[FROM], begins[FROM]
     for i in tl.static_range(FROM + 1, TO):
         if program >= begins[i]:
             weight, size, stride, begin = weights[i], sizes[i], strides[i], begins[i]
-    # of a weight in fp32, fewer columns at a time, because two products of it need registers, and more steps ahead
-    WIDE: tl.constexpr = weight.dtype.element_ty == tl.float32
-    STEP: tl.constexpr = BK // 4 if WIDE else BK
-    AHEAD: tl.constexpr = 2 * STAGES - 1 if WIDE else STAGES
-    row, out, column = tl.arange(0, BM), (program - begin) * BN + tl.arange(0, BN), tl.arange(0, STEP)
+    row, out, column = tl.arange(0, BM), (program - begin) * BN + tl.arange(0, BN), tl.arange(0, BK)
     x_rows = x + row[:, None] * x_stride
     weight_rows = weight + out[:, None].to(tl.int64) * stride
     total = tl.zeros([BN, BM], tl.float32)
     rest = tl.zeros([BN, BM], tl.float32)
     nothing = tl.zeros([BN, BM], tl.float32) + zero  # which the compiler cannot know, else it would add to the total
-    for start in tl.range(0, columns, STEP, num_stages=AHEAD):
+    for start in tl.range(0, columns, BK, num_stages=STAGES):
         at = start + column[None, :]
         weight_mask, x_mask = (out < size)[:, None], (row < rows)[:, None]
         if not EVEN:
             weight_mask, x_mask = weight_mask & (at < columns), x_mask & (at < columns)
         values = tl.load(weight_rows + at, mask=weight_mask, other=0.0, eviction_policy="evict_first")
         inputs = tl.trans(tl.load(x_rows + at, mask=x_mask, other=0.0))
-        if WIDE:
+        if weight.dtype.element_ty == tl.float32:
             # 16 bits of x are exact in tf32: only the weight is cut in two. A step's products have a sum of their own,
             # which is added in fp32: tensor cores cut off what they add to a sum, and 1,000 cuts show in the result.
             # (They don't for what is cut off the weight, which has a sum to itself, so that neither waits.)
@@ -196,4 +180,15 @@ def _products(
             total += tl.dot(high, inputs.to(tl.float32), nothing, input_precision="tf32")
         else:
             total = tl.dot(values, inputs.to(values.dtype), total)
-    return total + rest
+    total += rest
+    mask = (row < rows)[None, :] & (out < size)[:, None]
+    for i in tl.static_range(FROM, TO):
+        is_own = program >= begins[i]
+        if i + 1 < TO:
+            is_own &= program < begins[i + 1]
+        if is_own:
+            result = total
+            if biases[i] is not None:
+                result += tl.load(biases[i] + out, mask=out < size, other=0.0).to(tl.float32)[:, None]
+            place = outputs[i] + row[None, :] * size + out[:, None]
+            tl.store(place, result.to(outputs[i].dtype.element_ty), mask=mask)
