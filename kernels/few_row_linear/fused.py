@@ -12,7 +12,6 @@ from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 
 MOST_TOGETHER = 4  # weights of one launch
-WIDE_STAGES = 12
 TF32_BITS: tl.constexpr = tl.constexpr(0xFFFFE000)  # of a number in fp32, those that tf32 has
 
 
@@ -30,7 +29,7 @@ def tile_for(rows: int, is_wide: bool) -> Tile:
 
     A weight in fp32 is a gate's first layer, with few outputs: programs that are small and look far ahead.
     """
-    return Tile(16, 64, 2, WIDE_STAGES) if is_wide else Tile(32, 256, 2, 4)
+    return Tile(16, 128, 2, 8) if is_wide else Tile(32, 256, 2, 4)
 
 
 def few_row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
