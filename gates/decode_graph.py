@@ -109,7 +109,8 @@ class DecodeGraph:
             if not self.compile:
                 yield
                 return
-            check_compiler()
+            if device.type == "cpu":
+                check_compiler()
         refusal = refusal or _why_not(model, cache)
         if refusal is not None:
             self.refuse(refusal)
