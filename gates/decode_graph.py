@@ -93,10 +93,11 @@ class DecodeGraph:
         """Frees the recording."""
         self.recording = self.watched = self.warm = self.windows = None
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str, *, is_recorded: bool = True) -> None:
         self.refusal = reason
+        what, option = ("a CUDA graph", "graph=False") if is_recorded else ("torch.compile", "compile=False")
         logger.warning_once(
-            f"Decoding without a CUDA graph, because {reason}. BoundedCache(..., graph=False) says that this is meant."
+            f"Decoding without {what}, because {reason}. BoundedCache(..., {option}) says that this is meant."
         )
         self.forget()
 
@@ -105,17 +106,16 @@ class DecodeGraph:
         """Inside of it, steps of the model with the cache after the prompt's columns are recorded and replayed."""
         device, refusal = _device(model)
         recorder = RECORDERS.get(device.type)
-        if refusal is None and recorder is None:
-            if not self.compile:
-                yield
-                return
-            if device.type == "cpu":
-                check_compiler()
-        refusal = refusal or _why_not(model, cache)
-        if refusal is not None:
-            self.refuse(refusal)
+        if refusal is None and recorder is None and not self.compile:
             yield
             return
+        refusal = refusal or _why_not(model, cache)
+        if refusal is not None:
+            self.refuse(refusal, is_recorded=recorder is not None or not self.compile)
+            yield
+            return
+        if recorder is None and device.type == "cpu":
+            check_compiler()
         weights, kept = _weights(model)
         if weights != self.weights:
             self.forget()

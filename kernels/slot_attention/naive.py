@@ -24,7 +24,7 @@ def slot_attention(
     grouped = query.reshape(batch, heads, -1, query.shape[3])  # [B, H, G * n, D]
     sink_logits = None if sinks is None else sinks.float().view(heads, -1, 1).repeat_interleave(tokens, dim=1)
     outputs = []
-    for first, last in equal_heads(tuple(head_offsets)):
+    for first, last in equal_heads(head_offsets):
         own, shape = slice(head_offsets[first], head_offsets[last]), (last - first, -1)
         key, value = (x[:, own].unflatten(1, shape).float() for x in (keys, values))  # [B, h, S, D]
         hidden = (positions[:, own].unflatten(1, shape) < 0)[:, :, None]  # [B, h, 1, S]

@@ -133,6 +133,18 @@ def test_compiled_on_a_cpu(compiled, family, options):
     assert each_step.decode_graph.refusal is None
 
 
+def test_what_is_not_compiled_is_said(compiled, caplog):
+    model = on("cpu")
+    options = dict(memory_size=20, policy="expected_attention")
+    cache, plain = BoundedCache(model, compile=True, **options), BoundedCache(model, **options)
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        tokens = [model.generate(past_key_values=c, **padded_batch("cpu"), **GREEDY) for c in (cache, plain)]
+    assert torch.equal(*tokens) and not compiled
+    said = [message for message in caplog.messages if message.startswith("Decoding without")]
+    assert len(said) == 1 and "without torch.compile" in said[0] and "compile=False" in said[0]
+
+
 def test_what_cannot_be_built_is_said_before_anything_is_read(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "no-such-compiler")
