@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import ModelOutput, logging
 
 from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
+from retention_gates.gates.deferred import settled
 from retention_gates.gates.families import text_config
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder, check_compiler
 from retention_gates.gates.policies import FeedbackPolicy
@@ -191,7 +192,10 @@ class DecodeGraph:
             forward = torch.compile(forward, dynamic=False)
         layers = self.layers.replaced(self.compile) if watch is None else watch.watching(self.model())
         with layers, nullcontext() if self.windows is None else self.windows.one_token():
-            return forward(**arguments)
+            output = forward(**arguments)
+            for name, each in output.items() if isinstance(output, ModelOutput) else ():
+                output[name] = settled(each)
+            return output
 
     def _record(self, forward: Forward, key: tuple, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Any:
         assert self.recorder is not None

@@ -1,27 +1,30 @@
 """Layers of a recorded step in 16 bits, computed in fewer launches.
 
-Linear layers that read the same tensor are computed together when the first of them is called, RMS norms are one
-kernel each, and queries and keys are turned by one. Which layers that are is seen, not known: one step is watched, and
-what it saw holds at every step, because a recorded step makes no choices. Outside of a recording layers are called as
-ever.
+Linear layers that read the same tensor are computed together, RMS norms are one kernel each, and queries and keys are
+turned by one. What the model does with their results next may join these launches (`deferred.py`). Which layers that
+are is seen, not known: one step is watched, and what it saw holds at every step, because a recorded step makes no
+choices. Outside of a recording layers are called as ever.
 """
 
 import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from retention_gates.gates.deferred import AFTER_NORMS, AFTER_PRODUCTS, Deferring, Products, settled, split_norm
 from retention_gates.gates.gate import GateLinear
 from retention_gates.kernels.dispatch import use_fused
-from retention_gates.kernels.few_row_linear import MOST_ROWS, few_row_linear
+from retention_gates.kernels.few_row_linear import MOST_ROWS
 from retention_gates.kernels.rms_norm import LARGEST_WIDTH, naive, rms_norm
 from retention_gates.kernels.rotary import rotary
 
@@ -35,25 +38,32 @@ class Group:
 
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
-        self.read: torch.Tensor | None = None
-        self.outputs: list[torch.Tensor] = []  # of the layers that have not been called yet, the next one last
+        self.products: Products | None = None  # of the step that runs
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        x = settled(x)
         if index == 0:
-            weights, biases = ([getattr(layer, name) for layer in self.layers] for name in ("weight", "bias"))
-            self.read, self.outputs = x, few_row_linear(x, weights, biases)[::-1]
-        elif not torch.compiler.is_compiling() and (
-            x is not self.read or len(self.outputs) != len(self.layers) - index
-        ):
+            self.products = Products(self.layers, x)
+        elif self.products is None or (not torch.compiler.is_compiling() and x is not self.products.x):
             raise RuntimeError("The model's layers read other tensors than in the step before: pass graph=False.")
-        return self.outputs.pop()
+        if torch.compiler.is_compiling() or self.products.results or self.layers[index] not in _here.deferring.layers:
+            return self.products.result(index)
+        return _here.deferring.product(self.products, index)
 
 
 class StepLayers:
     """What of one model's steps is computed otherwise while they are recorded."""
 
-    def __init__(self, groups: list[list[nn.Module]], norms: list[nn.Module], turning: Sequence[ModuleType] = ()):
+    def __init__(
+        self,
+        groups: list[list[nn.Module]],
+        norms: list[nn.Module],
+        turning: Sequence[ModuleType] = (),
+        deferred: Collection[nn.Module] = (),
+    ):
+        self.parts = (groups, norms, turning, deferred)
         self.groups, self.norms = [Group(layers) for layers in groups], norms
+        self.deferred = set(deferred)  # layers whose readers are known to join them
         # made once: for other functions a compiled step would be compiled again
         self.forwards = [
             (layer, _elsewhere(layer, partial(group.output, index)))
@@ -61,8 +71,8 @@ class StepLayers:
             for index, layer in enumerate(group.layers)
         ]
         self.norm_forwards = {
-            is_compiled: [(norm, _elsewhere(norm, partial(_norm, form, norm))) for norm in norms]
-            for is_compiled, form in ((False, rms_norm), (True, naive.rms_norm))
+            is_compiled: [(norm, _elsewhere(norm, partial(form, norm))) for norm in norms]
+            for is_compiled, form in ((False, _norm_or_deferred), (True, partial(_norm, naive.rms_norm)))
         }
         self.turning = list(turning)
 
@@ -75,12 +85,15 @@ class StepLayers:
         turns = (
             {} if is_compiled else {module: _turn_elsewhere(getattr(module, ROTARY), _turn) for module in self.turning}
         )
-        with _replaced([*self.forwards, *self.norm_forwards[is_compiled]], turns):
+        with (
+            _replaced([*self.forwards, *self.norm_forwards[is_compiled]], turns),
+            nullcontext() if is_compiled else _deferring(self.deferred),
+        ):
             try:
                 yield
             finally:
                 for group in self.groups:
-                    group.read, group.outputs = None, []
+                    group.products = None
 
 
 class Watch:
@@ -90,6 +103,7 @@ class Watch:
         self.times: Counter[nn.Module] = Counter()
         self.calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # of what can be computed otherwise
         self.turns: list[tuple[ModuleType, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]] = []
+        self.readers = Readers()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -100,7 +114,10 @@ class Watch:
             for module in {sys.modules.get(type(each).__module__) for each in model.modules()}
             if module is not None and callable(turn := getattr(module, ROTARY, None))
         }
-        with _replaced([(layer, _elsewhere(layer, partial(self._note, layer))) for layer in layers], turns):
+        with (
+            _replaced([(layer, _elsewhere(layer, partial(self._note, layer))) for layer in layers], turns),
+            self.readers,
+        ):
             yield
 
     def _note(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -108,6 +125,7 @@ class Watch:
         self.times[layer] += 1
         if _fits(layer, x):
             self.calls.append((layer, x, output))
+            self.readers.begin(output)
         return output
 
     def _note_turn(self, module: ModuleType, turn: Turn, *tensors: torch.Tensor) -> Any:
@@ -119,20 +137,45 @@ class Watch:
         """What was seen; the same object for the same layers."""
         groups: dict[int, list[nn.Module]] = {}
         norms = []
-        for layer, x, output in self.calls:
+        for layer, x, output in self.calls:  # every tensor of these is alive, so that no two share an id
             if self.times[layer] > 1:
                 continue
             if _is_linear(layer):
-                groups.setdefault(id(x), []).append(layer)  # every x is alive, so that no two share an id
+                groups.setdefault(id(x), []).append(layer)
             elif _same(_norm(rms_norm, layer, x), output):
                 norms.append(layer)
+        deferred = {layer for layer, _, output in self.calls if self._is_joined(layer, output)}
         others = {module for module, tensors, output in self.turns if not _turns_so(tensors, output)}
         turning = list(dict.fromkeys(module for module, _, _ in self.turns if module not in others))
-        self.calls, self.turns = [], []
-        found, known = (list(groups.values()), norms, turning), _known.get(model)
-        if known is None or ([each.layers for each in known.groups], known.norms, known.turning) != found:
+        self.calls, self.turns, self.readers = [], [], Readers()
+        found, known = (list(groups.values()), norms, turning, deferred), _known.get(model)
+        if known is None or known.parts != found:
             known = _known[model] = StepLayers(*found)
         return known
+
+    def _is_joined(self, layer: nn.Module, output: torch.Tensor) -> bool:
+        readers = self.readers.of(output)
+        return bool(readers) and readers <= (AFTER_PRODUCTS if _is_linear(layer) else AFTER_NORMS)
+
+
+class Readers(TorchDispatchMode):
+    """The operators that read a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, set[Any]] = {}
+
+    def begin(self, tensor: torch.Tensor) -> None:
+        self.found[id(tensor)] = set()  # what had this id before is gone
+
+    def of(self, tensor: torch.Tensor) -> set[Any]:
+        return self.found[id(tensor)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        for each in tree_leaves((args, kwargs)):
+            if (readers := self.found.get(id(each))) is not None:
+                readers.add(func)
+        return func(*args, **(kwargs or {}))
 
 
 _known: "weakref.WeakKeyDictionary[nn.Module, StepLayers]" = weakref.WeakKeyDictionary()
@@ -157,6 +200,11 @@ def _norm(form: Callable[..., torch.Tensor], norm: Any, x: torch.Tensor) -> torc
     return form(x, norm.weight, _epsilon(norm))
 
 
+def _norm_or_deferred(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    deferring = _here.deferring
+    return _norm(deferring.norm if norm in deferring.layers else rms_norm, norm, settled(x))
+
+
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Up to two roundings: of the normalised numbers, which some models round before they weigh them."""
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -176,7 +224,9 @@ def _fits(layer: Any, x: torch.Tensor) -> bool:
 
 
 def _turn(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return rotary(query, key, *(x.expand(len(query), -1, -1) for x in (cos, sin)))
+    (query, query_norm), (key, key_norm) = split_norm(query), split_norm(key)
+    angles = (x.expand(len(query), -1, -1) for x in (cos, sin))
+    return rotary(query, key, *angles, query_norm=query_norm, key_norm=key_norm)
 
 
 def _turns_so(tensors: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> bool:
@@ -213,6 +263,15 @@ def _elsewhere(layer: nn.Module, function: Forward) -> Forward:
         return type(layer).forward(layer, x, *more, **options)
 
     return forward
+
+
+@contextmanager
+def _deferring(layers: Collection[nn.Module]) -> Iterator[None]:
+    with Deferring(layers) as _here.deferring:
+        try:
+            yield
+        finally:
+            _here.deferring = None
 
 
 @contextmanager

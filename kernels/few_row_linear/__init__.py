@@ -1,6 +1,6 @@
 """Linear layers that read the same few rows, such as one new token of each sequence. See README.md in this folder."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -12,14 +12,25 @@ MOST_ROWS = 32
 
 
 def few_row_linear(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    silu: Collection[int] = (),
+    residual: torch.Tensor | None = None,
+    multiply: bool = False,
 ) -> list[torch.Tensor]:
     """`x W^T + b` for every weight and bias, [..., N_i] each in the weight's dtype, accumulated in fp32.
+
+    What a model does next with the results is rounded after each step, as layers of their own would.
 
     Args:
         x: [..., C], at most 32 rows in all, float16 or bfloat16.
         weights: [N_i, C] each, in the dtype of x or in float32, which reads x as float32.
         biases: [N_i] each in its weight's dtype, or None.
+        silu: indices of results that go through SiLU.
+        residual: [..., N_0] in the dtype of the only weight, added to its result.
+        multiply: the only result is SiLU of the first of two times the second, [..., N_0]. Both are in the dtype of x.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together.
@@ -45,7 +56,30 @@ def few_row_linear(
             if bias.dtype != weight.dtype:
                 raise ValueError(f"biases[{index}] is {bias.dtype} and {name} {weight.dtype}: they must be alike.")
         check_same_device("x", x, **{name: weight, f"biases[{index}]": bias})
+    if not set(silu) <= set(range(len(weights))):
+        raise ValueError(f"silu={sorted(silu)} must be indices of the {len(weights)} weights.")
+    if residual is not None:
+        if len(weights) != 1:
+            raise ValueError(f"residual is added to the result of one weight, not of {len(weights)}.")
+        shape = (*x.shape[:-1], weights[0].shape[0])
+        _check_like("residual", residual, weights[0].dtype, x, shape, "[..., N_0]")
+    if multiply:
+        if len(weights) != 2 or silu:
+            raise ValueError(
+                f"multiply takes two weights and no silu of its own, not {len(weights)} and silu={sorted(silu)}."
+            )
+        for index in range(2):
+            _check_like(f"weights[{index}]", weights[index], x.dtype, x, tuple(weights[0].shape), "[N_0, C]")
     form = naive.few_row_linear
     if use_fused("few_row_linear", x):
         from retention_gates.kernels.few_row_linear.fused import few_row_linear as form
-    return form(x, weights, biases)
+    return form(x, weights, biases, silu=silu, residual=residual, multiply=multiply)
+
+
+def _check_like(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, x: torch.Tensor, shape: tuple[int, ...], letters: str
+) -> None:
+    check_shape(name, tensor, shape, letters)
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}.")
+    check_same_device("x", x, **{name: tensor})

@@ -1,13 +1,23 @@
 """The products one after the other, in plain torch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 
 
 def few_row_linear(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    silu: Collection[int] = (),
+    residual: torch.Tensor | None = None,
+    multiply: bool = False,
 ) -> list[torch.Tensor]:
     """Arguments and result as in the package's `few_row_linear`."""
-    return [F.linear(x.to(weight.dtype), weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    outputs = [F.linear(x.to(weight.dtype), weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    if multiply:
+        return [F.silu(outputs[0]) * outputs[1]]
+    outputs = [F.silu(output) if index in silu else output for index, output in enumerate(outputs)]
+    return outputs if residual is None else [residual + outputs[0]]

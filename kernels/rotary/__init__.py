@@ -2,13 +2,19 @@
 
 import torch
 
-from retention_gates.kernels.checks import check_same_device
+from retention_gates.kernels.checks import check_same_device, check_shape
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.rotary import naive
 
 
 def rotary(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    query_norm: tuple[torch.Tensor, float] | None = None,
+    key_norm: tuple[torch.Tensor, float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both turned by the angle of their position, [B, HQ, T, D] and [B, H, T, D] in their dtype.
 
@@ -18,6 +24,7 @@ def rotary(
     Args:
         query: [B, HQ, T, D]; key: [B, H, T, D].
         cos, sin: [B, T, R] in the same dtype, R even and at most D.
+        query_norm, key_norm: weight [D] in the same dtype and epsilon of an RMS norm before, rounded to the dtype.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't go together.
@@ -40,8 +47,14 @@ def rotary(
             raise ValueError(f"{name} is {tensor.dtype} and query {query.dtype}: they must share one dtype.")
     if cos.shape != sin.shape:
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must have one shape.")
+    for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+        if norm is not None:
+            check_shape(f"{name}'s weight", norm[0], (head_dim,), "[D]")
+            if norm[0].dtype != query.dtype:
+                raise ValueError(f"{name}'s weight is {norm[0].dtype} and query {query.dtype}: they must be alike.")
+            check_same_device("query", query, **{name: norm[0]})
     check_same_device("query", query, key=key, cos=cos, sin=sin)
     form = naive.rotary
     if use_fused("rotary", query):
         from retention_gates.kernels.rotary.fused import rotary as form
-    return form(query, key, cos, sin)
+    return form(query, key, cos, sin, query_norm=query_norm, key_norm=key_norm)

@@ -1,12 +1,23 @@
 """The equation in plain torch."""
 
 import torch
+import torch.nn.functional as F
 
 
 def rotary(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    query_norm: tuple[torch.Tensor, float] | None = None,
+    key_norm: tuple[torch.Tensor, float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and result as in the package's `rotary`."""
+    if query_norm is not None:
+        query = F.rms_norm(query, query.shape[-1:], *query_norm)
+    if key_norm is not None:
+        key = F.rms_norm(key, key.shape[-1:], *key_norm)
     return _turned(query, cos[:, None], sin[:, None]), _turned(key, cos[:, None], sin[:, None])
 
 

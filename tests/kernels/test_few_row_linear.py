@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retention_gates.kernels.few_row_linear import MOST_ROWS, few_row_linear
+from retention_gates.kernels.few_row_linear import MOST_ROWS, few_row_linear, fused, naive
 
 # rows, C, N of each weight
 SHAPES = [
@@ -78,6 +78,80 @@ def test_against_fp64_on_a_gpu(monkeypatch, shape, wide, dtype):
         assert torch.equal(one, other)
 
 
+def joined(x, sizes, kind):
+    """Options of one kind, for weights of these sizes and x."""
+    generator = torch.Generator(x.device).manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=x.device).to(x.dtype)
+
+    options = {
+        "silu": dict(silu=(0, len(sizes) - 1)),
+        "residual": dict(residual=random(*x.shape[:-1], sizes[0])),
+        "multiply": dict(multiply=True),
+    }
+    return {name: each for part in kind.split() for name, each in options[part].items()}
+
+
+JOINED = [
+    ("silu", (4, 1), 96, (40, 24), 0),
+    ("silu", (2,), 520, (33, 17, 5), None),
+    ("residual", (4, 1), 96, (40,), None),
+    ("residual", (3,), 72, (21,), 0),
+    ("multiply", (4, 1), 96, (40, 40), None),
+    ("multiply", (17,), 520, (21, 21), None),
+    ("residual silu", (19,), 96, (65,), None),
+]
+
+
+def check_joined(form, kind, leading, columns, sizes, wide, dtype, device="cpu"):
+    """Within two roundings of the largest results, as the naive form in fp64 gives them."""
+    x, weights, biases = inputs(leading, columns, sizes, dtype, device, wide)
+    weights = [weight / columns**0.5 for weight in weights]
+    options = joined(x, sizes, kind)
+    if "residual" in options:
+        options["residual"] = options["residual"].to(weights[0].dtype)
+    outputs = form(x, weights, biases, **options)
+    exact = naive.few_row_linear(
+        x.double(),
+        [weight.double() for weight in weights],
+        [None if bias is None else bias.double() for bias in biases],
+        **{name: each.double() if isinstance(each, Tensor) else each for name, each in options.items()},
+    )
+    for output, expected in zip(outputs, exact, strict=True):
+        assert output.shape == expected.shape
+        allowed = 3 * torch.finfo(output.dtype).eps * expected.abs().max() + 1e-5 * (wide is not None)
+        assert (output - expected).abs().max() <= allowed
+    dtypes = [weight.dtype for weight in weights]
+    assert [output.dtype for output in outputs][: len(dtypes)] == dtypes[: len(outputs)]
+    for one, other in zip(outputs, form(x, weights, biases, **options), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", JOINED, ids=lambda case: f"{case[0]}-{case[3]}")
+@pytest.mark.parametrize("form", [naive.few_row_linear, fused.few_row_linear], ids=["naive", "fused"])
+def test_what_a_model_does_next(form, case):
+    """In float16, which Triton's interpreter multiplies."""
+    check_joined(form, *case, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        *JOINED,
+        ("silu", (4, 1), 2560, (512, 4096, 1024, 1024), 0),
+        ("multiply", (4, 1), 2560, (9728, 9728), None),
+        ("multiply", (32,), 2560, (1000, 1000), None),
+        ("residual", (4, 1), 9728, (2560,), None),
+    ],
+    ids=lambda case: f"{case[0]}-{case[3]}",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_model_does_next_on_a_gpu(case, dtype):
+    check_joined(fused.few_row_linear, *case, dtype, "cuda")
+
+
 def test_rows_apart_in_memory(monkeypatch):
     monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
     x, weights, biases = inputs((3,), 64, (16, 8), torch.float16)
@@ -113,3 +187,14 @@ def test_bad_input():
         few_row_linear(x, weights, [biases[0].bfloat16(), None])
     with pytest.raises(ValueError, match="rows must be contiguous"):
         few_row_linear(x, [weights[0].T.contiguous().T, weights[1]], biases)
+    x, (weight, _), _ = inputs((2, 1), 64, (16, 8), torch.bfloat16, wide=None)
+    with pytest.raises(ValueError, match=r"silu=\[1\] must be indices of the 1 weights"):
+        few_row_linear(x, [weight], [None], silu=[1])
+    with pytest.raises(ValueError, match="residual is added to the result of one weight, not of 2"):
+        few_row_linear(x, [weight] * 2, [None] * 2, residual=x)
+    with pytest.raises(ValueError, match=r"residual must have shape \[..., N_0\] = \[2, 1, 16\]"):
+        few_row_linear(x, [weight], [None], residual=x)
+    with pytest.raises(ValueError, match="multiply takes two weights"):
+        few_row_linear(x, [weight], [None], multiply=True)
+    with pytest.raises(ValueError, match=r"weights\[1\] must have shape"):
+        few_row_linear(x, [weight, weight[:8]], [None] * 2, multiply=True)

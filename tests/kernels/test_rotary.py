@@ -50,6 +50,24 @@ def test_the_kernel_rounds_as_torch_does(monkeypatch, shape, device, dtype):
         assert torch.equal(fused, plain) if dtype != torch.float32 else torch.allclose(fused, plain, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("normed", ["query key", "query", "key"])
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 32, 8, 1, 128, 128)])
+def test_a_norm_before(monkeypatch, shape, normed, device):
+    """As norms of their own, up to a rounding where a number is between two."""
+    monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
+    given = inputs(*shape, torch.float16, device)
+    weights = (1 + torch.randn(2, shape[4], generator=torch.Generator().manual_seed(0)) / 4).to(device, torch.float16)
+    norms = {
+        f"{name}_norm": (weight, 1e-5)
+        for name, weight in zip(("query", "key"), weights, strict=True)
+        if name in normed
+    }
+    for fused, plain in zip(rotary(*given, **norms), naive.rotary(*given, **norms), strict=True):
+        torch.testing.assert_close(fused, plain, rtol=2e-3, atol=2e-3)
+        assert (fused == plain).float().mean() > 0.95
+
+
 def test_one_operator_in_a_compiled_function(monkeypatch):
     monkeypatch.setenv("RETENTION_GATES_KERNELS", "fused")
     given = inputs(*SHAPES[1], torch.float16)
@@ -68,5 +86,9 @@ def test_bad_input():
         rotary(query, key, cos, torch.cat([sin, sin], dim=-1))
     with pytest.raises(ValueError, match="must have one shape"):
         rotary(query, key, cos, sin[..., :8])
+    with pytest.raises(ValueError, match=r"query_norm's weight must have shape \[D\] = \[16\]"):
+        rotary(query, key, cos, sin, query_norm=(torch.ones(8), 1e-6))
+    with pytest.raises(ValueError, match="key_norm's weight is torch.float16"):
+        rotary(query, key, cos, sin, key_norm=(torch.ones(16).half(), 1e-6))
     with pytest.raises(ValueError, match="key is torch.float16"):
         rotary(query, key.half(), cos, sin)
