@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +13,7 @@ from retention_gates.kernels.checks import may_look_at_values
 
 VARIABLE = "RETENTION_GATES_KERNELS"
 HAS_TRITON = find_spec("triton") is not None
+ASSUMED_MULTIPROCESSORS = 132  # where there is no device to ask
 logger = logging.getLogger("retention_gates.kernels")
 _told: set[tuple[str, str, str]] = set()
 
@@ -59,6 +60,14 @@ def on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
             return op(tensor, *arguments, **options)
 
     return run
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side, or several times as many if they are small."""
+    if device.type != "cuda":
+        return ASSUMED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _interpreted() -> bool:

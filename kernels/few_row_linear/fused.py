@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from retention_gates.kernels.checks import with_unit_stride
-from retention_gates.kernels.dispatch import on_own_device
+from retention_gates.kernels.dispatch import multiprocessors, on_own_device
 from retention_gates.kernels.few_row_linear.kernel import linears
 
 MOST_TOGETHER = 4  # weights of one launch
@@ -23,12 +23,21 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(rows: int, is_wide: bool) -> Tile:
-    """For so many rows, and a weight in fp32 or in 16 bits. Much of the weights has to be under way at any time.
+# of a weight in fp32, a gate's first layer, with few outputs: programs that are small and look far ahead
+WIDE = Tile(16, 128, 2, 8)
 
-    A weight in fp32 is a gate's first layer, with few outputs: programs that are small and look far ahead.
+
+def tile_for(outputs: int, units: int, with_wide: bool) -> Tile:
+    """For weights in 16 bits. Much of them has to be under way at any time, in few programs or in many.
+
+    Args:
+        outputs: of all of them.
+        units: multiprocessors of the device.
+        with_wide: whether there is a weight in fp32 in the same launch, whose programs have two warps.
     """
-    return Tile(16, 128, 2, 8) if is_wide else Tile(32, 256, 2, 4)
+    if outputs >= 2 * 64 * units and not with_wide:
+        return Tile(64, 128, 4, 3)
+    return Tile(32, 256, 2, 5 if outputs <= 32 * units else 3)
 
 
 def few_row_linear(
@@ -73,7 +82,9 @@ def _few_row_linear(
     x = with_unit_stride(x)
     count, (rows, columns) = len(weights), x.shape
     outputs = _empty(x, weights, multiply)
-    tiles = [tile_for(rows, weight.dtype != x.dtype) for weight in weights]
+    of_16_bits = [len(weight) for weight in weights if weight.dtype == x.dtype]
+    tile = tile_for(sum(of_16_bits), multiprocessors(x.device), len(of_16_bits) < count)
+    tiles = [tile if weight.dtype == x.dtype else WIDE for weight in weights]
     first, last = tiles[0], tiles[-1]  # of weights of the first one's dtype, and of the others
     blocks = [triton.cdiv(len(weight), tile.outputs) for weight, tile in zip(weights, tiles, strict=True)]
     if multiply:

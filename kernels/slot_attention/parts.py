@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from triton import cdiv
 
+from retention_gates.kernels.dispatch import multiprocessors
+
 PROGRAMS = 4  # per multiprocessor: each costs a prologue and a partial result, and hides what others wait for
 MOST_PARTS = 128  # of one head: all of them are summed by one program
-ASSUMED_UNITS = 132  # where there is no device to ask
 
 
 class Parts(NamedTuple):
@@ -34,7 +35,7 @@ def parts_of(head_offsets: tuple[int, ...], rows: int, block: int, device: torch
     """
     largest = max(stop - start for start, stop in pairwise(head_offsets))
     least = cdiv(largest, MOST_PARTS - with_run)
-    share = cdiv(head_offsets[-1] * rows, _units(device))  # slots of a multiprocessor
+    share = cdiv(head_offsets[-1] * rows, multiprocessors(device))  # slots of a multiprocessor
     length = max(cdiv(share, PROGRAMS), least)
     return _divided(head_offsets, cdiv(length, block) * block, device, with_run)
 
@@ -57,10 +58,3 @@ def _divided(head_offsets: tuple[int, ...], length: int, device: torch.device, w
         )
     size, per_head = (sizes[0], counts[0]) if is_uniform else (0, 0)
     return Parts(firsts[-1], length, size, per_head, max(counts), *tensors)
-
-
-@cache
-def _units(device: torch.device) -> int:
-    if device.type != "cuda":
-        return ASSUMED_UNITS
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,13 +3,13 @@
     python recipes/bench/few_row_linear.py --rows 1 4 16 32
 
 Weights of their own for as many layers as overflow the cache of the device are read in one CUDA graph, and the time is
-a replay's divided by their number. The rival is F.linear, one call per weight, as a model's layers call it. The error
-is the largest of the first 64 outputs against fp64, over their standard deviation. The limit is every weight read once
-at the measured rate of a copy.
+a replay's divided by their number. What a model does next with the results is part of it: the rival is F.linear, one
+call per weight, and what comes next in calls of its own, as a model's layers do it. The error is the largest of the
+last 64 outputs against fp64, over their standard deviation. The limit is every weight read once at the measured rate
+of a copy.
 """
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,31 +20,34 @@ from retention_gates.kernels.few_row_linear import fused, naive
 from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, replayed_us, report
 
 LEAST_BYTES = 512 * 2**20  # read by one graph, ten times the cache of the device
-SHAPES = {  # of Qwen3-4B: columns, and outputs of each weight; the gate's comes first, in fp32
-    "gate, q, k, v": (2560, [512, 4096, 1024, 1024]),
-    "o": (4096, [2560]),
-    "gate_proj, up_proj": (2560, [9728, 9728]),
-    "down_proj": (9728, [2560]),
-    "lm_head": (2560, [151_936]),
+SHAPES: dict[str, tuple[int, list[int], str]] = {  # of Qwen3-4B: columns, outputs of each weight, what comes next
+    "gate, q, k, v": (2560, [512, 4096, 1024, 1024], "silu"),  # the gate's weight in fp32
+    "o": (4096, [2560], "residual"),
+    "gate_proj, up_proj": (2560, [9728, 9728], "multiply"),
+    "down_proj": (9728, [2560], "residual"),
+    "lm_head": (2560, [151_936], ""),
 }
 TILES = [
-    fused.Tile(16, 256, 1, 4),
-    fused.Tile(16, 256, 2, 4),
-    fused.Tile(32, 128, 2, 6),
+    fused.Tile(16, 512, 2, 4),
+    fused.Tile(32, 128, 2, 4),
+    fused.Tile(32, 256, 2, 3),
     fused.Tile(32, 256, 2, 4),
-    fused.Tile(32, 256, 4, 4),
-    fused.Tile(64, 128, 4, 6),
+    fused.Tile(32, 256, 2, 5),
+    fused.Tile(64, 128, 4, 3),
 ]
 
 
-def choose(tile: fused.Tile, own: Callable[..., fused.Tile], rows: int, is_wide: bool) -> fused.Tile:
-    """The tile for weights in 16 bits, and for others the kernel's own."""
-    return own(rows, is_wide) if is_wide else tile
-
-
-def measure(name: str, columns: int, sizes: list[int], rows: int, rate: float, tiles: list) -> list[Measurement]:
+def measure(name: str, rows: int, rate: float, tiles: list) -> list[Measurement]:
+    columns, sizes, after = SHAPES[name]
     options: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
     x = torch.randn(rows, columns, **options)
+    nexts: dict[str, dict[str, Any]] = {
+        "silu": dict(silu=(0,)),
+        "residual": dict(residual=torch.randn(rows, sizes[0], **options)),
+        "multiply": dict(multiply=True),
+        "": {},
+    }
+    following = nexts[after]
 
     def random_weights() -> list[torch.Tensor]:
         made = [torch.randn(n, columns, **options) * columns**-0.5 for n in sizes]
@@ -59,16 +62,22 @@ def measure(name: str, columns: int, sizes: list[int], rows: int, rate: float, t
     limit = each / rate / 1e3  # us
 
     def times(form: Any) -> tuple[float, float]:
-        return replayed_us([partial(form, x, weights, biases) for weights in layers])
+        return replayed_us([partial(form, x, weights, biases, **following) for weights in layers])
 
-    exact = x.double() @ first[-1][:64].double().T
+    doubled: Any = {
+        key: each[:, -64:].double() if isinstance(each, torch.Tensor) else each for key, each in following.items()
+    }
+    exact = naive.few_row_linear(x.double(), [weight[-64:].double() for weight in first], biases, **doubled)[-1]
     found = []
     for contender, form in (("ours", fused.few_row_linear), ("F.linear", naive.few_row_linear)):
-        error = ((form(x, first, biases)[-1][:, :64].double() - exact).abs().max() / exact.std()).item()
+        last = form(x, first, biases, **following)[-1][:, -64:].double()
+        error = ((last - exact).abs().max() / exact.std()).item()
         value, spread = times(form)
         found.append(Measurement(f"{name} rows={rows}", contender, value, "us", spread, limit, error=error))
     for tile in tiles:
-        with patch.object(fused, "tile_for", partial(choose, tile, fused.tile_for)):
+        if "gate," in name and tile.warps != fused.WIDE.warps:
+            continue
+        with patch.object(fused, "tile_for", return_value=tile):
             value, spread = times(fused.few_row_linear)
         found.append(
             Measurement(f"{name} rows={rows}", f"ours, {' '.join(map(str, tile))}", value, "us", spread, limit)
@@ -85,8 +94,8 @@ def main() -> None:
     found: list[Measurement] = []
     for rows in options.rows:
         total = dict.fromkeys(("ours", "F.linear"), 0.0)
-        for name, (columns, sizes) in SHAPES.items():
-            measured = measure(name, columns, sizes, rows, rate, TILES if options.sweep else [])
+        for name in SHAPES:
+            measured = measure(name, rows, rate, TILES if options.sweep else [])
             for each in measured[:2]:
                 total[each.contender] += each.value * (1 if name == "lm_head" else 36) / 1e3
             found += measured

@@ -135,6 +135,17 @@ def test_what_a_model_does_next(form, case):
     check_joined(form, *case, torch.float16)
 
 
+TILES = [fused.tile_for(*given, False) for given in ((32, 1), (65, 2), (128, 1))]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_each_tile(monkeypatch, tile):
+    assert len(set(TILES)) == 3 and tile.warps * 16 <= tile.outputs
+    monkeypatch.setattr(fused, "tile_for", lambda *given: tile)
+    check_joined(fused.few_row_linear, "multiply", (17,), 520, (75, 75), None, torch.float16)
+    check_joined(fused.few_row_linear, "residual", (3,), 260, (75,), None, torch.float16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "case",

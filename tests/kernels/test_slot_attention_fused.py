@@ -201,8 +201,7 @@ def test_compiles_without_a_break(device, monkeypatch):
 
 
 def test_every_slot_is_in_one_part(monkeypatch):
-    monkeypatch.setattr(parts, "ASSUMED_UNITS", 3)
-    parts._units.cache_clear()
+    monkeypatch.setattr(parts, "multiprocessors", lambda device: 3)
     for sizes in ([1], [64, 64], [65, 65, 65], [3, 5000, 1, 70]):
         offsets = tuple(accumulate(sizes, initial=0))
         for rows in (1, 4, 1000):
@@ -221,7 +220,6 @@ def test_every_slot_is_in_one_part(monkeypatch):
                         division.table[f + c - 1, 3] == s for (c, f), s in zip(division.head_parts, sizes, strict=True)
                     )
                 assert (division.per_head > 0) == (len(set(sizes)) == 1)
-    parts._units.cache_clear()
 
 
 @interpreted
