@@ -46,9 +46,12 @@ class Group:
             self.products = Products(self.layers, x)
         elif self.products is None or (not torch.compiler.is_compiling() and x is not self.products.x):
             raise RuntimeError("The model's layers read other tensors than in the step before: pass graph=False.")
-        if torch.compiler.is_compiling() or self.products.results or self.layers[index] not in _here.deferring.layers:
+        if torch.compiler.is_compiling() or self.products.results:
             return self.products.result(index)
-        return _here.deferring.product(self.products, index)
+        deferring = getattr(_here, "deferring", None)  # not where a compiler leaves a part to Python
+        if deferring is None or self.layers[index] not in deferring.layers:
+            return self.products.result(index)
+        return deferring.product(self.products, index)
 
 
 class StepLayers:

@@ -160,6 +160,16 @@ def test_a_compiled_step_computes_layers_together():
             torch.testing.assert_close(compiled(block, x), plain, rtol=4e-3, atol=4e-3)
 
 
+@torch.no_grad()
+def test_what_a_compiler_leaves_to_python_defers_nothing():
+    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
+    with watch.watching(block):
+        plain = swiglu(block, x)
+    with watch.found(block).replaced(is_compiled=True):
+        torch.testing.assert_close(swiglu(block, x), plain, rtol=4e-3, atol=4e-3)
+        assert not isinstance(block.first(x), Deferred)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_launches_of_a_recorded_step(monkeypatch, family, device):
