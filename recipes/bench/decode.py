@@ -73,7 +73,7 @@ def ragged_budgets(layers: int, heads: int, memory_size: int) -> list[list[int]]
     """Budgets as uneven as calibrated ones: a few heads have many times the mean."""
     generator = torch.Generator().manual_seed(0)
     share = torch.randn(layers * heads, generator=generator).mul(1.2).exp()
-    floor, total = 32, layers * heads * memory_size
+    floor, total = min(32, memory_size // 2), layers * heads * memory_size
     entries = (share / share.sum() * (total - floor * layers * heads)).long() + floor
     entries[0] += total - int(entries.sum())
     return entries.view(layers, heads).tolist()
