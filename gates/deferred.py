@@ -7,6 +7,7 @@ with another one's result, a residual added to it. Any other reader finds the nu
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Norm(Work):
 class Products:
     """Linear layers that read the same x, all computed in the launch that the first of them needs."""
 
-    def __init__(self, layers: Sequence[nn.Module], x: torch.Tensor):
+    def __init__(self, layers: Sequence[Any], x: torch.Tensor):
         self.layers, self.x = layers, x
         self.results: dict[tuple[int, bool], torch.Tensor] = {}  # by index, and whether it went through SiLU
 
@@ -65,7 +66,7 @@ class Products:
         return self.results[index, has_silu]
 
     def launch(self, indices: Iterable[int], **options: Any) -> list[torch.Tensor]:
-        layers: list[Any] = [self.layers[i] for i in indices]
+        layers = [self.layers[i] for i in indices]
         return few_row_linear(self.x, [each.weight for each in layers], [each.bias for each in layers], **options)
 
 
@@ -125,7 +126,7 @@ class Deferring(TorchDispatchMode):
         return self._deferred(Norm(settled(x), weight, epsilon), x.shape, x.dtype, x.device)
 
     def product(self, products: Products, index: int) -> torch.Tensor:
-        weight: Any = products.layers[index].weight
+        weight = products.layers[index].weight
         shape = (*products.x.shape[:-1], len(weight))
         return self._deferred(Product(products, index), shape, weight.dtype, weight.device)
 
@@ -153,6 +154,21 @@ class Deferring(TorchDispatchMode):
         if norm is None or x.ndim - 1 in (first % x.ndim, second % x.ndim):
             return None
         return self.norm(source.transpose(first, second), *norm)
+
+    def split(self, x: torch.Tensor, size: int, axis: int = 0) -> list[torch.Tensor] | None:
+        """Results of one layer that are split are those of as many layers."""
+        work = _plain(x)
+        if work is None or axis % x.ndim != x.ndim - 1 or len(work.products.layers) > 1:
+            return None
+        layer: Any = work.products.layers[0]
+        weights = layer.weight.split(size)
+        biases = [None] * len(weights) if layer.bias is None else layer.bias.split(size)
+        parts = [SimpleNamespace(weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
+        products = Products(parts, work.products.x)
+        return [self.product(products, index) for index in range(len(parts))]
+
+    def chunk(self, x: torch.Tensor, chunks: int, axis: int = 0) -> list[torch.Tensor] | None:
+        return self.split(x, -(-x.shape[axis] // chunks), axis)
 
     def silu(self, x: torch.Tensor) -> torch.Tensor | None:
         work = _plain(x)
@@ -185,10 +201,13 @@ class Deferring(TorchDispatchMode):
         return None
 
 
-AFTER_PRODUCTS = {aten.silu.default, aten.mul.Tensor, aten.add.Tensor}  # readers that may join linear layers
+# readers that may join linear layers
+AFTER_PRODUCTS = {aten.silu.default, aten.mul.Tensor, aten.add.Tensor, aten.split.Tensor, aten.chunk.default}
 AFTER_NORMS = {aten.transpose.int}  # and norms, before a rotary embedding
-JOINS: dict[Any, Callable[..., torch.Tensor | None]] = {
+JOINS: dict[Any, Callable[..., Any]] = {
     aten.transpose.int: Deferring.transpose,
+    aten.split.Tensor: Deferring.split,
+    aten.chunk.default: Deferring.chunk,
     aten.silu.default: Deferring.silu,
     aten.mul.Tensor: Deferring.multiply,
     aten.add.Tensor: Deferring.add,

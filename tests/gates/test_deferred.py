@@ -76,13 +76,28 @@ def changed_in_place(block, x):
     return active + y
 
 
+def halves_of_one_layer(block, x):
+    up, gate = block.second(x).chunk(2, dim=-1)
+    return block.down(torch.cat([up * F.silu(gate), gate], dim=-1)) + x
+
+
+def thirds_of_one_layer(block, x):
+    one, two, three = block.second(x).split(16, dim=-1)
+    return F.silu(one) * two, three * 2.0
+
+
+def rows_of_one_layer(block, x):
+    return [each * 2.0 for each in block.second(x).split(3)][1]
+
+
 def heads_of_a_norm(block, x):
     return block.norm(x.unflatten(0, (1, -1))).transpose(0, 1)
 
 
 FUNCTIONS = [
     swiglu, the_other_way_round, product_without_silu, silu_of_both, with_and_without_silu, a_number_and_a_row_added,
-    two_sums, changed_before_it_is_read, changed_in_place, heads_of_a_norm,
+    two_sums, halves_of_one_layer, thirds_of_one_layer, rows_of_one_layer, changed_before_it_is_read, changed_in_place,
+    heads_of_a_norm,
 ]  # fmt: skip
 
 
@@ -171,7 +186,7 @@ def test_what_a_compiler_leaves_to_python_defers_nothing():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_launches_of_a_recorded_step(monkeypatch, family, device):
     """Of a layer: two norms, four of linear layers, one that turns, one that evicts and attention's."""
 
