@@ -28,8 +28,14 @@ class Work:
     def __init__(self, reads: torch.Tensor):
         self.reads = reads  # which must not change before
         self.result: torch.Tensor | None = None
+        self.whole: Work | None = None  # whose view this is, for the model
+        self.is_changed = False  # through a view, which has numbers of its own
 
     def compute(self) -> torch.Tensor:
+        if self.is_changed:
+            raise RuntimeError(
+                "The model changes a view of a layer's result in place and reads the result again: pass graph=False."
+            )
         if self.result is None:
             self.result = self._computed()
         return self.result
@@ -109,7 +115,7 @@ def settled(x: Any) -> Any:
 
 def split_norm(x: torch.Tensor) -> WithNorm:
     """x with its numbers and None, or what x is the norm of, not computed yet, and the norm."""
-    if isinstance(x, Deferred) and isinstance(x.work, Norm) and x.work.result is None:
+    if isinstance(x, Deferred) and isinstance(x.work, Norm) and x.work.result is None and not x.work.is_changed:
         return x.work.reads, (x.work.weight, x.work.epsilon)
     return settled(x), None
 
@@ -121,6 +127,7 @@ class Deferring(TorchDispatchMode):
         super().__init__()
         self.layers = layers
         self.works: list[weakref.ref[Work]] = []
+        self.views: list[Work] = []
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         return self._deferred(Norm(settled(x), weight, epsilon), x.shape, x.dtype, x.device)
@@ -136,9 +143,13 @@ class Deferring(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if written := {each.untyped_storage()._cdata for each in _written(func, args, kwargs)}:
+        if written := {_storage(each) for each in _written(func, args, kwargs)}:
+            for view in self.views:
+                if view.result is not None and _storage(view.result) in written:
+                    assert view.whole is not None
+                    view.whole.is_changed = True
             for work in (each() for each in self.works):
-                if work is not None and work.reads.untyped_storage()._cdata in written:
+                if work is not None and _storage(work.reads) in written:
                     work.compute()
         join = JOINS.get(func)
         if join is not None and not kwargs and any(isinstance(each, Deferred) for each in args):
@@ -148,12 +159,19 @@ class Deferring(TorchDispatchMode):
         args, kwargs = tree_map_only(Deferred, settled, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _views(self, x: Any, views: list[torch.Tensor]) -> list[torch.Tensor]:
+        for view in views:
+            assert isinstance(view, Deferred)
+            view.work.whole = x.work
+            self.views.append(view.work)
+        return views
+
     def transpose(self, x: torch.Tensor, first: int, second: int) -> torch.Tensor | None:
         """Of a norm, whose axis stays the last."""
         source, norm = split_norm(x)
         if norm is None or x.ndim - 1 in (first % x.ndim, second % x.ndim):
             return None
-        return self.norm(source.transpose(first, second), *norm)
+        return self._views(x, [self.norm(source.transpose(first, second), *norm)])[0]
 
     def split(self, x: torch.Tensor, size: int, axis: int = 0) -> list[torch.Tensor] | None:
         """Results of one layer that are split are those of as many layers."""
@@ -165,7 +183,7 @@ class Deferring(TorchDispatchMode):
         biases = [None] * len(weights) if layer.bias is None else layer.bias.split(size)
         parts = [SimpleNamespace(weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
         products = Products(parts, work.products.x)
-        return [self.product(products, index) for index in range(len(parts))]
+        return self._views(x, [self.product(products, index) for index in range(len(parts))])
 
     def chunk(self, x: torch.Tensor, chunks: int, axis: int = 0) -> list[torch.Tensor] | None:
         return self.split(x, -(-x.shape[axis] // chunks), axis)
@@ -217,11 +235,17 @@ JOINS: dict[Any, Callable[..., Any]] = {
 def _plain(x: Any) -> Product | None:
     """The work of a linear layer's result that nobody has asked for yet."""
     work = x.work if isinstance(x, Deferred) else None
-    return work if isinstance(work, Product) and not work.has_silu and not work.products.results else None
+    if not isinstance(work, Product) or work.has_silu or work.is_changed:
+        return None
+    return None if work.products.results else work
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors with numbers that an operator changes."""
+    """The tensors that an operator changes, with their numbers."""
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable:
         return
@@ -229,5 +253,5 @@ def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[torch.T
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             for each in tree_leaves(given):
-                if isinstance(each, torch.Tensor) and not isinstance(each, Deferred):
-                    yield each
+                if isinstance(each, torch.Tensor):
+                    yield settled(each)

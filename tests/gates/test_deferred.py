@@ -90,6 +90,12 @@ def rows_of_one_layer(block, x):
     return [each * 2.0 for each in block.second(x).split(3)][1]
 
 
+def half_changed_in_place(block, x):
+    up, gate = block.second(x).chunk(2, dim=-1)
+    up.mul_(F.silu(gate))
+    return up
+
+
 def heads_of_a_norm(block, x):
     return block.norm(x.unflatten(0, (1, -1))).transpose(0, 1)
 
@@ -97,7 +103,7 @@ def heads_of_a_norm(block, x):
 FUNCTIONS = [
     swiglu, the_other_way_round, product_without_silu, silu_of_both, with_and_without_silu, a_number_and_a_row_added,
     two_sums, halves_of_one_layer, thirds_of_one_layer, rows_of_one_layer, changed_before_it_is_read, changed_in_place,
-    heads_of_a_norm,
+    half_changed_in_place, heads_of_a_norm,
 ]  # fmt: skip
 
 
@@ -149,6 +155,23 @@ def test_a_result_read_after_the_step_is_an_error():
         assert not isinstance(now, Deferred)  # nobody was seen to read it
     with pytest.raises(RuntimeError, match="pass graph=False"):
         late + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [lambda half: half.add_(1.0), lambda half: half[:2].zero_()])
+def test_a_result_read_after_a_view_of_it_has_changed_is_an_error(change):
+    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
+
+    def step():
+        y = block.first(x)
+        half = y.chunk(2, dim=-1)[0]
+        change(half)
+        return y * 2.0
+
+    with watch.watching(block):
+        step()
+    with watch.found(block).replaced(), pytest.raises(RuntimeError, match="pass graph=False"):
+        step()
 
 
 @torch.no_grad()

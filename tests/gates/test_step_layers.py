@@ -60,6 +60,17 @@ def test_other_ways_of_turning(device, family):
     assert bool(cache.decode_graph.layers.turning) == (family == "phi3")
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "granite", "qwen3_moe", "qwen3_next"])
+def test_other_families(device, family):
+    """Norms, experts and layers of other kinds between those that are computed otherwise."""
+    model, ids = half(family, device), token_ids(2, 9).to(device)
+    cache = BoundedCache(model, 6)
+    graphed = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
+    assert torch.equal(graphed, plain)
+    assert cache.decode_graph.recording is not None and cache.decode_graph.layers.groups
+
+
 def test_a_second_cache_finds_the_same_functions(device):
     """Else a compiled step would be compiled again."""
     model, ids = half("llama", device, num_hidden_layers=1), token_ids(1, 5).to(device)
