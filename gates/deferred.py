@@ -28,13 +28,13 @@ class Work:
     def __init__(self, reads: torch.Tensor):
         self.reads = reads  # which must not change before
         self.result: torch.Tensor | None = None
-        self.whole: Work | None = None  # whose view this is, for the model
-        self.is_changed = False  # through a view, which has numbers of its own
+        self.is_changed = False  # in place, by the model, in a view or in what this is a view of
 
     def compute(self) -> torch.Tensor:
         if self.is_changed:
             raise RuntimeError(
-                "The model changes a view of a layer's result in place and reads the result again: pass graph=False."
+                "The model changes a layer's result in place and reads a view of it, or the other way round: pass "
+                "graph=False."
             )
         if self.result is None:
             self.result = self._computed()
@@ -127,7 +127,7 @@ class Deferring(TorchDispatchMode):
         super().__init__()
         self.layers = layers
         self.works: list[weakref.ref[Work]] = []
-        self.views: list[Work] = []
+        self.views: list[tuple[Work, Work]] = []  # one memory for the model, and two here
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         return self._deferred(Norm(settled(x), weight, epsilon), x.shape, x.dtype, x.device)
@@ -144,10 +144,10 @@ class Deferring(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if written := {_storage(each) for each in _written(func, args, kwargs)}:
-            for view in self.views:
-                if view.result is not None and _storage(view.result) in written:
-                    assert view.whole is not None
-                    view.whole.is_changed = True
+            for view, whole in self.views:
+                for one, other in ((view, whole), (whole, view)):
+                    if one.result is not None and _storage(one.result) in written:
+                        other.is_changed = True
             for work in (each() for each in self.works):
                 if work is not None and _storage(work.reads) in written:
                     work.compute()
@@ -162,8 +162,7 @@ class Deferring(TorchDispatchMode):
     def _views(self, x: Any, views: list[torch.Tensor]) -> list[torch.Tensor]:
         for view in views:
             assert isinstance(view, Deferred)
-            view.work.whole = x.work
-            self.views.append(view.work)
+            self.views.append((view.work, x.work))
         return views
 
     def transpose(self, x: torch.Tensor, first: int, second: int) -> torch.Tensor | None:
