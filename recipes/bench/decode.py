@@ -6,6 +6,7 @@
     python recipes/bench/decode.py --static                       # transformers' static cache, compiled: 75 s more
     python recipes/bench/decode.py --batches 1 --contexts 1024 8192 32768 131072 --plot decode_context.png
     python recipes/bench/decode.py --device cpu --shape smollm2-135m --batches 1 --memory-size 256 --context 4096
+    python recipes/bench/decode.py --kvpress                      # kvpress's decoding too, if it is installed
 
 Random weights in the shape of Qwen3-4B, bf16. Every contender is a cache that has read `--context` tokens: bounded
 ones hold what they keep of a short prompt and are told that more came before, full ones random keys and values.
@@ -17,7 +18,7 @@ On a CPU it is fp32, `generate` of 40 and of 8 tokens, in seven turns of all con
 import argparse
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ from transformers.cache_utils import Cache
 
 from retention_gates import BoundedCache, RetentionGateConfig
 from retention_gates.gates.ruled_layer import RuledLayer
-from retention_gates.recipes.bench.decode_rivals import EagerCache
+from retention_gates.recipes.bench.decode_rivals import EagerCache, import_kvpress, pressed
 from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, bandwidth_gbs, report, time_ms
 from retention_gates.recipes.plots import require_matplotlib
 
@@ -171,10 +172,10 @@ def contenders(
         read(model, cache, batch, context)
         return cache
 
-    def full(make_cache: Callable[[], Cache]) -> Callable[[], Any]:
+    def full(make_cache: Callable[[], Cache], entries: int = context) -> Callable[[], Any]:
         def make() -> Cache:
             cache = make_cache()
-            fill(model, cache, batch, context)
+            fill(model, cache, batch, entries)
             return cache
 
         return make
@@ -198,7 +199,16 @@ def contenders(
         found["our step, nothing evicted"] = (bounded(memory_size=room), room)
     if arguments.static:
         found["full static cache, compiled"] = (full(lambda: StaticCache(config=config, max_cache_len=room)), context)
+    if arguments.kvpress:
+        found["kvpress, largest keys go"] = (full(lambda: DynamicCache(config=config), size), size)
     return found
+
+
+def setting(name: str, model: PeftModel, memory_size: int) -> AbstractContextManager[Any]:
+    """What a contender of this name runs in."""
+    if name.startswith("kvpress"):
+        return pressed(model, memory_size)
+    return model.disable_adapter() if name.startswith("full") else nullcontext()
 
 
 def measure(
@@ -211,13 +221,10 @@ def measure(
         with torch.no_grad():
             begin = time.perf_counter()
             cache = make()
-            ours, full = isinstance(cache, BoundedCache), name.startswith("full")
+            ours = isinstance(cache, BoundedCache)
             options: dict[str, Any] = {"disable_compile": "static" not in name}
             tokens = (SHORT, LONG) if ours and cache.decode_graph else FEW
-            if full:
-                with model.disable_adapter():
-                    value, spread = step_ms(model, cache, batch, context, 1, tokens, **options)
-            else:
+            with setting(name, model, arguments.memory_size):
                 value, spread = step_ms(model, cache, batch, context, 3 if ours else 1, tokens, **options)
         limit = 1e3 * batch / limit_ms(model, batch, entries, rate)
         rate_of = 1e3 * batch / value
@@ -246,7 +253,7 @@ def measure_in_turns(
             is_full = name.startswith("full")
             if is_full or name not in caches:  # a full cache has grown since its last turn
                 caches[name] = make()
-            with model.disable_adapter() if is_full else nullcontext():
+            with setting(name, model, arguments.memory_size):
                 value, _ = step_ms(model, caches[name], batch, context, 1, FEW, disable_compile=True)
             times[name].append(value)
     rates = {name: [1e3 * batch / value for value in values] for name, values in times.items()}
@@ -308,9 +315,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile as well")
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--static", action="store_true", help="compile transformers' static cache, 75 s")
+    parser.add_argument("--kvpress", action="store_true", help="its decoding, with an eviction once in 16 steps")
     parser.add_argument("--kernels", action="store_true", help="print the kernels of one step")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
+    if arguments.kvpress:
+        import_kvpress()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of a cache that grows
     is_cuda = arguments.device == "cuda"
     begin = time.perf_counter()

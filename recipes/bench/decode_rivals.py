@@ -1,7 +1,12 @@
 """The caches that decoding is measured against."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -73,3 +78,37 @@ class EagerCache(Cache):
     def __init__(self, model: nn.Module, memory_size: int, buffer_size: int = 128):
         layers = len(find_gated_model(model).gated_layers)
         super().__init__(layers=[EagerLayer(memory_size, buffer_size) for _ in range(layers)])
+
+
+def import_kvpress() -> Any:
+    """kvpress, which wraps the attention functions that transformers has at that moment: before a model is made.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        import kvpress  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        raise ValueError(
+            f"--kvpress needs the package kvpress ({error}). It asks for an older transformers: "
+            "pip install --no-deps kvpress cachetools fire termcolor."
+        ) from error
+    return kvpress
+
+
+@contextmanager
+def pressed(model: PeftModel, memory_size: int, interval: int = 16) -> Iterator[None]:
+    """kvpress's decoding: once in `interval` steps the entries with the largest keys go, down to `memory_size`."""
+    kvpress = import_kvpress()
+    press = kvpress.DecodingPress(kvpress.KnormPress(), interval, memory_size, hidden_states_buffer_size=0)
+    with ExitStack() as hooks, model.disable_adapter(), press(model.get_base_model()):
+        for layer in find_gated_model(model).gated_layers:
+            hook = layer.register_forward_pre_hook(_with_cache_position, with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _with_cache_position(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """What transformers from 5.3 on leaves out and kvpress 0.5.5 looks at; on the host, as it waits for it."""
+    past, tokens = kwargs["past_key_values"].get_seq_length(module.layer_idx), kwargs["hidden_states"].shape[1]
+    return args, kwargs | {"cache_position": torch.arange(past, past + tokens)}
