@@ -151,9 +151,8 @@ class Deferring(TorchDispatchMode):
             for work in (each() for each in self.works):
                 if work is not None and _storage(work.reads) in written:
                     work.compute()
-        join = JOINS.get(func)
-        if join is not None and not kwargs and any(isinstance(each, Deferred) for each in args):
-            joined = join(self, *args)
+        if not kwargs and func in JOINS:
+            joined = JOINS[func](self, *args)
             if joined is not None:
                 return joined
         args, kwargs = tree_map_only(Deferred, settled, (args, kwargs))
@@ -201,7 +200,7 @@ class Deferring(TorchDispatchMode):
         if plain is None or not isinstance(active, Product) or not active.has_silu:
             return None
         products = plain.products
-        if active.products is not products or products.results or len(products.layers) != 2:
+        if active.products is not products or len(products.layers) != 2:
             return None
         if one.shape != other.shape or not one.dtype == other.dtype == products.x.dtype:
             return None

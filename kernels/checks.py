@@ -18,6 +18,21 @@ def check_same_device(reference_name: str, reference: torch.Tensor, **tensors: t
             )
 
 
+def check_like(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    letters: str,
+    dtype: torch.dtype,
+    beside: tuple[str, torch.Tensor],
+) -> None:
+    """Raises ValueError unless `tensor` has this shape and dtype and lies on the device of the one named `beside`."""
+    check_shape(name, tensor, shape, letters)
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}.")
+    check_same_device(beside[0], beside[1], **{name: tensor})
+
+
 def may_look_at_values(tensor: torch.Tensor) -> bool:
     """Whether numbers can be read now: not while a graph is traced, nor while a CUDA graph is captured."""
     if torch.compiler.is_compiling():

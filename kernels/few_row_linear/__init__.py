@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.checks import check_like, check_same_device, check_shape
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.few_row_linear import naive
 
@@ -62,24 +62,15 @@ def few_row_linear(
         if len(weights) != 1:
             raise ValueError(f"residual is added to the result of one weight, not of {len(weights)}.")
         shape = (*x.shape[:-1], weights[0].shape[0])
-        _check_like("residual", residual, weights[0].dtype, x, shape, "[..., N_0]")
+        check_like("residual", residual, shape, "[..., N_0]", weights[0].dtype, ("x", x))
     if multiply:
         if len(weights) != 2 or silu:
             raise ValueError(
                 f"multiply takes two weights and no silu of its own, not {len(weights)} and silu={sorted(silu)}."
             )
         for index in range(2):
-            _check_like(f"weights[{index}]", weights[index], x.dtype, x, tuple(weights[0].shape), "[N_0, C]")
+            check_like(f"weights[{index}]", weights[index], tuple(weights[0].shape), "[N_0, C]", x.dtype, ("x", x))
     form = naive.few_row_linear
     if use_fused("few_row_linear", x):
         from retention_gates.kernels.few_row_linear.fused import few_row_linear as form
     return form(x, weights, biases, silu=silu, residual=residual, multiply=multiply)
-
-
-def _check_like(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, x: torch.Tensor, shape: tuple[int, ...], letters: str
-) -> None:
-    check_shape(name, tensor, shape, letters)
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}.")
-    check_same_device("x", x, **{name: tensor})

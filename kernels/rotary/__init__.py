@@ -2,7 +2,7 @@
 
 import torch
 
-from retention_gates.kernels.checks import check_same_device, check_shape
+from retention_gates.kernels.checks import check_like, check_same_device
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.rotary import naive
 
@@ -49,10 +49,7 @@ def rotary(
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must have one shape.")
     for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
         if norm is not None:
-            check_shape(f"{name}'s weight", norm[0], (head_dim,), "[D]")
-            if norm[0].dtype != query.dtype:
-                raise ValueError(f"{name}'s weight is {norm[0].dtype} and query {query.dtype}: they must be alike.")
-            check_same_device("query", query, **{name: norm[0]})
+            check_like(f"{name}'s weight", norm[0], (head_dim,), "[D]", query.dtype, ("query", query))
     check_same_device("query", query, key=key, cos=cos, sin=sin)
     form = naive.rotary
     if use_fused("rotary", query):

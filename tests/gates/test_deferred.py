@@ -107,19 +107,27 @@ FUNCTIONS = [
 ]  # fmt: skip
 
 
+def watched(function):
+    """A block, what it reads, what the function gives, and the layers that were seen."""
+    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
+    with watch.watching(block):
+        plain = function(block, x)
+    return block, x, plain, watch.found(block)
+
+
 def replaced(function, inference=False):
     """What the function gives, and gives with its layers replaced, and the operators that ran then."""
-    block, x = Block(), torch.randn(5, 24).half()
     with torch.inference_mode(inference), torch.no_grad():
-        watch = Watch()
-        with watch.watching(block):
-            plain = function(block, x)
-        found = watch.found(block)
+        block, x, plain, found = watched(function)
         with Tape() as tape, found.replaced():
             result = function(block, x)
             result = [each * 1 if isinstance(each, Deferred) else each for each in _tuple(result)]
     names = Counter(call[0].name().split("::")[1].split(".")[0] for call in tape.calls)
     return _tuple(plain), result, names, found
+
+
+def only_silu(block, x):
+    return F.silu(block.first(x))
 
 
 def _tuple(x):
@@ -145,10 +153,8 @@ def test_a_feed_forward_layer_is_two_launches_and_a_norm(function):
 
 @torch.no_grad()
 def test_a_result_read_after_the_step_is_an_error():
-    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
-    with watch.watching(block):
-        F.silu(block.first(x))
-    with watch.found(block).replaced():
+    block, x, _, found = watched(only_silu)
+    with found.replaced():
         late = block.first(x)
         assert isinstance(late, Deferred) and late.shape == (5, 40)
         now = block.second(x)
@@ -176,26 +182,21 @@ def changed_before_its_view(y, half):
 @pytest.mark.parametrize("change", [changed_by_a_view, changed_by_a_view_of_a_view, changed_before_its_view])
 def test_a_result_and_its_view_of_which_one_has_changed(change):
     """They share memory for the model and not here, so that reading the other is an error."""
-    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
 
-    def step():
+    def step(block, x):
         y = block.first(x)
         return change(y, y.chunk(2, dim=-1)[0])
 
-    with watch.watching(block):
-        step()
-    found = watch.found(block)
+    block, x, _, found = watched(step)
     found.deferred.add(block.first)  # whatever was seen to read it
     with found.replaced(), pytest.raises(RuntimeError, match="pass graph=False"):
-        step() * 1.0
+        step(block, x) * 1.0
 
 
 @torch.no_grad()
 def test_a_kernel_launched_past_the_dispatcher_finds_the_numbers():
-    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
-    with watch.watching(block):
-        F.silu(block.first(x))
-    with watch.found(block).replaced():
+    block, x, _, found = watched(only_silu)
+    with found.replaced():
         deferred = block.first(x)
         place = deferred.data_ptr()
         read = deferred * 1.0
@@ -205,21 +206,17 @@ def test_a_kernel_launched_past_the_dispatcher_finds_the_numbers():
 
 @torch.no_grad()
 def test_a_compiled_step_computes_layers_together():
-    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
-    with watch.watching(block):
-        plain = swiglu(block, x)
+    block, x, plain, found = watched(swiglu)
     compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
-    with watch.found(block).replaced(is_compiled=True):
+    with found.replaced(is_compiled=True):
         for _ in range(2):
             torch.testing.assert_close(compiled(block, x), plain, rtol=4e-3, atol=4e-3)
 
 
 @torch.no_grad()
 def test_what_a_compiler_leaves_to_python_defers_nothing():
-    block, x, watch = Block(), torch.randn(5, 24).half(), Watch()
-    with watch.watching(block):
-        plain = swiglu(block, x)
-    with watch.found(block).replaced(is_compiled=True):
+    block, x, plain, found = watched(swiglu)
+    with found.replaced(is_compiled=True):
         torch.testing.assert_close(swiglu(block, x), plain, rtol=4e-3, atol=4e-3)
         assert not isinstance(block.first(x), Deferred)
 

@@ -27,6 +27,15 @@ def half(family, device, **changes):
     return gated_model(family, **changes).half().to(device)
 
 
+def replaced_layers(model, ids):
+    """What of a recorded step is computed otherwise, with the same tokens as without a recording."""
+    cache = BoundedCache(model, 6)
+    graphed = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
+    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
+    assert torch.equal(graphed, plain) and cache.decode_graph.recording is not None
+    return cache.decode_graph.layers
+
+
 def names(model, group):
     paths = {module: name for name, module in model.named_modules()}
     return [paths[layer].split(".")[-1] for layer in group.layers]
@@ -36,16 +45,13 @@ def names(model, group):
 def test_a_step_with_all_together(device, family):
     """The gate's first layer, q, k and v are one product, and so are the two that the activation multiplies."""
     model, ids = half(family, device, num_hidden_layers=2), token_ids(2, 9).to(device)
-    cache = BoundedCache(model, 6)
-    together = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
-    groups = [names(model, group) for group in cache.decode_graph.layers.groups]
+    layers = replaced_layers(model, ids)
+    groups = [names(model, group) for group in layers.groups]
     layer = [["hidden", "q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert groups == [*layer, *layer, ["lm_head"]]
     norms = [module for name, module in model.named_modules() if "norm" in name]
-    assert len(norms) == (9 if family == "qwen3" else 5) and set(cache.decode_graph.layers.norms) == set(norms)
-    assert cache.decode_graph.layers.turning == [sys.modules[type(find_gated_model(model).model).__module__]]
-    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
-    assert torch.equal(together, plain)
+    assert len(norms) == (9 if family == "qwen3" else 5) and set(layers.norms) == set(norms)
+    assert layers.turning == [sys.modules[type(find_gated_model(model).model).__module__]]
     assert not [module for module in model.modules() if isinstance(module, nn.Linear) and "forward" in vars(module)]
 
 
@@ -53,22 +59,16 @@ def test_a_step_with_all_together(device, family):
 def test_other_ways_of_turning(device, family):
     """phi3 and glm4 turn some channels only, glm4 and cohere2 neighbours: what the op does otherwise is left alone."""
     model, ids = half(family, device), token_ids(2, 9).to(device)
-    cache = BoundedCache(model, 6)
-    graphed = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
-    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
-    assert torch.equal(graphed, plain)
-    assert bool(cache.decode_graph.layers.turning) == (family == "phi3")
+    layers = replaced_layers(model, ids)
+    assert bool(layers.turning) == (family == "phi3")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "granite", "qwen3_moe", "qwen3_next"])
 def test_other_families(device, family):
     """Norms, experts and layers of other kinds between those that are computed otherwise."""
     model, ids = half(family, device), token_ids(2, 9).to(device)
-    cache = BoundedCache(model, 6)
-    graphed = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
-    plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
-    assert torch.equal(graphed, plain)
-    assert cache.decode_graph.recording is not None and cache.decode_graph.layers.groups
+    layers = replaced_layers(model, ids)
+    assert layers.groups
 
 
 def test_a_second_cache_finds_the_same_functions(device):
