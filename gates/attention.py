@@ -109,6 +109,13 @@ def _attend(
         output = cache_layer.attend(query, key, value, scale=scale, softcap=softcap, sinks=s_aux)
     else:
         assert log_beta is not None
+        if key.shape[2] != log_beta.shape[2]:
+            raise ValueError(
+                f"A layer with retention gates got {log_beta.shape[2]} tokens and no cache, but attends to "
+                f"{key.shape[2]} keys: this version of transformers keeps a cache where this version of "
+                "retention-gates does not look for it. Install a transformers that it was tested with, or pass "
+                "use_cache=False."
+            )
         # under autocast the rotary embedding leaves queries and keys in fp32 and values in 16 bits
         query, key = query.to(value.dtype), key.to(value.dtype)
         # what a gate says is a logsigmoid; that no number is NaN is checked once a step, by the capacity loss

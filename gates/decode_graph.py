@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import ModelOutput, logging
 
 from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
+from retention_gates.gates.cache_argument import NAMES, find_cache
 from retention_gates.gates.deferred import settled
 from retention_gates.gates.families import text_config
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder, check_compiler
@@ -235,7 +236,7 @@ class DecodeGraph:
                 key.append((name, value.shape, value.dtype, value.device))
             elif isinstance(value, bool | int | float | str) and not (value and name in NOT_RECORDED):
                 key.append((name, value))
-            elif name != "past_key_values":
+            elif name not in NAMES:
                 return None
         return (*key, torch.is_inference_mode_enabled()), tensors, others
 
@@ -255,7 +256,7 @@ def _replaced_forward(model: nn.Module) -> Iterator[None]:
 
             @wraps(forward)
             def step_or_forward(*args: Any, **kwargs: Any) -> Any:
-                graph = getattr(kwargs.get("past_key_values"), "decode_graph", None)
+                graph = getattr(find_cache(kwargs), "decode_graph", None)
                 if args or graph is None or not graph.is_attached:
                     return forward(*args, **kwargs)
                 return graph.step(forward, kwargs)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import nn
 from transformers import PreTrainedConfig
 
+from retention_gates.gates.cache_argument import find_cache, named_for
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.families import text_config
 
@@ -58,7 +58,7 @@ def refuse_dropped_cache(config: PreTrainedConfig, tokens: int) -> None:
         )
 
 
-def prepared(model: nn.Module, args: tuple, kwargs: dict[str, Any], *, gates_on: bool) -> dict[str, Any]:
+def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool) -> dict[str, Any]:
     """The named arguments of the base model's `generate`, with the prompt's chunks chosen.
 
     Raises:
@@ -77,7 +77,8 @@ def prepared(model: nn.Module, args: tuple, kwargs: dict[str, Any], *, gates_on:
             "(of model.generation_config too) and pass past_key_values=BoundedCache(model, memory_size=...), or "
             "generate under model.disable_adapter()."
         )
-    cache: Any = kwargs.get("past_key_values")
+    kwargs = named_for(model.generate, kwargs)
+    cache = find_cache(kwargs)
     if not any(isinstance(layer, GatedCacheLayer) for layer in getattr(cache, "layers", ())):
         return kwargs
     for name, what in ROLLS_BACK.items():

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from retention_gates.gates.attention import PREFIX, base_causal_mask
+from retention_gates.gates.cache_argument import find_layer_cache
 from retention_gates.gates.cache_layer import GatedCacheLayer
 from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets, padding_in
@@ -86,7 +87,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         padding_mask = kwargs.get("attention_mask")
         check_padding_mask(padding_mask)
         gate = self.active_gate
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the name differs in old families
+        cache = find_layer_cache(args, kwargs)
         if gate is None:
             return self._forward_undecayed(hidden_states, cache, *args, **kwargs)
         if cache is None:
@@ -110,7 +111,9 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         )
         return self._forward_undecayed(hidden_states, cache, *args, **kwargs)
 
-    def _forward_undecayed(self, hidden_states: torch.Tensor, cache: Cache | None, *args: Any, **kwargs: Any) -> Any:
+    def _forward_undecayed(
+        self, hidden_states: torch.Tensor, cache: Cache | None, /, *args: Any, **kwargs: Any
+    ) -> Any:
         """The base's attention, with the mask that the base would have made for it."""
         padding_mask, position_ids = self._of_whole_rows(kwargs)
         length = hidden_states.shape[1]

@@ -14,6 +14,7 @@ from torch import nn
 from retention_gates.gates.adapter_checks import check_digest, digest, refuse
 from retention_gates.gates.attention import PREFIX, base_implementation_of, gated_implementation
 from retention_gates.gates.base_identity import check_same, identity, warn_if_another_base
+from retention_gates.gates.cache_argument import find_cache, named_for
 from retention_gates.gates.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.fading import Fading
 from retention_gates.gates.families import full_attention_layers, key_value_heads, module_pattern, text_config
@@ -63,12 +64,14 @@ class RetentionGateModel(BaseTuner):
 
     def forward(self, *args: Any, last_hidden_state_only: bool = False, **kwargs: Any) -> Any:
         """As the base model's forward; `last_hidden_state_only` gives what lm_head would get, [B, T, C], instead."""
-        if not last_hidden_state_only:
-            return self.model(*args, **kwargs)
-        for unused in ("labels", "return_dict"):
-            kwargs.pop(unused, None)
-        kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        return self.model.get_decoder()(*args, **kwargs)[0]
+        called = self.model
+        if last_hidden_state_only:
+            called = called.get_decoder()
+            kwargs = {
+                k: value for k, value in kwargs.items() if k not in ("labels", "return_dict") and value is not None
+            }
+        output = called(*args, **named_for(called.forward, kwargs))
+        return output[0] if last_hidden_state_only else output
 
     @contextmanager
     def rows_split_over(self, group: RowGroup | None) -> Iterator[None]:
@@ -112,7 +115,7 @@ class RetentionGateModel(BaseTuner):
         kept and to itself, so that memory does not grow with the prompt. `prefill_chunk_size` decides otherwise.
         """
         kwargs = prepared(self.model, args, kwargs, gates_on=self._gates_on)
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs)
         if (graph := getattr(cache, "decode_graph", None)) is None:
             return self.model.generate(*args, **kwargs)
         with graph.attached(self.model, cache, prompt_columns(args, kwargs)):

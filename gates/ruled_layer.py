@@ -77,8 +77,9 @@ class RuledLayer(GatedCacheLayer):
             self.check_count(tokens)
         if self.staged is None:
             raise ValueError(
-                "This cache got keys but no gate ran: the gates are off (disable_adapter), or another model uses it. "
-                "Switch the gates on, or pass past_key_values=transformers.DynamicCache()."
+                "This cache got keys but its layer's gate did not see them: the gates are off (disable_adapter), "
+                "another model uses the cache, or a layer was called without its wrapper. Switch the gates on, or "
+                "pass past_key_values=transformers.DynamicCache()."
             )
         staged, self.staged = self.staged, None
         policy = self.rule.policy

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from retention_gates import find_gated_model
+from retention_gates.gates.cache_argument import find_cache
 from retention_gates.gates.cache_layer import GatedCacheLayer
 
 
@@ -110,5 +111,5 @@ def pressed(model: PeftModel, memory_size: int, interval: int = 16) -> Iterator[
 
 def _with_cache_position(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """What transformers from 5.3 on leaves out and kvpress 0.5.5 looks at; on the host, as it waits for it."""
-    past, tokens = kwargs["past_key_values"].get_seq_length(module.layer_idx), kwargs["hidden_states"].shape[1]
+    past, tokens = find_cache(kwargs).get_seq_length(module.layer_idx), kwargs["hidden_states"].shape[1]
     return args, kwargs | {"cache_position": torch.arange(past, past + tokens)}

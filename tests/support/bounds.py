@@ -29,9 +29,13 @@ class Bounds:
                 spans.append([begin, end])
         self.begins, self.ends = np.array(spans, np.uint64).reshape(-1, 2).T
 
-    def check(self, what: str, pointers: Any, mask: Any) -> None:
+    def check(self, what: str, pointers: Any, mask: Any = None) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        asked = np.asarray(pointers.data)[np.broadcast_to(mask, np.shape(pointers.data))].astype(np.uint64)
+        if mask is not None:
+            # A scalar comparison joined with a block's leaves integers, which Triton 3.9's interpreter refuses.
+            mask.data = np.asarray(mask.data).astype(bool, copy=False)
+        asked = np.asarray(pointers.data)
+        asked = asked[np.broadcast_to(True if mask is None else mask.data, asked.shape)].astype(np.uint64)
         place = np.searchsorted(self.begins, asked, "right") - 1
         is_inside = place >= 0
         is_inside[is_inside] = asked[is_inside] + np.uint64(size) <= self.ends[place[is_inside]]
@@ -75,10 +79,10 @@ def watch_interpreter() -> None:
 
         setattr(owner, name, looked_at)
 
-    before(InterpreterBuilder, "create_masked_load", lambda p, mask, *_: bounds.check("read", p, mask.data))
-    before(InterpreterBuilder, "create_masked_store", lambda p, _, mask, *__: bounds.check("written", p, mask.data))
-    before(InterpreterBuilder, "create_atomic_rmw", lambda _, p, __, mask, *___: bounds.check("changed", p, mask.data))
-    before(InterpreterBuilder, "create_atomic_cas", lambda p, *_: bounds.check("changed", p, True))
+    before(InterpreterBuilder, "create_masked_load", lambda p, mask, *_: bounds.check("read", p, mask))
+    before(InterpreterBuilder, "create_masked_store", lambda p, _, mask, *__: bounds.check("written", p, mask))
+    before(InterpreterBuilder, "create_atomic_rmw", lambda _, p, __, mask, *___: bounds.check("changed", p, mask))
+    before(InterpreterBuilder, "create_atomic_cas", lambda p, *_: bounds.check("changed", p))
     to_host = GridExecutor._init_args_hst
 
     @wraps(to_host)
