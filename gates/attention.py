@@ -21,9 +21,12 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.documents import document_ids_from
 from retention_gates.gates.row_group import RowGroup, attend_by_heads
+from retention_gates.kernels.gate_evict import GateOutput
 from retention_gates.kernels.retention_attention import retention_attention
+from retention_gates.kernels.softmax import Softmax
 
 PREFIX = "retention_gates_"
 MASKS = {  # base implementation -> what it is told of the places [B, W] that one token sees
@@ -74,10 +77,11 @@ def _attend(
     attention_mask: torch.Tensor | None,
     *,
     base_implementation: str,
-    log_beta: torch.Tensor | None = None,
+    log_beta: torch.Tensor | GateOutput | None = None,
+    padding_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     gaussian: bool = False,
-    cache_layer: Any = None,
+    cache_layer: EvictingLayer | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -88,9 +92,10 @@ def _attend(
 
     Args:
         query: [B, HQ, T, D]; key and value: [B, H, S, D].
-        log_beta: [B, H, T] for training attention, else None.
+        log_beta: [B, H, T], or what `EvictingLayer.attend` takes; None for the base implementation's attention.
+        padding_mask: as for `EvictingLayer.attend`.
         gaussian: as in `retention_attention`.
-        cache_layer: the layer of a bounded cache that just took key and value, else None.
+        cache_layer: the layer of a bounded cache that takes key and value, else None.
     """
     if cache_layer is None and log_beta is None:
         base = _base_attention(module, base_implementation)
@@ -105,10 +110,13 @@ def _attend(
             "chance. Set attention_dropout = 0 in the model's config."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # under autocast the rotary embedding leaves queries and keys in fp32 and values in 16 bits
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if cache_layer is not None:
-        output = cache_layer.attend(query, key, value, scale=scale, softcap=softcap, sinks=s_aux)
-    else:
         assert log_beta is not None
+        output = cache_layer.attend(query, key, value, log_beta, padding_mask, Softmax(scale, softcap, s_aux))
+    else:
+        assert isinstance(log_beta, torch.Tensor)
         if key.shape[2] != log_beta.shape[2]:
             raise ValueError(
                 f"A layer with retention gates got {log_beta.shape[2]} tokens and no cache, but attends to "
@@ -116,8 +124,6 @@ def _attend(
                 "retention-gates does not look for it. Install a transformers that it was tested with, or pass "
                 "use_cache=False."
             )
-        # under autocast the rotary embedding leaves queries and keys in fp32 and values in 16 bits
-        query, key = query.to(value.dtype), key.to(value.dtype)
         # what a gate says is a logsigmoid; that no number is NaN is checked once a step, by the capacity loss
         output = retention_attention(
             query,

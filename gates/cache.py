@@ -26,7 +26,7 @@ from retention_gates.gates.cache_checks import (
     checked_budgets,
     checked_reserves,
 )
-from retention_gates.gates.cache_layer import storage_bytes
+from retention_gates.gates.cache_layer import EvictingLayer, storage_bytes
 from retention_gates.gates.decode_graph import DecodeGraph
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
 from retention_gates.gates.families import text_config
@@ -38,7 +38,6 @@ from retention_gates.gates.pool import Pool
 from retention_gates.gates.pool_layer import PoolLayer
 from retention_gates.gates.quantized_slots import STORED, QuantizedSlotLayer
 from retention_gates.gates.rotation import rotary_frequencies
-from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.slot_layer import SlotLayer
 from retention_gates.gates.window_layer import WindowLayer
 
@@ -46,7 +45,7 @@ from retention_gates.gates.window_layer import WindowLayer
 class EvictingCache(Cache):
     """A cache whose gated layers evict by a rule; every other layer has the cache that transformers gives it."""
 
-    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> EvictingLayer:
         """The cache layer that follows the rule for the gated attention module `owner`."""
         raise NotImplementedError
 
@@ -195,7 +194,7 @@ class EvictingCache(Cache):
     def _check_passes(self, layer_idx: int) -> None:
         """All layers must have begun equally many passes when the first begins another."""
         first = self.gated_layers[0]
-        begins = layer_idx == first.rule.layer and first.staged is not None
+        begins = layer_idx == first.rule.layer and first.is_awaited
         if begins and any(layer.passes != first.passes for layer in self.gated_layers):
             raise ValueError(
                 "The last forward pass with this cache broke off between two layers, so that they do not agree: call "
@@ -278,7 +277,7 @@ class BoundedCache(EvictingCache):
             if type(layer) is DynamicSlidingWindowLayer and "chunked_attention" not in kinds:
                 self.layers[index] = WindowLayer(layer.sliding_window)
 
-    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> EvictingLayer:
         if self.cache_dtype is not None:
             if self.cache_dtype not in STORED:
                 raise ValueError(
@@ -328,8 +327,7 @@ class BoundedCache(EvictingCache):
     def memory_bytes(self) -> int:
         """Bytes held now, by the slots and by the layers that transformers keeps."""
         return sum(
-            layer.memory_bytes() if isinstance(layer, SlotLayer | PoolLayer) else storage_bytes(layer)
-            for layer in self.layers
+            layer.memory_bytes() if isinstance(layer, EvictingLayer) else storage_bytes(layer) for layer in self.layers
         )
 
     def copy_row(self, row: int, other: "BoundedCache", other_row: int = 0) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from retention_gates.gates.budgets import Budgets
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.eviction_rule import EvictionRule, Reserve
 from retention_gates.gates.policies import FeedbackPolicy, ScoredPolicy
-from retention_gates.gates.slot_layer import SlotLayer
 
 
 def checked_budgets(budgets: Any, layers: int, heads: int, memory_size: int, least: int) -> Budgets:
@@ -62,11 +62,13 @@ def check_integer(name: str, value: object, least: int, most: int | None = None)
 def check_rows(layers: Sequence[Any], other_layers: Sequence[Any], row: int, other_row: int) -> None:
     """Raises ValueError unless a row of one cache's layers can go on in those of another."""
     for layer, source in zip(layers, other_layers, strict=True):
-        if type(layer) is not SlotLayer or type(source) is not SlotLayer:
-            raise ValueError(
-                "copy_row takes rows of gated layers under a policy known ahead, such as retention; this cache "
-                f"has a {type(layer).__name__}."
-            )
+        for one in (layer, source):
+            reason = one.why_rows_stay if isinstance(one, EvictingLayer) else f"a {type(one).__name__} is not gated"
+            if reason is not None:
+                raise ValueError(
+                    "copy_row takes rows of gated layers under a policy known ahead, such as retention, with budgets "
+                    f"of each head: {reason}."
+                )
         if layer.rule != source.rule or layer.owner() is not source.owner():
             raise ValueError("copy_row wants two caches of one model, made and pinned in the same way.")
         for name, index, cache_layer in (("row", row, layer), ("other_row", other_row, source)):

@@ -9,6 +9,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from retention_gates.gates.masked_attention import masked_attention
 from retention_gates.kernels.gate_evict import slot_table
+from retention_gates.kernels.softmax import Softmax
 
 QUERIES = 512  # of a chunk that have a mask at a time, QUERIES x (slots + chunk) bytes per row and head
 flash_attention = torch.ops.aten._flash_attention_forward  # the one that takes sequences of different lengths
@@ -19,30 +20,19 @@ def attend_chunk(
     slots: Sequence[torch.Tensor] | None,
     chunk: Sequence[torch.Tensor],
     head_offsets: tuple[int, ...],
+    softmax: Softmax,
     *,
     is_padded: bool,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `attend_in_blocks`, by flash attention where that can do it.
 
     Args:
         is_padded: whether there may be padding in the chunk.
     """
-    is_plain = softcap is None and sinks is None
-    if slots is not None and is_plain and not is_padded and _flash_takes(query, *chunk[:2]):
-        return attend_packed(query, slots, chunk, head_offsets, scale=scale)
-    return attend_in_blocks(
-        query,
-        slots,
-        chunk,
-        head_offsets,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        together=query.is_cuda and is_plain,  # else all logits would be held at once
-    )
+    if slots is not None and softmax.is_plain and not is_padded and _flash_takes(query, *chunk[:2]):
+        return attend_packed(query, slots, chunk, head_offsets, softmax.scale)
+    together = query.is_cuda and softmax.is_plain  # else all logits would be held at once
+    return attend_in_blocks(query, slots, chunk, head_offsets, softmax, together=together)
 
 
 def _flash_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -58,7 +48,6 @@ def attend_packed(
     slots: Sequence[torch.Tensor],
     chunk: Sequence[torch.Tensor],
     head_offsets: tuple[int, ...],
-    *,
     scale: float,
 ) -> torch.Tensor:
     """As `attend_in_blocks` for a chunk without padding, without a mask and without filling anything up.
@@ -107,10 +96,8 @@ def attend_in_blocks(
     slots: Sequence[torch.Tensor] | None,
     chunk: Sequence[torch.Tensor],
     head_offsets: tuple[int, ...],
+    softmax: Softmax,
     *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
     together: bool = False,
 ) -> torch.Tensor:
     """Each token attends to all held entries, and to the chunk up to itself, [B, HQ, T, Dv]; any rows, any padding.
@@ -120,7 +107,6 @@ def attend_in_blocks(
         slots: keys [B, N, D], values [B, N, Dv] and positions [B, N] (-1 for empty) of the held entries, or None.
         chunk: keys [B, H, T, D], values [B, H, T, Dv] and positions [B, T] (-1 for padding) of the new ones.
         head_offsets: head h owns the slots head_offsets[h]:head_offsets[h + 1].
-        scale, softcap, sinks: as for `masked_attention`.
         together: all heads in one call, filled up to the longest, which suits a device that waits for Python; or one
             after the other, which computes less where budgets differ.
     """
@@ -145,9 +131,7 @@ def attend_in_blocks(
                 keys,
                 values,
                 visible,
-                scale=scale,
-                softcap=softcap,
-                sinks=None if sinks is None else sinks[queries],
+                softmax.of_heads(queries),
             )
     return output
 

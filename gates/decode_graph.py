@@ -31,16 +31,12 @@ from transformers.utils import ModelOutput, logging
 
 from retention_gates.gates.attention import MASKS, PREFIX, base_implementation_of
 from retention_gates.gates.cache_argument import NAMES, find_cache
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.deferred import settled
 from retention_gates.gates.families import text_config
 from retention_gates.gates.graph_recorder import RECORDERS, Recorder, check_compiler
-from retention_gates.gates.policies import FeedbackPolicy
-from retention_gates.gates.pool_layer import PoolLayer
-from retention_gates.gates.ruled_layer import RuledLayer
-from retention_gates.gates.slot_layer import SlotLayer
 from retention_gates.gates.step_layers import StepLayers, Watch
 from retention_gates.gates.window_layer import WindowLayer, Windows
-from retention_gates.kernels.gate_evict import slot_table
 
 logger = logging.get_logger(__name__)
 
@@ -182,7 +178,7 @@ class DecodeGraph:
 
     def _count(self) -> None:
         """What replayed and compiled steps do not do: count on the host."""
-        gated = [layer for layer in self.cache().layers if isinstance(layer, RuledLayer)]
+        gated = [layer for layer in self.cache().layers if isinstance(layer, EvictingLayer)]
         gated[0].check_count(1)
         for layer in gated:
             layer.columns += 1
@@ -202,8 +198,7 @@ class DecodeGraph:
         assert self.recorder is not None
         layers = self.cache().layers
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        gated = [layer for layer in layers if isinstance(layer, SlotLayer)]
-        constants = [slot_table(layer.head_offsets, layer.device) for layer in gated]
+        constants = [each for layer in layers if isinstance(layer, EvictingLayer) for each in layer.constants]
         output, replay = self.recorder.record(lambda: self._run(forward, inputs | others))
         state = [place for layer in layers for place in _places(layer)]
         caches = [name for name, value in output.items() if isinstance(value, Cache)]
@@ -307,14 +302,9 @@ def _why_not(model: nn.Module, cache: Cache) -> str | None:
     if windows and attention.startswith(PREFIX) and base_implementation_of(attention) not in MASKS:
         return f"its sliding windows are known with attention by {' and '.join(MASKS)} only"
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, PoolLayer):
-            return 'budgets="global" sort the entries of all layers'
-        if isinstance(layer, RuledLayer):
-            policy = layer.rule.policy
-            if isinstance(policy, FeedbackPolicy) and policy.reads_back:
-                return f"policy={policy.name!r} waits for the device"
-            if layer.rule.interval > 1:
-                return f"policy={policy.name!r} gives priorities at every {layer.rule.interval}th step only"
+        if isinstance(layer, EvictingLayer):
+            if layer.why_not_captured is not None:
+                return layer.why_not_captured
         elif type(layer) not in (WindowLayer, LinearAttentionLayer):
             return f"layer {index} keeps a {type(layer).__name__}, whose tensors do not stay where they are"
     return None

@@ -5,10 +5,11 @@ from torch import nn
 
 from retention_gates.gates import feedback
 from retention_gates.gates.eviction_rule import EvictionRule
-from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
-from retention_gates.gates.slot_layer import STATE, SlotLayer
+from retention_gates.gates.policies import FeedbackPolicy, Held
+from retention_gates.gates.slot_layer import STATE, Chunk, SlotLayer
 from retention_gates.kernels.gate_evict import GateOutput, enter_token, place_chunk, slot_table
 from retention_gates.kernels.slot_attention import entry_weights, slot_attention
+from retention_gates.kernels.softmax import Softmax
 
 QUERIES = 128  # of a chunk whose weights exist at a time, HQ x QUERIES x (slots + chunk) fp32 numbers per row
 
@@ -27,16 +28,14 @@ class FeedbackSlotLayer(SlotLayer):
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
+        self.takes_gate_output = False
+        self.row_state = (*STATE, "state", "head_state") + (("priority",) if self.rule.interval > 1 else ())
         self.settled: tuple[EvictionRule, int, float] | None = None
 
     @property
     def policy(self) -> FeedbackPolicy:
         assert isinstance(self.rule.policy, FeedbackPolicy)
         return self.rule.policy
-
-    @property
-    def row_state(self) -> tuple[str, ...]:
-        return (*STATE, "state", "head_state") + (("priority",) if self.rule.interval > 1 else ())
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -47,31 +46,32 @@ class FeedbackSlotLayer(SlotLayer):
             self.head_state = torch.zeros(self.batch_size, len(self.rule.budgets), 0, device=self.device)
             self.priority = torch.full(shape if self.rule.interval > 1 else (0, 0), float("inf"), device=self.device)
 
-    def _take_token(
+    def _attend_token(
         self,
-        log_beta: torch.Tensor | GateOutput,
+        query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        log_beta: torch.Tensor | GateOutput,
         padding_mask: torch.Tensor | None,
-    ) -> None:
-        self._take_chunk(log_beta, key, value, padding_mask)
+        softmax: Softmax,
+    ) -> torch.Tensor:
+        chunk = self._placed(log_beta, key, value, padding_mask)
+        self._enter_chunk(chunk)
+        return self._attend_and_evict(query, chunk, softmax)
 
-    def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
-        barred = torch.zeros_like(new.log_beta).masked_fill(is_protected, float("inf"))
-        state = self.policy.initial_state(new)
-        if positions.shape[1] > 1:
-            self.chunk = barred, state, positions, is_padded
-            return
+    @torch.no_grad()
+    def _enter_chunk(self, chunk: Chunk) -> None:
+        """Writes a chunk of one token into free slots."""
+        new, barred = chunk.new, _barred(chunk)
         entering = [
             (self.keys, new.key.squeeze(2)),
             (self.values, new.value.squeeze(2)),
             (self.score, barred.squeeze(2)),
-            (self.state, state.squeeze(2)),
+            (self.state, self.policy.initial_state(new).squeeze(2)),
         ]
         if self.rule.interval > 1:
             entering.append((self.priority, torch.full_like(barred[:, :, 0], float("inf"))))
-        enter_token(entering, self.slot_positions, positions[:, 0], self.head_offsets)
-        self.token = positions >= 0, is_padded
+        enter_token(entering, self.slot_positions, chunk.positions[:, 0], self.head_offsets)
 
     def _prepare(self, query: torch.Tensor, scale: float) -> None:
         """Allocates what depends on the queries, at the first, and what the rule says of them, when it changes."""
@@ -86,30 +86,18 @@ class FeedbackSlotLayer(SlotLayer):
             self.setting = self.rule.setting(self.batch_size, scale, self.device)
             self.floor = None if self.rule.floor is None else torch.tensor(self.rule.floor, device=self.device)
 
-    def _attend_token(
-        self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
-    ) -> torch.Tensor:
-        self._prepare(query, scale)
+    def _attend_and_evict(self, query: torch.Tensor, chunk: Chunk, softmax: Softmax) -> torch.Tensor:
+        """One token, which has entered, attends to what is held; then victims are chosen and go."""
+        self._prepare(query, softmax.scale)
         policy, table = self.policy, slot_table(self.head_offsets, self.device)
         received = torch.empty_like(self.score) if policy.needs_attention else None
-        output = slot_attention(
-            query,
-            self.keys,
-            self.values,
-            self.slot_positions,
-            self.head_offsets,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            received=received,
-        )
-        is_real, is_padded = self.token
+        output = slot_attention(query, *self._held(query.dtype), self.head_offsets, softmax, received=received)
         held = Held(
             table.held(self.slot_positions),
             table.by_head(self.state),
             self.head_state,
             query,
-            is_real,
+            chunk.positions >= 0,
             self.seen - 1,
             self.start,
             lambda name: table.by_head(getattr(self, name)),
@@ -117,7 +105,7 @@ class FeedbackSlotLayer(SlotLayer):
         )
         if policy.observe is not None:
             weights = None if received is None else table.by_head(received)[:, :, None]
-            feedback.observe(policy, held, weights, is_padded)
+            feedback.observe(policy, held, weights, chunk.is_padded)
         interval = self.rule.interval
         if interval == 1 or self.columns % interval == 0:  # a compiled step must not depend on the count
             priority = feedback.priorities(policy, held)
@@ -135,23 +123,16 @@ class FeedbackSlotLayer(SlotLayer):
         self.slot_positions.masked_fill_(table.ragged(victims), -1)
         return output
 
-    def _attend_and_cut(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        self._prepare(query, scale)
-        barred, state, positions, is_padded = self.chunk
-        output = self._attend_chunk(query, key, value, positions, is_padded, scale, softcap, sinks)
+    def _attend_chunk(self, query: torch.Tensor, chunk: Chunk, softmax: Softmax) -> torch.Tensor:
+        self._prepare(query, softmax.scale)
+        output = self._attend_causally(query, chunk, softmax)
+        key, value, positions = chunk.new.key, chunk.new.value, chunk.positions
+        barred, state = _barred(chunk), self.policy.initial_state(chunk.new)
         policy, table = self.policy, slot_table(self.head_offsets, self.device)
         tokens = key.shape[2]
 
-        def with_chunk(slots: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:  # [B, H, S + T, ...]
-            return torch.cat([table.by_head(slots), chunk], dim=2)
+        def with_chunk(slots: torch.Tensor, new: torch.Tensor) -> torch.Tensor:  # [B, H, S + T, ...]
+            return torch.cat([table.by_head(slots), new], dim=2)
 
         everyone = with_chunk(self.slot_positions, positions[:, None].expand(-1, len(table.sizes), -1))
         everyone[:, :, :-tokens].masked_fill_(~table.exists, -1)
@@ -173,8 +154,8 @@ class FeedbackSlotLayer(SlotLayer):
             weights = None
             if policy.needs_attention:
                 visible = held.exists[:, :, None] & (everyone[:, :, None] <= held.query_steps[:, None])
-                weights = entry_weights(held.query, held.keys, visible, scale=scale, softcap=softcap, sinks=sinks)
-            feedback.observe(policy, held, weights, is_padded)
+                weights = entry_weights(held.query, held.keys, visible, softmax)
+            feedback.observe(policy, held, weights, chunk.is_padded)
         priority = feedback.priorities(policy, held)
         most = everyone.shape[2]
         victims = self._victims(priority, held, with_chunk(self.score, barred), most)
@@ -202,3 +183,20 @@ class FeedbackSlotLayer(SlotLayer):
         super().reset()
         if self.is_initialized:
             self.head_state.zero_()
+
+    @property
+    def why_not_captured(self) -> str | None:
+        if self.policy.reads_back:
+            return f"policy={self.policy.name!r} waits for the device"
+        if self.rule.interval > 1:
+            return f"policy={self.policy.name!r} gives priorities at every {self.rule.interval}th step only"
+        return None
+
+    @property
+    def why_rows_stay(self) -> str | None:
+        return f"policy={self.policy.name!r} with budgets as they are looks at what all heads of a row hold"
+
+
+def _barred(chunk: Chunk) -> torch.Tensor:
+    """fp32 [B, H, T], inf for protected tokens and 0 for others."""
+    return torch.zeros_like(chunk.new.log_beta).masked_fill(chunk.is_protected, float("inf"))

@@ -8,7 +8,7 @@ from packaging.version import Version
 from transformers import PreTrainedConfig
 
 from retention_gates.gates.cache_argument import find_cache, named_for
-from retention_gates.gates.cache_layer import GatedCacheLayer
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.families import text_config
 
 ROLLS_BACK = {
@@ -79,7 +79,7 @@ def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool)
         )
     kwargs = named_for(model.generate, kwargs)
     cache = find_cache(kwargs)
-    if not any(isinstance(layer, GatedCacheLayer) for layer in getattr(cache, "layers", ())):
+    if not any(isinstance(layer, EvictingLayer) for layer in getattr(cache, "layers", ())):
         return kwargs
     for name, what in ROLLS_BACK.items():
         if option(name) not in (None, False):

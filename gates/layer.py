@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from retention_gates.gates.attention import PREFIX, base_causal_mask
 from retention_gates.gates.cache_argument import find_layer_cache
-from retention_gates.gates.cache_layer import GatedCacheLayer
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.config import RetentionGateConfig
 from retention_gates.gates.documents import check_padding_mask, document_ids_from, document_offsets, padding_in
 from retention_gates.gates.fading import Fading
@@ -84,8 +84,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.row_group is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         self._check_implementation()
-        padding_mask = kwargs.get("attention_mask")
-        check_padding_mask(padding_mask)
+        check_padding_mask(kwargs.get("attention_mask"))
         gate = self.active_gate
         cache = find_layer_cache(args, kwargs)
         if gate is None:
@@ -94,13 +93,9 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             return self._forward_decayed(gate, hidden_states, *args, **kwargs)
         layer = self.base_layer.layer_idx
         cache_layer = cache.layers[layer] if layer < len(cache.layers) else None
-        if isinstance(cache_layer, GatedCacheLayer):
-            finishes = cache_layer.finishes_gate and hidden_states.shape[1] == 1 and gate.can_be_finished_elsewhere
-            with torch.no_grad():
-                log_beta = gate.unfinished(hidden_states) if finishes else gate(hidden_states)
-                cache_layer.stage(self, log_beta, padding_in(padding_mask, *hidden_states.shape[:2]))
-            return self.base_layer(hidden_states, *args, cache_layer=cache_layer, **kwargs)
-        if any(isinstance(other, GatedCacheLayer) for other in cache.layers):
+        if isinstance(cache_layer, EvictingLayer):
+            return self._forward_bounded(gate, cache_layer, hidden_states, *args, **kwargs)
+        if any(isinstance(other, EvictingLayer) for other in cache.layers):
             raise ValueError(
                 f"Layer {layer} has a gate in the adapter {self.active_gate_name!r}, but the cache was made while "
                 "another was active: make a new BoundedCache after model.set_adapter."
@@ -110,6 +105,25 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             "Pass past_key_values=BoundedCache(model, memory_size=...), or use_cache=False for the decayed attention."
         )
         return self._forward_undecayed(hidden_states, cache, *args, **kwargs)
+
+    def _forward_bounded(
+        self,
+        gate: RetentionGate,
+        cache_layer: EvictingLayer,
+        hidden_states: torch.Tensor,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Plain attention over what a bounded cache holds, which then evicts by log_beta."""
+        rows, tokens = hidden_states.shape[:2]
+        cache_layer.begin(self, tokens)
+        is_finished_there = cache_layer.takes_gate_output and tokens == 1 and gate.can_be_finished_elsewhere
+        with torch.no_grad():
+            log_beta = gate.unfinished(hidden_states) if is_finished_there else gate(hidden_states)
+        padding_mask = padding_in(kwargs.get("attention_mask"), rows, tokens)
+        road = {"cache_layer": cache_layer, "log_beta": log_beta, "padding_mask": padding_mask}
+        return self.base_layer(hidden_states, *args, **kwargs, **road)
 
     def _forward_undecayed(
         self, hidden_states: torch.Tensor, cache: Cache | None, /, *args: Any, **kwargs: Any

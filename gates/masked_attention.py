@@ -3,24 +3,23 @@
 import torch
 import torch.nn.functional as F
 
+from retention_gates.kernels.softmax import Softmax
+
 
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     visible: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """Softmax attention over the visible entries, [B, HQ, T, Dv] in query's dtype; a query that sees none gives 0.
 
     Args:
         query: [B, HQ, T, D]; key: [B, H, S, D]; value: [B, H, S, Dv].
         visible: bool, broadcastable to [B, H, T, S].
-        sinks: [HQ], an extra logit in the softmax's denominator.
     """
+    scale, softcap, sinks = softmax
     batch, query_heads, tokens, _ = query.shape
     heads, entries = key.shape[1:3]
     # KV heads go to the batch axis and the queries' group to the head axis: then neither keys nor masks are repeated
@@ -29,7 +28,7 @@ def masked_attention(
     values = value.reshape(batch * heads, 1, entries, -1).expand(-1, grouped.shape[1], -1, -1)
     mask = visible.expand(batch, heads, tokens, entries).reshape(batch * heads, 1, tokens, entries)
     blind = ~mask.any(-1, keepdim=True)
-    if softcap is None and sinks is None:
+    if softmax.is_plain:
         # a row without any entry would be NaN
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask | blind, scale=scale)
     else:

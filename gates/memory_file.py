@@ -19,30 +19,25 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from retention_gates.gates.adapter_checks import digest, not_safetensors
 from retention_gates.gates.base_identity import fingerprint, identity
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.families import text_config
 from retention_gates.gates.memory_checks import (
     AGAIN,
     METADATA_KEY,
     Description,
     check_numbers,
-    check_pool,
     check_shapes,
-    check_slots,
     read_memory_header,
     refuse_memory,
 )
 from retention_gates.gates.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.policies import POLICIES, as_feedback
-from retention_gates.gates.pool_layer import PoolLayer
-from retention_gates.gates.quantized_slots import QuantizedSlotLayer
-from retention_gates.gates.slot_layer import SlotLayer
 from retention_gates.gates.window_layer import WindowLayer
 
 if TYPE_CHECKING:
     from retention_gates.gates.cache import BoundedCache
 
-OURS = (SlotLayer, PoolLayer)
-# the other layers whose state is known
+# layers beside the gated ones whose state is known
 OF_TRANSFORMERS = (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer, LinearAttentionLayer)
 
 
@@ -115,7 +110,7 @@ def _describe(cache: "BoundedCache", gated: RetentionGateModel) -> Description:
             "There is no whole memory to save: nothing has been read with this cache, or the last forward pass broke "
             "off. Read a text with it first, after cache.reset()."
         )
-    others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, OURS)}
+    others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, EvictingLayer)}
     unknown = others - {kind.__name__ for kind in OF_TRANSFORMERS}
     if unknown:
         raise ValueError(
@@ -220,7 +215,7 @@ def _state(cache: "BoundedCache") -> Iterator[tuple[str, torch.Tensor, Any]]:
 
 
 def _state_of(layer: Any) -> dict[str, torch.Tensor]:
-    if isinstance(layer, OURS):
+    if isinstance(layer, EvictingLayer):
         return layer.saved_state()
     found: dict[str, Any] = {name: getattr(layer, name, None) for name in ("keys", "values")}
     for name in ("conv_states", "recurrent_states"):
@@ -246,16 +241,11 @@ def _fill(layer: Any, name: str, file: Any, said: Description, path: Any) -> Non
     places = {key: tensor.device for key, tensor in _state_of(layer).items()}
     state = {key: file.get_tensor(f"{name}.{key}") for key in places}
     problems = [problem for key, tensor in state.items() for problem in check_numbers(f"{name}.{key}", tensor)]
-    if isinstance(layer, QuantizedSlotLayer):
-        entries = {key: layer.read_back(state[key]) for key in ("keys", "values")}
-        problems += [problem for key, tensor in entries.items() for problem in check_numbers(f"{name}.{key}", tensor)]
-    if isinstance(layer, SlotLayer):
-        problems += check_slots(name, state, layer.head_offsets, said.tokens)
-    if isinstance(layer, PoolLayer) and state:
-        problems += check_pool(name, state, layer.pool, said.tokens)
+    if isinstance(layer, EvictingLayer):
+        problems += layer.check_saved(name, state, said.tokens)
     refuse_memory(path, problems)
     state = {key: tensor.to(places[key], copy=True) for key, tensor in state.items()}
-    if isinstance(layer, OURS):
+    if isinstance(layer, EvictingLayer):
         layer.restore(state, said.tokens)
         return
     for key, tensor in state.items():

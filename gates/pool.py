@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from retention_gates.gates.chunk_attention import attend_in_blocks
 from retention_gates.gates.eviction_rule import Span
 from retention_gates.kernels.gate_evict import lowest, place_chunk
+from retention_gates.kernels.softmax import Softmax
 
 MOST_OF_LAYER = 8  # times its mean that a layer may hold: as many places are looked through when it attends
 STATE = ("keys", "values", "score", "slot_positions", "owner", "start")  # one row per sequence of the batch
@@ -49,7 +50,7 @@ class Pool:
         self.size = self.total + self.room
         self.most = min(self.size, MOST_OF_LAYER * heads * memory_size)
         self.is_initialized, self.is_empty, self.is_padded = False, True, False
-        self.chunk: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # key, value, score of each layer
+        self.entering: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # key, value, score of each layer
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor) -> None:
         batch, device = len(key), key.device
@@ -71,7 +72,7 @@ class Pool:
         if not self.is_initialized:
             self.allocate(key, value)
         batch, tokens = len(key), key.shape[2]
-        self.chunk = []
+        self.entering = []
         columns = (self.seen + torch.arange(tokens, device=key.device)).expand(batch, tokens)
         self.positions, self.is_padded = columns, False
         if padding_mask is not None:
@@ -90,15 +91,14 @@ class Pool:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        softmax: Softmax,
     ) -> torch.Tensor:
         """New tokens attend to what the layer's heads hold and to each other."""
         group = query.shape[1] // self.heads
-        if self.is_empty and softcap is None and sinks is None and not self.is_padded:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
+        if self.is_empty and softmax.is_plain and not self.is_padded:
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=softmax.scale, enable_gqa=group > 1
+            )
         index, exists = self._places(layer)
         positions = self.slot_positions.gather(1, index).masked_fill(~exists, -1)  # [B, S]
         of_head = self.owner.gather(1, index) - layer * self.heads
@@ -113,9 +113,7 @@ class Pool:
                 (keys, values, positions.masked_fill(of_head != head, -1)),
                 (key[:, head : head + 1], value[:, head : head + 1], self.positions),
                 (0, self.most),
-                scale=scale,
-                softcap=softcap,
-                sinks=None if sinks is None else sinks[queries],
+                softmax.of_heads(queries),
             )
             outputs.append(output)
         return torch.cat(outputs, dim=1)
@@ -134,8 +132,8 @@ class Pool:
         batch, tokens = self.positions.shape
         owners = torch.arange(self.layers * self.heads, device=self.owner.device)
         self.seen += tokens
-        keys, values, score = (torch.cat(parts, dim=1).flatten(1, 2) for parts in zip(*self.chunk, strict=True))
-        self.chunk = []
+        keys, values, score = (torch.cat(parts, dim=1).flatten(1, 2) for parts in zip(*self.entering, strict=True))
+        self.entering = []
         new_positions = self.positions.repeat(1, len(owners))  # [B, L * H * T]
         new_owner = owners.repeat_interleave(tokens).expand(batch, -1)
         positions = torch.cat([self.slot_positions, new_positions], dim=1)
@@ -215,7 +213,7 @@ class Pool:
         self.is_empty = False
 
     def reset(self) -> None:
-        self.is_empty, self.chunk = True, []
+        self.is_empty, self.entering = True, []
         if self.is_initialized:
             self.slot_positions.fill_(-1)
             for state in (self.start, self.seen, self.ends):

@@ -3,31 +3,25 @@
 from typing import Any
 
 import torch
-from torch import nn
 
-from retention_gates.gates.eviction_rule import EvictionRule, Span
+from retention_gates.gates.cache_layer import EvictingLayer
+from retention_gates.gates.eviction_rule import Span
+from retention_gates.gates.memory_checks import check_pool
 from retention_gates.gates.policies import ScoredPolicy
 from retention_gates.gates.pool import STATE, Pool
-from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.kernels.gate_evict import GateOutput
+from retention_gates.kernels.softmax import Softmax
 
 
-class PoolLayer(RuledLayer):
+class PoolLayer(EvictingLayer):
     """Attends to its own entries of the pool, and hands its new ones over; the last layer cuts all to the budgets."""
 
     pool: Pool
     index: int  # among the gated layers
 
-    def __init__(self, rule: EvictionRule, owner: nn.Module):
-        super().__init__(rule, owner)
-        self.score: torch.Tensor | None = None  # what `update` leaves to `attend`, [B, H, T]
-
     def join(self, pool: Pool, index: int) -> None:
         self.pool, self.index = pool, index
-
-    @property
-    def row_state(self) -> tuple[str, ...]:
-        """Names of the tensors that have one row per sequence of the batch; the first layer tells of the pool's."""
-        return STATE if self.index == 0 else ()
+        self.row_state = STATE if index == 0 else ()  # the first layer tells of the pool's
 
     def saved_state(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.pool, name) for name in self.row_state}
@@ -54,56 +48,63 @@ class PoolLayer(RuledLayer):
         self.recent = self.rule.recent(self.device)
         self.is_initialized = True
 
-    @torch.no_grad()
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_beta, padding_mask = self.take_staged(key_states.shape[2])
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_beta: torch.Tensor | GateOutput,
+        padding_mask: torch.Tensor | None,
+        softmax: Softmax,
+    ) -> torch.Tensor:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(key, value)
         pool = self.pool
         if self.index == 0:
-            pool.begin(key_states, value_states, padding_mask)
-        shapes = [(t.device, t.dtype, t.shape[-1]) for t in (key_states, pool.keys, value_states, pool.values)]
+            pool.begin(key, value, padding_mask)
+        self._check_like_first(key, value)
+        self.keys, self.values = pool.keys, pool.values  # where they are, for who counts bytes
+        output = pool.attend(self.index, query, key, value, softmax)
+        with torch.no_grad():
+            pool.entering.append((key, value, self._score(log_beta, key, value)))
+            if len(pool.entering) == pool.layers:
+                pool.cut(self.recent)
+        self.is_empty = self.is_attending = False
+        return output
+
+    def _check_like_first(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        pool = self.pool
+        shapes = [(t.device, t.dtype, t.shape[-1]) for t in (key, pool.keys, value, pool.values)]
         if shapes[0] != shapes[1] or shapes[2] != shapes[3]:
             raise ValueError(
                 f'budgets="global" needs layers alike, on one device: layer {self.rule.layer} makes keys on '
                 f"{shapes[0][0]} of {shapes[0][2]} numbers and the first one on {shapes[1][0]} of {shapes[1][2]}. "
                 'Choose budgets="calibrated".'
             )
-        self.keys, self.values = pool.keys, pool.values  # where they are, for who counts bytes
+
+    def _score(
+        self, log_beta: torch.Tensor | GateOutput, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:  # [B, H, T]
         assert isinstance(self.rule.policy, ScoredPolicy)
         assert isinstance(log_beta, torch.Tensor)
-        new = self.rule.new_tokens(log_beta, key_states, value_states, pool.offset)
-        is_protected = self.rule.is_protected(pool.offset)[:, None]
-        self.score = self.rule.policy.score(new).masked_fill(is_protected, float("inf"))
-        return key_states, value_states
+        new = self.rule.new_tokens(log_beta, key, value, self.pool.offset)
+        is_protected = self.rule.is_protected(self.pool.offset)[:, None]
+        return self.rule.policy.score(new).masked_fill(is_protected, float("inf"))
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert self.score is not None
-        pool = self.pool
-        output = pool.attend(self.index, query, key, value, scale=scale, softcap=softcap, sinks=sinks)
-        pool.chunk.append((key, value, self.score))
-        if len(pool.chunk) == pool.layers:
-            with torch.no_grad():
-                pool.cut(self.recent)
-        self.score = None
-        self.is_empty = self.is_attending = False
-        return output
+    @property
+    def why_not_captured(self) -> str | None:
+        return 'budgets="global" sort the entries of all layers'
+
+    @property
+    def why_rows_stay(self) -> str | None:
+        return 'budgets="global" keep one pool for all layers'
+
+    def check_saved(self, name: str, state: dict[str, torch.Tensor], columns: int) -> list[str]:
+        return check_pool(name, state, self.pool, columns) if state else []
 
     def positions(self, head: int) -> torch.Tensor:
         """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""
-        if not 0 <= head < len(self.rule.budgets):
-            raise ValueError(f"head={head} must be one of the layer's {len(self.rule.budgets)} KV heads, from 0.")
+        self.check_head(head)
         if not self.pool.is_initialized:
             return torch.full((0, self.pool.most), -1)
         nobody = torch.iinfo(torch.int64).max
@@ -137,12 +138,8 @@ class PoolLayer(RuledLayer):
         """Columns so far, evicted tokens and padding included."""
         return self.pool.seen.clone() if self.pool.is_initialized else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
-        return self.get_seq_length() + query_length, 0
-
     def reset(self) -> None:
         super().reset()
-        self.score = None
         if self.index == 0:
             self.pool.reset()
 

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.memory_checks import check_numbers
 from retention_gates.gates.slot_layer import SlotLayer
 from retention_gates.kernels.gate_evict import naive
-from retention_gates.kernels.slot_attention import slot_attention
 
 SCALE_BYTES = 4  # fp32
 # cache_dtype -> how a number is stored, and the largest that can be
@@ -46,7 +46,7 @@ class QuantizedSlotLayer(SlotLayer):
     def __init__(self, rule: EvictionRule, owner: nn.Module, cache_dtype: str):
         super().__init__(rule, owner)
         self.cache_dtype = cache_dtype
-        self.finishes_gate = False  # which only the fused kernel does
+        self.takes_gate_output = False  # which only the fused kernel does
 
     @property
     def entry_numbers(self) -> int:
@@ -56,15 +56,23 @@ class QuantizedSlotLayer(SlotLayer):
         super().lazy_initialization(*(pack(x[:, :, :1], self.cache_dtype) for x in (key_states, value_states)))
         self.dtype = key_states.dtype
 
-    def _attend_token(
-        self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
-    ) -> torch.Tensor:
-        keys, values = (self.read_back(stored).to(query.dtype) for stored in (self.keys, self.values))
-        arguments = (query, keys, values, self.slot_positions, self.head_offsets)
-        return slot_attention(*arguments, scale=scale, softcap=softcap, sinks=sinks)
+    def _held(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        keys, values = (self.read_back(stored).to(dtype) for stored in (self.keys, self.values))
+        return keys, values, self.slot_positions
 
     def to_store(self, x: torch.Tensor) -> torch.Tensor:
         return pack(x, self.cache_dtype)
 
     def read_back(self, stored: torch.Tensor) -> torch.Tensor:
+        """The keys or values that slots hold, [..., D]."""
         return unpack(stored, self.cache_dtype, self.dtype)
+
+    @property
+    def why_rows_stay(self) -> str | None:
+        return "its entries have 8 bits"
+
+    def check_saved(self, name: str, state: dict[str, torch.Tensor], columns: int) -> list[str]:
+        problems = [
+            p for key in ("keys", "values") for p in check_numbers(f"{name}.{key}", self.read_back(state[key]))
+        ]
+        return problems + super().check_saved(name, state, columns)

@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 from retention_gates.gates.cache import EvictingCache
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
-from retention_gates.gates.ruled_layer import RuledLayer
 from retention_gates.gates.sparse_attention import attention_until
 from retention_gates.gates.stepwise import Stepper, run_side_by_side
 from retention_gates.kernels.eviction_times import eviction_times
+from retention_gates.kernels.gate_evict import GateOutput
+from retention_gates.kernels.softmax import Softmax
 
 
-class SimulatedLayer(RuledLayer):
+class SimulatedLayer(EvictingLayer):
     """Finds out when each token goes, then attends to what each query would have seen.
 
     Rows of several rules may stand side by side: the batch is divided equally among them, in their order. After the
@@ -32,7 +34,6 @@ class SimulatedLayer(RuledLayer):
         self.row_seeds: torch.Tensor | None = None  # int64, one for each of a rule's rows, instead of its own
         self.seen = 0
         self.steppers: dict[Any, Stepper] = {}  # shared by the layers of a cache
-        self.sequence: tuple[NewTokens, torch.Tensor | None] | None = None
 
     @property
     def rules(self) -> list[EvictionRule]:
@@ -42,44 +43,50 @@ class SimulatedLayer(RuledLayer):
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self.is_initialized = True
 
-    @torch.no_grad()
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_empty:
             raise ValueError(
                 "A SimulatedCache reads a whole sequence in one forward pass, and this one has read its own: call "
                 "cache.reset() before the next. To generate, use BoundedCache."
             )
-        batch, _, tokens, _ = key_states.shape
-        if batch % len(self.rules):
+        if len(key_states) % len(self.rules):
             raise ValueError(
-                f"This SimulatedCache has {len(self.rules)} caches side by side and got a batch of {batch}: repeat "
-                "the rows once for each."
+                f"This SimulatedCache has {len(self.rules)} caches side by side and got a batch of {len(key_states)}: "
+                "repeat the rows once for each."
             )
-        log_beta, valid = self.take_staged(key_states.shape[2])  # the whole sequence is new
-        assert isinstance(log_beta, torch.Tensor)
-        self.lazy_initialization(key_states, value_states)
-        offset = torch.arange(tokens, device=self.device).expand(batch, tokens)
-        if valid is not None:
-            offset = offset - (valid.cumsum(1) == 0).sum(1, keepdim=True)
-        self.sequence = self.rule.new_tokens(log_beta, key_states, value_states, offset), valid
-        self.seen = tokens
-        return key_states, value_states
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        log_beta: torch.Tensor | GateOutput,
+        padding_mask: torch.Tensor | None,
+        softmax: Softmax,
     ) -> torch.Tensor:
-        assert self.sequence is not None
-        new, valid = self.sequence
-        arguments: dict[str, Any] = dict(scale=scale, softcap=softcap, sinks=sinks)
+        assert isinstance(log_beta, torch.Tensor)
+        self.lazy_initialization(key, value)
+        self.seen = key.shape[2]
+        offset = torch.arange(self.seen, device=self.device).expand(self.batch_size, self.seen)
+        if padding_mask is not None:  # of the whole sequence, which is new
+            offset = offset - (padding_mask.cumsum(1) == 0).sum(1, keepdim=True)
+        new = self.rule.new_tokens(log_beta, key, value, offset)
+        self.eviction_times, merged = self._find_times(query, new, padding_mask, softmax)
+        most_held = max(max(rule.sizes) for rule in self.rules) - 1
+        output = attention_until(self.eviction_times, query, key, value, most_held, softmax)
+        for rows, own_output in merged:
+            output[rows] = own_output
+        self.is_empty = self.is_attending = False
+        return output
+
+    @torch.no_grad()
+    def _find_times(
+        self, query: torch.Tensor, new: NewTokens, valid: torch.Tensor | None, softmax: Softmax
+    ) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
+        """Eviction times [B, H, T] of all rules, and outputs [rows, HQ, T, Dv] where entries were merged."""
         share = self.batch_size // len(self.rules)
         found: list[tuple[slice, torch.Tensor | Stepper]] = []  # of some rows the times, or who finds them
         steppers: list[Stepper] = []
@@ -87,15 +94,16 @@ class SimulatedLayer(RuledLayer):
         for _, group in groupby(self.rules, key=_kind):
             rules = list(group)
             rows = slice(first, first + share * len(rules))
-            seed = new.seed if self.row_seeds is None else self.row_seeds.repeat(len(rules)).to(key.device)
-            own = NewTokens(new.log_beta[rows], key[rows], value[rows], new.offset[rows], seed, new.layer)
+            seed = new.seed if self.row_seeds is None else self.row_seeds.repeat(len(rules)).to(self.device)
+            own = NewTokens(new.log_beta[rows], new.key[rows], new.value[rows], new.offset[rows], seed, new.layer)
             own_valid = None if valid is None else valid[rows]
             if isinstance(rules[0].policy, ScoredPolicy):
                 found.append((rows, _times_known_ahead(rules, own, own_valid)))
             else:
-                shape = (query.shape, key.shape, value.shape, value.dtype, valid is None, sinks is None)
-                stepper = self._stepper(rules, scale, softcap, (len(steppers), *shape))
-                stepper.begin(query[rows], own, own_valid, sinks)
+                shapes = (query.shape, new.key.shape, new.value.shape, new.value.dtype)
+                kind = (len(steppers), *shapes, valid is None, softmax.sinks is None)
+                stepper = self._stepper(rules, softmax, kind)
+                stepper.begin(query[rows], own, own_valid, softmax.sinks)
                 steppers.append(stepper)
                 found.append((rows, stepper))
             first = rows.stop
@@ -106,29 +114,26 @@ class SimulatedLayer(RuledLayer):
             times.append(own_times)
             if own_output is not None:
                 merged.append((rows, own_output))
-        self.eviction_times = torch.cat(times)
-        most_held = max(max(rule.sizes) for rule in self.rules) - 1
-        output = attention_until(self.eviction_times, query, key, value, most_held, **arguments)
-        for rows, own_output in merged:
-            output[rows] = own_output
-        self.sequence = None
-        self.is_empty = self.is_attending = False
-        return output
+        return torch.cat(times), merged
 
-    def _stepper(
-        self, rules: list[EvictionRule], scale: float, softcap: float | None, shape: tuple[Any, ...]
-    ) -> Stepper:
+    def _stepper(self, rules: list[EvictionRule], softmax: Softmax, kind: tuple[Any, ...]) -> Stepper:
         """That of the layer before, if it had the same rules and shapes."""
-        key = tuple(replace(rule, layer=0) for rule in rules), scale, softcap, *shape
+        key = tuple(replace(rule, layer=0) for rule in rules), softmax.scale, softmax.softcap, *kind
         if key not in self.steppers:
-            self.steppers[key] = Stepper(rules, scale, softcap)
+            self.steppers[key] = Stepper(rules, softmax)
         return self.steppers[key]
 
     def get_seq_length(self) -> int:
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+    def restore(self, state: dict[str, torch.Tensor], columns: int) -> None:
+        raise ValueError("A SimulatedCache holds nothing that a file could give back: load into a BoundedCache.")
+
+    def memory_bytes(self) -> int:
+        return 0
+
+    def positions(self, head: int) -> torch.Tensor:
+        raise ValueError("A SimulatedCache holds no entries: eviction_times says at which step each token goes.")
 
     def holds(self, span: tuple[int, int]) -> bool:
         """Pinning a sequence that has been read would change nothing any more."""
@@ -136,7 +141,7 @@ class SimulatedLayer(RuledLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.eviction_times, self.sequence = 0, None, None
+        self.seen, self.eviction_times = 0, None
 
 
 def _kind(rule: EvictionRule) -> tuple:
@@ -175,7 +180,7 @@ class SimulatedCache(EvictingCache):
     whole rows.
     """
 
-    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> RuledLayer:
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> EvictingLayer:
         if self.cache_dtype is not None:
             raise ValueError(f"cache_dtype={self.cache_dtype!r} is for BoundedCache: a simulation stores nothing.")
         if rule.is_pooled:

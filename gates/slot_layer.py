@@ -2,23 +2,34 @@
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.chunk_attention import attend_chunk
 from retention_gates.gates.eviction_rule import EvictionRule, Span
+from retention_gates.gates.memory_checks import check_slots
 from retention_gates.gates.policies import NewTokens, ScoredPolicy
-from retention_gates.gates.ruled_layer import RuledLayer
-from retention_gates.kernels.gate_evict import GateOutput, chunk_evict, drop_padding, gate_evict
+from retention_gates.kernels.gate_evict import GateOutput, SlotState, chunk_evict, drop_padding, gate_evict, slot_table
 from retention_gates.kernels.slot_attention import LONGEST_RUN, Run, slot_attention
+from retention_gates.kernels.softmax import Softmax
 
 STATE = ("keys", "values", "score", "slot_positions", "pending", "start")  # one row per sequence of the batch
 
 
-class SlotLayer(RuledLayer):
+class Chunk(NamedTuple):
+    """The new tokens of one pass and where they stand."""
+
+    new: NewTokens
+    positions: torch.Tensor  # int64 [B, T], -1 for padding
+    is_protected: torch.Tensor  # bool [B, 1, T]
+    is_padded: bool  # whether there may be padding among them
+
+
+class SlotLayer(EvictingLayer):
     """Keeps each KV head's budget of entries and never moves one: a new token overwrites an evicted one.
 
     Head h owns slots head_offsets[h]:head_offsets[h + 1] of N, its budget + buffer_size. State, allocated once, at the
@@ -28,6 +39,7 @@ class SlotLayer(RuledLayer):
     that writes it and marks the next victims, and two that attend.
     """
 
+    row_state: tuple[str, ...] = STATE
     keys: torch.Tensor
     values: torch.Tensor
     score: torch.Tensor
@@ -39,14 +51,8 @@ class SlotLayer(RuledLayer):
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
-        self.chunk: Any = None  # what `update` leaves to `attend` of several tokens
         self.head_offsets = self._offsets()
-        self.finishes_gate = isinstance(rule.policy, ScoredPolicy) and rule.policy.is_log_beta
-
-    @property
-    def row_state(self) -> tuple[str, ...]:
-        """Names of the tensors that have one row per sequence of the batch."""
-        return STATE
+        self.takes_gate_output = isinstance(rule.policy, ScoredPolicy) and rule.policy.is_log_beta
 
     def _offsets(self) -> tuple[int, ...]:
         return tuple(accumulate(self.rule.sizes, initial=0))
@@ -76,25 +82,47 @@ class SlotLayer(RuledLayer):
         self.recent = self.rule.recent(self.device)
         self.protected = torch.tensor(self.rule.protected, dtype=torch.int64, device=self.device).view(-1, 2)
 
-    @torch.no_grad()
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_beta, padding_mask = self.take_staged(key_states.shape[2])
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_beta: torch.Tensor | GateOutput,
+        padding_mask: torch.Tensor | None,
+        softmax: Softmax,
+    ) -> torch.Tensor:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        take = self._take_token if key_states.shape[2] == 1 else self._take_chunk
-        take(log_beta, key_states, value_states, padding_mask)
-        return key_states, value_states
+            self.lazy_initialization(key, value)
+        if key.shape[2] == 1:
+            output = self._attend_token(query, key, value, log_beta, padding_mask, softmax)
+        else:
+            chunk = self._placed(log_beta, key, value, padding_mask)
+            output = self._attend_chunk(query, chunk, softmax)
+        self.is_empty = self.is_attending = False
+        return output
 
-    def _take_token(
+    def _attend_token(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_beta: torch.Tensor | GateOutput,
+        padding_mask: torch.Tensor | None,
+        softmax: Softmax,
+    ) -> torch.Tensor:
+        """One token enters, the next victims are marked, and it attends to what is held."""
+        self._enter(log_beta, key, value, padding_mask)
+        return slot_attention(query, *self._held(query.dtype), self.head_offsets, softmax)
+
+    @torch.no_grad()
+    def _enter(
         self,
         log_beta: torch.Tensor | GateOutput,
         key: torch.Tensor,
         value: torch.Tensor,
         padding_mask: torch.Tensor | None,
     ) -> None:
-        """Enters one token and marks the next victims. Nothing here waits for the device."""
+        """Nothing here waits for the device."""
         policy = self.rule.policy
         assert isinstance(policy, ScoredPolicy)
         if policy.is_log_beta:
@@ -106,13 +134,7 @@ class SlotLayer(RuledLayer):
                 offset = offset - (~padding_mask[:, -1] & (offset == 0)).long()
             score = policy.score(self.rule.new_tokens(log_beta, key, value, offset[:, None]))[:, :, 0]
         self._evict(
-            self.keys,
-            self.values,
-            self.score,
-            self.slot_positions,
-            self.pending,
-            self.start,
-            self.seen,
+            self.slot_state,
             self.to_store(key),
             self.to_store(value),
             score,
@@ -124,14 +146,15 @@ class SlotLayer(RuledLayer):
             padding_mask=padding_mask,
         )
 
-    def _take_chunk(
+    @torch.no_grad()
+    def _placed(
         self,
         log_beta: torch.Tensor | GateOutput,
         key: torch.Tensor,
         value: torch.Tensor,
         padding_mask: torch.Tensor | None,
-    ) -> None:
-        """Says where the tokens stand, for `_take_in`."""
+    ) -> Chunk:
+        """The new tokens and where they stand; their columns count as seen from here on."""
         assert isinstance(log_beta, torch.Tensor)
         tokens = key.shape[2]
         valid = None if padding_mask is None else padding_mask[:, -tokens:]
@@ -147,125 +170,69 @@ class SlotLayer(RuledLayer):
         if tokens > 1:
             self.slot_positions.masked_fill_(self.pending, -1)
             self.pending.zero_()
+        self.seen += tokens
         new = self.rule.new_tokens(log_beta, key, value, offset)
         is_padded = valid is not None and (tokens == 1 or not bool(valid.all()))
-        self._take_in(new, positions, self.rule.is_protected(offset)[:, None], is_padded)
-        self.seen += tokens
+        return Chunk(new, positions, self.rule.is_protected(offset)[:, None], is_padded)
 
-    def _take_in(self, new: NewTokens, positions: torch.Tensor, is_protected: torch.Tensor, is_padded: bool) -> None:
-        """Leaves several tokens to `attend`.
-
-        Args:
-            positions: [B, T], -1 for padding; is_protected: bool, [B, 1, T].
-            is_padded: whether there may be padding among the tokens.
-        """
-        assert isinstance(self.rule.policy, ScoredPolicy)
-        score = self.rule.policy.score(new).masked_fill(is_protected, float("inf"))  # [B, H, T]
-        self.chunk = score, positions, is_padded
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self.chunk is None:
-            output = self._attend_token(query, scale, softcap, sinks)
-        else:
-            output = self._attend_and_cut(query, key, value, scale, softcap, sinks)
-        self.chunk = None
-        self.is_empty = self.is_attending = False
-        return output
-
-    def _attend_token(
-        self, query: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None
-    ) -> torch.Tensor:
-        """One token, which has entered, attends to what is held."""
-        return slot_attention(
-            query,
-            self.keys,
-            self.values,
-            self.slot_positions,
-            self.head_offsets,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-        )
-
-    def _attend_and_cut(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _attend_chunk(self, query: torch.Tensor, chunk: Chunk, softmax: Softmax) -> torch.Tensor:
         """Several tokens attend to what is held and to each other; then all are cut to the budgets."""
-        assert isinstance(self.rule.policy, ScoredPolicy)
-        score, positions, is_padded = self.chunk
-        output = self._attend_chunk(query, key, value, positions, is_padded, scale, softcap, sinks)
+        output = self._attend_causally(query, chunk, softmax)
+        new, policy = chunk.new, self.rule.policy
+        assert isinstance(policy, ScoredPolicy)
+        with torch.no_grad():
+            score = policy.score(new).masked_fill(chunk.is_protected, float("inf"))  # [B, H, T]
         chunk_evict(
-            self.keys,
-            self.values,
-            self.score,
-            self.slot_positions,
-            self.to_store(key),
-            self.to_store(value),
+            self.slot_state,
+            self.to_store(new.key),
+            self.to_store(new.value),
             score,
-            positions,
+            chunk.positions,
             self.seen - 1,
             self.head_offsets,
-            linear_in_age=self.rule.policy.linear_in_age,
+            linear_in_age=policy.linear_in_age,
             buffer_size=self.rule.buffer_size,
             recent=self.recent,
         )
         return output
 
-    def _attend_chunk(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        positions: torch.Tensor,
-        is_padded: bool,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _attend_causally(self, query: torch.Tensor, chunk: Chunk, softmax: Softmax) -> torch.Tensor:
         """Each token attends to all held entries, and to the chunk up to itself."""
-        if self.is_empty and not is_padded and softcap is None and sinks is None:
+        key, value, positions = chunk.new.key, chunk.new.value, chunk.positions
+        if self.is_empty and not chunk.is_padded and softmax.is_plain:
             # what transformers does without a cache, so that a prompt gives what it gives there
-            group = query.shape[1] // key.shape[1]
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
-        held = self.read_back(self.keys), self.read_back(self.values), self.slot_positions
-        if key.shape[2] <= LONGEST_RUN:
-            return slot_attention(
-                query,
-                *held,
-                self.head_offsets,
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-                run=Run(key, value, positions),
+            is_grouped = query.shape[1] > key.shape[1]
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=softmax.scale, enable_gqa=is_grouped
             )
-        return attend_chunk(
-            query,
-            None if self.is_empty else held,
-            (key, value, positions),
-            self.head_offsets,
-            is_padded=is_padded,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        held, run = self._held(query.dtype), Run(key, value, positions)
+        if key.shape[2] <= LONGEST_RUN:
+            return slot_attention(query, *held, self.head_offsets, softmax, run=run)
+        slots = None if self.is_empty else held
+        return attend_chunk(query, slots, run, self.head_offsets, softmax, is_padded=chunk.is_padded)
 
-    def saved_state(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in self.row_state}
+    def _held(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and positions of the slots, as attention in this dtype reads them."""
+        return self.keys, self.values, self.slot_positions
+
+    @property
+    def slot_state(self) -> SlotState:
+        return SlotState(self.keys, self.values, self.score, self.slot_positions, self.pending, self.start, self.seen)
+
+    def to_store(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values [..., D] as the slots hold them."""
+        return x
+
+    @property
+    def constants(self) -> list[Any]:
+        return [slot_table(self.head_offsets, self.device)]
+
+    @property
+    def why_rows_stay(self) -> str | None:
+        return None
+
+    def check_saved(self, name: str, state: dict[str, torch.Tensor], columns: int) -> list[str]:
+        return check_slots(name, state, self.head_offsets, columns)
 
     def restore(self, state: dict[str, torch.Tensor], columns: int) -> None:
         """Takes over the tensors of `row_state`, of any number of rows, as after so many columns read in one pass."""
@@ -275,14 +242,6 @@ class SlotLayer(RuledLayer):
         self.seen.fill_(columns)
         self.columns, self.passes = columns, 1
         self.is_empty = self.is_attending = False
-
-    def to_store(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or values [..., D] as the slots hold them."""
-        return x
-
-    def read_back(self, stored: torch.Tensor) -> torch.Tensor:
-        """The keys or values that slots hold, [..., D]."""
-        return stored
 
     @property
     def entry_numbers(self) -> int:
@@ -310,8 +269,7 @@ class SlotLayer(RuledLayer):
 
     def positions(self, head: int) -> torch.Tensor:
         """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""
-        if not 0 <= head < len(self.rule.budgets):
-            raise ValueError(f"head={head} must be one of the layer's {len(self.rule.budgets)} KV heads, from 0.")
+        self.check_head(head)
         room = self.rule.sizes[head] - 1
         if not self.is_initialized:
             return torch.full((0, room), -1)
@@ -359,12 +317,8 @@ class SlotLayer(RuledLayer):
         """Columns so far, evicted tokens and padding included; a tensor, so that a compiled step need not change."""
         return self.seen.clone() if self.is_initialized else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
-        return self.get_seq_length() + query_length, 0
-
     def reset(self) -> None:
         super().reset()
-        self.chunk = None
         if self.is_initialized:
             self.slot_positions.fill_(-1)
             for name in ("pending", "start", "seen"):

@@ -5,6 +5,7 @@ import torch
 from retention_gates.gates.masked_attention import masked_attention
 from retention_gates.kernels.dispatch import use_fused
 from retention_gates.kernels.retention_attention import retention_attention
+from retention_gates.kernels.softmax import Softmax
 
 QUERIES = 128  # per block: a block attends to what was held at its start and to its own tokens
 
@@ -15,10 +16,7 @@ def attention_until(
     key: torch.Tensor,
     value: torch.Tensor,
     most_held: int,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """Softmax attention of query t over the entries j <= t < times[j], [B, HQ, T, Dv] in query's dtype.
 
@@ -31,9 +29,7 @@ def attention_until(
     """
     if use_fused("retention_attention", query):  # which skips blocks of keys that are evicted
         undecayed = torch.zeros(times.shape, device=times.device)
-        return retention_attention(
-            query, key, value, undecayed, scale=scale, eviction_times=times, softcap=softcap, sinks=sinks
-        )
+        return retention_attention(query, key, value, undecayed, eviction_times=times, **softmax._asdict())
     tokens = key.shape[2]
     outputs = []
     for start in range(0, tokens, QUERIES):
@@ -50,9 +46,7 @@ def attention_until(
             torch.cat([_gather(key, index), key[:, :, block]], dim=2),
             torch.cat([_gather(value, index), value[:, :, block]], dim=2),
             visible,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
+            softmax,
         )
         outputs.append(output)
     return torch.cat(outputs, dim=2)

@@ -10,6 +10,7 @@ from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.masked_attention import masked_attention
 from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
 from retention_gates.kernels.slot_attention import entry_weights
+from retention_gates.kernels.softmax import Softmax
 
 NEVER = 2**62  # a step that no sequence comes to
 # When each token is no longer seen, the first such step, int64 [B, H, T]; and the attention's output [B, HQ, T, Dv] if
@@ -50,7 +51,7 @@ class Stepper:
     Args:
         rules: of one layer; they differ in their budgets only, and in no interval. The batch has the first rule's rows
             first, and so on.
-        scale, softcap: of the attention.
+        softmax: of the attention, with any sinks: those of each layer come with its tensors.
     """
 
     # of the layer that is simulated
@@ -72,11 +73,11 @@ class Stepper:
     column: torch.Tensor  # int64 [1], the step
     kinds: list[tuple[bool, bool]]  # of each step, the arguments of `_step`
 
-    def __init__(self, rules: Sequence[EvictionRule], scale: float, softcap: float | None):
+    def __init__(self, rules: Sequence[EvictionRule], softmax: Softmax):
         policy = rules[0].policy
         assert isinstance(policy, FeedbackPolicy)
         self.rules, self.policy, self.rule = rules, policy, rules[0]
-        self.scale, self.softcap = scale, softcap
+        self.softmax = softmax
         self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by the kind of step
         self.is_ready = False
 
@@ -152,7 +153,7 @@ class Stepper:
         # merged entries must be rounded as the cache rounds them; others are looked at in fp32 only
         self.dtype = new.key.dtype if merges else torch.float32
         sizes = torch.tensor([rule.sizes for rule in rules], device=device).repeat_interleave(rows, dim=0)  # [B, H]
-        settings = [rule.setting(rows, self.scale, device) for rule in rules]
+        settings = [rule.setting(rows, self.softmax.scale, device) for rule in rules]
         self.setting = settings[0]._replace(budgets=torch.cat([one.budgets for one in settings]))
         recents = [recent for recent in (rule.recent(device) for rule in rules) if recent is not None]
         self.recent = torch.stack(recents).repeat_interleave(rows, dim=0) if recents else None
@@ -241,15 +242,15 @@ class Stepper:
         query, is_real = self._at_column(self.query), self._at_column(self.real, dim=1)
         arguments: Any = (query, is_real, self.column[0], self.start, self._read, self.setting)
         held = Held(self.positions, self.state, self.head_state, *arguments)
-        attention: Any = dict(scale=self.scale, softcap=self.softcap, sinks=self.sinks)
+        softmax = self.softmax._replace(sinks=self.sinks)
         if observes:
             weights = None
             if policy.needs_attention:
-                weights = entry_weights(query, self.slots["keys"], held.exists[:, :, None], **attention)
+                weights = entry_weights(query, self.slots["keys"], held.exists[:, :, None], softmax)
             feedback.observe(policy, held, weights, self.is_padded)
         if self.output is not None:
             visible = held.exists[:, :, None]
-            output = masked_attention(query, self.slots["keys"], self.slots["values"], visible, **attention)
+            output = masked_attention(query, self.slots["keys"], self.slots["values"], visible, softmax)
             self.output.index_copy_(2, self.column, output)
         if refreshes:
             self.priority.copy_(feedback.priorities(policy, held))

@@ -7,11 +7,12 @@ import torch
 from retention_gates.kernels.checks import check_same_device, check_shape
 from retention_gates.kernels.dispatch import use_fused, use_host
 from retention_gates.kernels.gate_evict import host, naive
-from retention_gates.kernels.gate_evict.layout import device_offsets, slot_table
+from retention_gates.kernels.gate_evict.layout import SlotState, device_offsets, slot_table
 from retention_gates.kernels.gate_evict.naive import drop_padding, enter_token, lowest, place_chunk
 
 __all__ = [
     "GateOutput",
+    "SlotState",
     "chunk_evict",
     "device_offsets",
     "drop_padding",
@@ -33,13 +34,7 @@ class GateOutput(NamedTuple):
 
 @torch.no_grad()
 def gate_evict(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    score: torch.Tensor,
-    positions: torch.Tensor,
-    pending: torch.Tensor,
-    start: torch.Tensor,
-    seen: torch.Tensor,
+    state: SlotState,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
     new_score: torch.Tensor | GateOutput,
@@ -58,10 +53,7 @@ def gate_evict(
     entries are still there for this step's attention. The step is `seen`, which then goes up by one.
 
     Args:
-        keys, values, score, positions, pending: the state, changed in place. [B, N, D], [B, N, Dv], fp32 [B, N] with
-            inf for protected entries, int64 [B, N] with -1 for empty slots, bool [B, N] for marked entries.
-        start: int64 [B], the position of each row's first real token, changed in place while a row has none.
-        seen: int64 [], tokens so far, padding included; changed in place. At most 2^40.
+        state: the layer's slots, changed in place; a row's `start` while it has no real token.
         new_key: [B, H, 1, D]; new_value: [B, H, 1, Dv].
         new_score: fp32 [B, H], inf for a protected token; or the output layer of a gate, whose log_beta is the score.
         head_offsets: H + 1 integers; head h owns the slots head_offsets[h]:head_offsets[h + 1], as many as its budget
@@ -78,7 +70,8 @@ def gate_evict(
     """
     if new_key.ndim != 4 or new_key.shape[2] != 1:
         raise ValueError(f"new_key must be [B, H, 1, D], not {list(new_key.shape)}: chunk_evict takes several tokens.")
-    _check_state(keys, values, score, positions, new_key, new_value, head_offsets, buffer_size)
+    _check_state(state, new_key, new_value, head_offsets, buffer_size)
+    keys, _, _, positions, pending, start, seen = state
     batch, heads = new_key.shape[:2]
     check_shape("pending", pending, tuple(positions.shape), "[B, N]")
     check_shape("start", start, (batch,), "[B]")
@@ -114,13 +107,7 @@ def gate_evict(
     elif use_host(keys):
         form = host.gate_evict
     form(
-        keys,
-        values,
-        score,
-        positions,
-        pending,
-        start,
-        seen,
+        state,
         new_key,
         new_value,
         scores,
@@ -145,10 +132,7 @@ def _check_dtypes(*expected: tuple[torch.dtype, dict[str, torch.Tensor | None]])
 
 @torch.no_grad()
 def chunk_evict(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    score: torch.Tensor,
-    positions: torch.Tensor,
+    state: SlotState,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
     new_score: torch.Tensor,
@@ -176,16 +160,13 @@ def chunk_evict(
     """
     if new_key.ndim != 4 or new_key.shape[2] == 0:
         raise ValueError(f"new_key must be [B, H, T, D] with T >= 1, not {list(new_key.shape)}.")
-    _check_state(keys, values, score, positions, new_key, new_value, head_offsets, buffer_size)
+    _check_state(state, new_key, new_value, head_offsets, buffer_size)
     batch, heads, tokens, _ = new_key.shape
     check_shape("new_score", new_score, (batch, heads, tokens), "[B, H, T]")
     check_shape("new_positions", new_positions, (batch, tokens), "[B, T]")
-    check_same_device("keys", keys, new_score=new_score, new_positions=new_positions, recent=recent)
+    check_same_device("keys", state.keys, new_score=new_score, new_positions=new_positions, recent=recent)
     naive.chunk_evict(
-        keys,
-        values,
-        score,
-        positions,
+        state,
         new_key,
         new_value,
         new_score,
@@ -199,15 +180,13 @@ def chunk_evict(
 
 
 def _check_state(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    score: torch.Tensor,
-    positions: torch.Tensor,
+    state: SlotState,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
     head_offsets: tuple[int, ...],
     buffer_size: int,
 ) -> None:
+    keys, values, score, positions = state[:4]
     batch, heads, tokens, head_dim = new_key.shape
     slots = head_offsets[-1]
     sizes = [stop - start for start, stop in zip(head_offsets, head_offsets[1:], strict=False)]

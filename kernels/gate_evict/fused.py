@@ -9,7 +9,7 @@ from triton import cdiv, next_power_of_2
 from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.gate_evict.kernel import evict_step
-from retention_gates.kernels.gate_evict.layout import device_offsets
+from retention_gates.kernels.gate_evict.layout import SlotState, device_offsets
 
 LANES = 32  # slots that a warp takes at once
 SLOTS_PER_WARP = 128
@@ -21,13 +21,7 @@ ROUNDS_OF_SEVERAL = 9  # where one pass is not enough: a loop of 16 takes 15 s t
 
 
 def gate_evict(
-    keys: Tensor,
-    values: Tensor,
-    score: Tensor,
-    positions: Tensor,
-    pending: Tensor,
-    start: Tensor,
-    seen: Tensor,
+    state: SlotState,
     new_key: Tensor,
     new_value: Tensor,
     new_score: Tensor | None,
@@ -43,19 +37,13 @@ def gate_evict(
     gate_bias: Tensor | None = None,
 ) -> None:
     """Arguments and effect as in the package's `gate_evict`; what it takes of a gate comes as three tensors."""
-    for name, tensor in (("keys", keys), ("values", values), ("score", score), ("positions", positions)):
+    for name, tensor in zip(state._fields[:4], state, strict=False):
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{name} has strides {tensor.stride()}; the fused kernel writes to contiguous state only."
             )
     _gate_evict(
-        keys,
-        values,
-        score,
-        positions,
-        pending,
-        start,
-        seen,
+        *state,
         new_key,
         new_value,
         new_score,

@@ -5,17 +5,11 @@ from typing import Any
 import torch
 
 from retention_gates.kernels.gate_evict import naive
-from retention_gates.kernels.gate_evict.layout import SlotTable, slot_table
+from retention_gates.kernels.gate_evict.layout import SlotState, SlotTable, slot_table
 
 
 def gate_evict(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    score: torch.Tensor,
-    positions: torch.Tensor,
-    pending: torch.Tensor,
-    start: torch.Tensor,
-    seen: torch.Tensor,
+    state: SlotState,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
     new_score: torch.Tensor | None,
@@ -28,11 +22,11 @@ def gate_evict(
     and there is a victim again. Where not every head is like that, or the token is protected or may be padding,
     naive.py runs.
     """
+    keys, values, score, positions, pending, start, seen = state
     victims = pending.nonzero(as_tuple=True)  # rows and slots, one of each head
     heads = new_key.shape[0] * new_key.shape[1]
     if len(victims[0]) != heads or not _is_simple(int(seen), start, **rule):
-        state = (keys, values, score, positions, pending, start, seen)
-        naive.gate_evict(*state, new_key, new_value, new_score, head_offsets, **rule)
+        naive.gate_evict(state, new_key, new_value, new_score, head_offsets, **rule)
         return
     if new_score is None:
         new_score = naive.finished(rule["gate_hidden"], rule["gate_weight"], rule["gate_bias"])

@@ -7,6 +7,18 @@ from typing import NamedTuple
 import torch
 
 
+class SlotState(NamedTuple):
+    """What a layer's slots hold; ops change these tensors in place."""
+
+    keys: torch.Tensor  # [B, N, D]
+    values: torch.Tensor  # [B, N, Dv]
+    score: torch.Tensor  # fp32 [B, N], inf for protected entries
+    positions: torch.Tensor  # int64 [B, N], -1 for an empty slot
+    pending: torch.Tensor  # bool [B, N], entries that are evicted and will be overwritten next
+    start: torch.Tensor  # int64 [B], the position of each row's first real token
+    seen: torch.Tensor  # int64 [], tokens so far, padding included; at most 2^40
+
+
 class SlotTable(NamedTuple):
     """Ways between the ragged row [N] and one line per head, padded to the longest, [H, S]."""
 

@@ -5,17 +5,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from retention_gates.kernels.gate_evict.layout import slot_table
+from retention_gates.kernels.gate_evict.layout import SlotState, slot_table
 
 
 def gate_evict(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    score: torch.Tensor,
-    positions: torch.Tensor,
-    pending: torch.Tensor,
-    start: torch.Tensor,
-    seen: torch.Tensor,
+    state: SlotState,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
     new_score: torch.Tensor | None,
@@ -31,6 +25,7 @@ def gate_evict(
     gate_bias: torch.Tensor | None = None,
 ) -> None:
     """Arguments and effect as in the package's `gate_evict`; what it takes of a gate comes as three tensors."""
+    keys, values, score, positions, pending, start, seen = state
     table = slot_table(head_offsets, keys.device)
     if new_score is None:
         assert gate_hidden is not None and gate_weight is not None and gate_bias is not None
@@ -95,10 +90,7 @@ def enter_token(
 
 
 def chunk_evict(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    score: torch.Tensor,
-    positions: torch.Tensor,
+    state: SlotState,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
     new_score: torch.Tensor,
@@ -111,6 +103,7 @@ def chunk_evict(
     recent: torch.Tensor | None = None,
 ) -> None:
     """Arguments and effect as in the package's `chunk_evict`."""
+    keys, values, score, positions = state[:4]
     table = slot_table(head_offsets, keys.device)
     batch, heads, tokens, _ = new_key.shape
     slots = table.slot.shape[1]

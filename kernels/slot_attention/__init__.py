@@ -7,6 +7,7 @@ import torch
 from retention_gates.kernels.checks import check_same_device, check_shape
 from retention_gates.kernels.dispatch import use_fused, use_host
 from retention_gates.kernels.slot_attention import host, naive
+from retention_gates.kernels.softmax import Softmax
 
 LONGEST_RUN = 16  # tokens
 
@@ -25,10 +26,8 @@ def slot_attention(
     values: torch.Tensor,
     positions: torch.Tensor,
     head_offsets: tuple[int, ...],
+    softmax: Softmax,
     *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
     received: torch.Tensor | None = None,
     run: Run | None = None,
 ) -> torch.Tensor:
@@ -41,9 +40,7 @@ def slot_attention(
         keys: [B, N, D]; values: [B, N, Dv]. Empty slots may hold anything finite.
         positions: int64 [B, N], -1 for an empty slot. A head that holds nothing gives 0.
         head_offsets: H + 1 integers; head h owns the slots head_offsets[h]:head_offsets[h + 1].
-        scale: what q k is multiplied with.
-        softcap: logits become softcap * tanh(q k * scale / softcap).
-        sinks: [HQ], one more logit per query head in the softmax's denominator.
+        softmax: how logits become weights.
         received: fp32 [B, N] or None; is overwritten with what each slot received, the softmax weights summed over
             the query heads of its KV head, 0 for empty slots. Not with a run.
         run: keys, values and positions of up to 16 new tokens, which are not in the slots. None: the token is there.
@@ -63,10 +60,7 @@ def slot_attention(
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name} is {tensor.dtype} and query {query.dtype}: they must share one floating dtype.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
-    if sinks is not None:
-        check_shape("sinks", sinks, (query_heads,), "[HQ]")
+    softmax.check(query_heads)
     if received is not None:
         check_shape("received", received, (batch, slots), "[B, N]")
         if received.dtype != torch.float32:
@@ -74,7 +68,8 @@ def slot_attention(
     if run is not None:
         _check_run(run, query, heads, values.shape[2], received)
         check_same_device("query", query, new_key=run.key, new_value=run.value, new_positions=run.positions)
-    check_same_device("query", query, keys=keys, values=values, positions=positions, sinks=sinks, received=received)
+    check_same_device("query", query, keys=keys, values=values, positions=positions, received=received)
+    check_same_device("query", query, sinks=softmax.sinks)
     form = naive.slot_attention
     if use_fused("slot_attention", query):
         from retention_gates.kernels.slot_attention.fused import slot_attention as form
@@ -86,9 +81,7 @@ def slot_attention(
         values,
         positions,
         head_offsets,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
+        softmax,
         received=received,
         run=run,
     )
@@ -112,10 +105,7 @@ def entry_weights(
     query: torch.Tensor,
     keys: torch.Tensor,
     visible: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """The attention that each entry receives from each of n queries, summed over its query group, fp32 [B, H, n, S].
 
@@ -126,7 +116,7 @@ def entry_weights(
         query: [B, HQ, n, D]; query head h reads KV head h // G.
         keys: [B, H, S, D], one line per head.
         visible: bool [B, H, n, S] or what broadcasts to it, which entries a query sees.
-        scale, softcap, sinks: as for `slot_attention`.
+        softmax: as for `slot_attention`.
 
     Raises:
         ValueError: for shapes or devices that don't go together.
@@ -143,9 +133,6 @@ def entry_weights(
         raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} KV heads.")
     if any(n not in (1, size) for n, size in zip(visible.shape, (batch, heads, tokens, entries), strict=True)):
         raise ValueError(f"visible is {list(visible.shape)}, which is not [B, H, n, S].")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, not {softcap}: pass None for no cap.")
-    if sinks is not None:
-        check_shape("sinks", sinks, (query_heads,), "[HQ]")
-    check_same_device("query", query, keys=keys, visible=visible, sinks=sinks)
-    return naive.entry_weights(query, keys, visible, scale=scale, softcap=softcap, sinks=sinks)
+    softmax.check(query_heads)
+    check_same_device("query", query, keys=keys, visible=visible, sinks=softmax.sinks)
+    return naive.entry_weights(query, keys, visible, softmax)

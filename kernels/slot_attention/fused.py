@@ -12,6 +12,7 @@ from retention_gates.kernels.checks import with_unit_stride
 from retention_gates.kernels.dispatch import on_own_device
 from retention_gates.kernels.slot_attention.kernel import attend_parts, sum_parts, sum_received
 from retention_gates.kernels.slot_attention.parts import parts_of
+from retention_gates.kernels.softmax import Softmax
 
 LARGEST_HEAD_DIM = 256
 SUM_NUMBERS = 8192  # fp32 numbers of partial outputs that are read at a time
@@ -56,10 +57,8 @@ def slot_attention(
     values: Tensor,
     positions: Tensor,
     head_offsets: tuple[int, ...],
+    softmax: Softmax,
     *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     received: Tensor | None = None,
     run: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -79,6 +78,7 @@ def slot_attention(
     for name, one in state.items():
         if one is not None and not one.is_contiguous():
             raise ValueError(f"{name} has strides {one.stride()}; the fused kernel takes contiguous state only.")
+    scale, softcap, sinks = softmax
     new_key, new_value, new_positions = (None, None, None) if run is None else run
     arguments = (query, keys, values, positions, head_offsets, new_key, new_value, new_positions, sinks)
     if received is None:

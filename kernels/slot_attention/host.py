@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from retention_gates.kernels.slot_attention import naive
+from retention_gates.kernels.softmax import Softmax
 
 
 def slot_attention(
@@ -14,8 +15,7 @@ def slot_attention(
     values: torch.Tensor,
     positions: torch.Tensor,
     head_offsets: tuple[int, ...],
-    *,
-    scale: float,
+    softmax: Softmax,
     **options: Any,
 ) -> torch.Tensor:
     """Arguments and result as in the package's `slot_attention`.
@@ -23,13 +23,13 @@ def slot_attention(
     In fp32 without options it is torch's own attention, of equal heads at once, over slots where they lie. It would
     round the weights of 16-bit values, and naive.py does not.
     """
-    is_plain = query.dtype == torch.float32 and all(each is None for each in options.values())
+    is_plain = query.dtype == torch.float32 and softmax.is_plain and all(each is None for each in options.values())
     if not is_plain or int(positions.min()) < 0:
-        return naive.slot_attention(query, keys, values, positions, head_offsets, scale=scale, **options)
+        return naive.slot_attention(query, keys, values, positions, head_offsets, softmax, **options)
     grouped = query.reshape(len(query), len(head_offsets) - 1, -1, query.shape[3])  # [B, H, G, D]
     outputs = []
     for first, last in naive.equal_heads(head_offsets):
         own, shape = slice(head_offsets[first], head_offsets[last]), (last - first, -1)
         key, value = (x[:, own].unflatten(1, shape) for x in (keys, values))  # [B, h, S, D]
-        outputs.append(F.scaled_dot_product_attention(grouped[:, first:last], key, value, scale=scale))
+        outputs.append(F.scaled_dot_product_attention(grouped[:, first:last], key, value, scale=softmax.scale))
     return torch.cat(outputs, dim=1).view(len(query), query.shape[1], 1, -1)

@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import torch
 
+from retention_gates.kernels.softmax import Softmax
+
 
 def slot_attention(
     query: torch.Tensor,
@@ -11,14 +13,13 @@ def slot_attention(
     values: torch.Tensor,
     positions: torch.Tensor,
     head_offsets: tuple[int, ...],
+    softmax: Softmax,
     *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
     received: torch.Tensor | None = None,
     run: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Arguments and result as in the package's `slot_attention`; the equation in fp32, equal heads at once."""
+    scale, softcap, sinks = softmax
     batch, query_heads, tokens, _ = query.shape
     heads = len(head_offsets) - 1
     grouped = query.reshape(batch, heads, -1, query.shape[3])  # [B, H, G * n, D]
@@ -68,12 +69,10 @@ def entry_weights(
     query: torch.Tensor,
     keys: torch.Tensor,
     visible: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """Arguments and result as in the package's `entry_weights`."""
+    scale, softcap, sinks = softmax
     batch, query_heads, tokens, _ = query.shape
     heads, entries = keys.shape[1:3]
     grouped = query.reshape(batch * heads, -1, query.shape[3]).float()  # [B * H, G * n, D]

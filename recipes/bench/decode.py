@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3C
 from transformers.cache_utils import Cache
 
 from retention_gates import BoundedCache, RetentionGateConfig
-from retention_gates.gates.ruled_layer import RuledLayer
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.recipes.bench.decode_rivals import EagerCache, import_kvpress, pressed
 from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, bandwidth_gbs, report, time_ms
 from retention_gates.recipes.plots import require_matplotlib
@@ -87,9 +87,9 @@ def read(model: PeftModel, cache: Any, batch: int, context: int) -> None:
     model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
     for layer in cache.layers:
         layer.seen += context - prompt.shape[1]
-        if isinstance(layer, RuledLayer):
+        if isinstance(layer, EvictingLayer):
             layer.columns = context
-        held = "slot_positions" if hasattr(layer, "slot_positions") else "positions"
+        held = "slot_positions" if hasattr(layer, "slot_positions") else "held_positions"
         entries = getattr(layer, held)
         entries += (context - prompt.shape[1]) * (entries >= 0)
 

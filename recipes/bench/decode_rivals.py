@@ -8,77 +8,79 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from retention_gates import find_gated_model
+from retention_gates.gates.cache import EvictingCache
 from retention_gates.gates.cache_argument import find_cache
-from retention_gates.gates.cache_layer import GatedCacheLayer
+from retention_gates.gates.cache_layer import EvictingLayer, storage_bytes
+from retention_gates.gates.eviction_rule import EvictionRule, Span
+from retention_gates.kernels.softmax import Softmax
 
 
-class EagerLayer(GatedCacheLayer):
+class EagerLayer(EvictingLayer):
     """Learned eviction as operators of eager torch: concatenate, and once in `buffer_size` steps choose and gather."""
 
     keys: Tensor
     values: Tensor
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self, memory_size: int, buffer_size: int):
-        super().__init__()
-        self.memory_size, self.buffer_size = memory_size, buffer_size
-        self.seen = 0
+    seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads = key_states.shape[:2]
+        self.batch_size, heads = key_states.shape[:2]
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.log_beta = torch.zeros(batch, heads, 0, device=key_states.device)
-        self.positions = self.log_beta.long()
+        self.log_beta = torch.zeros(self.batch_size, heads, 0, device=key_states.device)
+        self.held_positions = self.log_beta.long()
         self.is_initialized = True
 
-    def stage(self, module: nn.Module, log_beta: Tensor, padding_mask: Tensor | None) -> None:  # type: ignore[override]
-        self.staged = log_beta
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, log_beta: Any, padding_mask: Tensor | None, softmax: Softmax
+    ) -> Tensor:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        tokens = key_states.shape[2]
-        new = torch.arange(self.seen, self.seen + tokens, device=key_states.device).expand_as(self.staged)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
-        self.log_beta = torch.cat([self.log_beta, self.staged], dim=2)
-        self.positions = torch.cat([self.positions, new], dim=2)
+            self.lazy_initialization(key, value)
+        tokens = key.shape[2]
+        new = torch.arange(self.seen, self.seen + tokens, device=key.device).expand_as(log_beta)
+        self.keys = torch.cat([self.keys, key], dim=2)
+        self.values = torch.cat([self.values, value], dim=2)
+        self.log_beta = torch.cat([self.log_beta, log_beta], dim=2)
+        self.held_positions = torch.cat([self.held_positions, new], dim=2)
         self.seen += tokens
-        return key_states, value_states
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap=None, sinks=None) -> Tensor:
-        causal = query.shape[2] > 1
         output = F.scaled_dot_product_attention(
-            query, self.keys, self.values, scale=scale, is_causal=causal, enable_gqa=True
+            query, self.keys, self.values, scale=softmax.scale, is_causal=tokens > 1, enable_gqa=True
         )
-        if self.keys.shape[2] >= self.memory_size + self.buffer_size:
-            score = (self.seen - 1 - self.positions) * self.log_beta
-            kept = score.topk(self.memory_size, dim=2).indices.sort(dim=2).values
-            self.log_beta, self.positions = self.log_beta.gather(2, kept), self.positions.gather(2, kept)
+        memory_size = self.rule.budgets[0]
+        if self.keys.shape[2] >= memory_size + self.rule.buffer_size:
+            score = (self.seen - 1 - self.held_positions) * self.log_beta
+            kept = score.topk(memory_size, dim=2).indices.sort(dim=2).values
+            self.log_beta, self.held_positions = self.log_beta.gather(2, kept), self.held_positions.gather(2, kept)
             index = kept[..., None].expand(-1, -1, -1, self.keys.shape[3])
             self.keys, self.values = self.keys.gather(2, index), self.values.gather(2, index)
+        self.is_empty = self.is_attending = False
         return output
+
+    def positions(self, head: int) -> Tensor:
+        self.check_head(head)
+        return self.held_positions[:, head]
+
+    def holds(self, span: Span) -> bool:
+        return self.is_empty
+
+    def restore(self, state: dict[str, Tensor], columns: int) -> None:
+        raise ValueError("A rival is measured and not saved.")
+
+    def memory_bytes(self) -> int:
+        return storage_bytes(self)
 
     def get_seq_length(self) -> int:
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
 
-    def get_max_length(self) -> int:
-        return -1
-
-
-class EagerCache(Cache):
+class EagerCache(EvictingCache):
     """For a model whose layers are all gated. One prompt, then one token at a time, no padding."""
 
     def __init__(self, model: nn.Module, memory_size: int, buffer_size: int = 128):
-        layers = len(find_gated_model(model).gated_layers)
-        super().__init__(layers=[EagerLayer(memory_size, buffer_size) for _ in range(layers)])
+        super().__init__(model, memory_size, budgets="uniform", protected_tokens=0, buffer_size=buffer_size)
+
+    def make_layer(self, rule: EvictionRule, owner: nn.Module) -> EagerLayer:
+        return EagerLayer(rule, owner)
 
 
 def import_kvpress() -> Any:

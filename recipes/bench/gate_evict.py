@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from retention_gates.kernels.gate_evict import GateOutput, fused, naive
+from retention_gates.kernels.gate_evict import GateOutput, SlotState, fused, naive
 from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, replayed_us, report, time_ms
 
 Form = Callable[..., None]
@@ -73,11 +73,11 @@ def cases(batch: int, heads: int, size: int, dim: int, width: int, bandwidth: fl
             "plain torch, captured": (naive.gate_evict, score, rule),
         }
         for contender, (form, given, options) in contenders.items():
-            value, spread = replayed_us([partial(form, *state, *token, given, offsets, **options) for state in states])
+            value, spread = replayed_us([partial(form, state, *token, given, offsets, **options) for state in states])
             yield Measurement(case, contender, value, "us", spread, limit)
         if kind == "uniform":
             plain: Form = naive.gate_evict
-            milliseconds, spread = time_ms(partial(plain, *states[0], *token, score, offsets, **rule))
+            milliseconds, spread = time_ms(partial(plain, states[0], *token, score, offsets, **rule))
             value, spread = milliseconds * 1e3, spread * 1e3
             yield Measurement(case, "plain torch, launches queued", value, "us", spread, limit)
 
@@ -94,7 +94,7 @@ def sweep(batch: int, heads: int, size: int, dim: int) -> list[Measurement]:
         states = [full_state(batch, offsets, dim) for _ in range(LAYERS)]
         fused.SLOTS_PER_WARP, fused.MOST_WARPS, fused.ROUNDS = 1, warps, tuple(range(1, rounds + 1))
         form: Form = fused.gate_evict
-        value, spread = replayed_us([partial(form, *s, *token, score, offsets, linear_in_age=True) for s in states])
+        value, spread = replayed_us([partial(form, s, *token, score, offsets, linear_in_age=True) for s in states])
         contender = f"ours, {warps} warps, {rounds} rounds"
         measured.append(
             Measurement(f"B={batch} H={heads} D={dim} M={size} bf16 {kind}", contender, value, "us", spread)
@@ -111,7 +111,7 @@ def ragged(size: int, heads: int) -> list[int]:
     return sizes.tolist()
 
 
-def full_state(batch: int, offsets: tuple[int, ...], dim: int) -> list[torch.Tensor]:
+def full_state(batch: int, offsets: tuple[int, ...], dim: int) -> SlotState:
     """A layer in the midst of decoding: every head is full and its last slot is pending."""
     shape = (batch, offsets[-1])
     positions = torch.empty(shape, dtype=torch.int64, device="cuda")
@@ -123,15 +123,15 @@ def full_state(batch: int, offsets: tuple[int, ...], dim: int) -> list[torch.Ten
     entries = [torch.zeros(*shape, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     score = -torch.rand(shape, device="cuda") * 1e-2
     counters = [torch.zeros(batch, dtype=torch.int64, device="cuda"), torch.tensor(STEP, device="cuda")]
-    return [*entries, score, positions, pending, *counters]
+    return SlotState(entries[0], entries[1], score, positions, pending, counters[0], counters[1])
 
 
-def check(state: list[torch.Tensor], token: list[torch.Tensor], score: torch.Tensor, offsets: tuple[int, ...]) -> None:
-    states = [[tensor.clone() for tensor in state] for _ in range(2)]
+def check(state: SlotState, token: list[torch.Tensor], score: torch.Tensor, offsets: tuple[int, ...]) -> None:
+    states = [SlotState(*(tensor.clone() for tensor in state)) for _ in range(2)]
     for _ in range(20):
         forms: tuple[Form, Form] = naive.gate_evict, fused.gate_evict
         for form, own in zip(forms, states, strict=True):
-            form(*own, *token, score, offsets, linear_in_age=True)
+            form(own, *token, score, offsets, linear_in_age=True)
     for name, expected, got in zip(
         ("positions", "pending", "seen"), *(own[3:5] + own[6:] for own in states), strict=True
     ):

@@ -22,6 +22,7 @@ from retention_gates.gates.chunk_attention import attend_in_blocks
 from retention_gates.gates.eviction_rule import EvictionRule
 from retention_gates.gates.policies import RETENTION
 from retention_gates.gates.slot_layer import SlotLayer
+from retention_gates.kernels.softmax import Softmax
 from retention_gates.recipes.bench.harness import Measurement, peak_mib, report, time_ms
 
 HEADS, GROUP, HEAD_DIM = 8, 4, 128
@@ -52,9 +53,9 @@ def make_layer(budgets: tuple[int, ...]) -> SlotLayer:
 
 
 def read_chunk(layer: SlotLayer, prompt: Prompt, now: slice) -> Tensor:
-    layer.stage(OWNER, prompt.log_beta[:, :, now], None)
+    layer.begin(OWNER, now.stop - now.start)
     key, value = layer.update(prompt.key[:, :, now], prompt.value[:, :, now])
-    return layer.attend(prompt.query[:, :, now], key, value, scale=SCALE)
+    return layer.attend(prompt.query[:, :, now], key, value, prompt.log_beta[:, :, now], None, Softmax(SCALE))
 
 
 def read(prompt: Prompt, size: int, budgets: tuple[int, ...]) -> Callable[[], object]:
@@ -97,7 +98,7 @@ def check(prompt: Prompt, size: int, budgets: tuple[int, ...]) -> float:
     positions = torch.arange(second.start, second.stop, device=output.device)[None]
     chunk = prompt.key[:, :, second].float(), prompt.value[:, :, second].float(), positions
     query = prompt.query[:, :, second].float()
-    expected = attend_in_blocks(query, slots, chunk, layer.head_offsets, scale=SCALE)
+    expected = attend_in_blocks(query, slots, chunk, layer.head_offsets, Softmax(SCALE))
     error = float((output - expected).abs().max())
     held = [int((layer.positions(head) >= 0).sum()) for head in range(HEADS)]
     if not error < 0.03 or held != list(budgets):

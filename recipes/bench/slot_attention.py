@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from retention_gates.kernels.slot_attention import Run, fused, naive, parts
+from retention_gates.kernels.softmax import Softmax
 from retention_gates.recipes.bench.gate_evict import ragged
 from retention_gates.recipes.bench.harness import Measurement, bandwidth_gbs, replayed_us, report
 
@@ -75,10 +76,12 @@ class Layers:
 
     def ours(self, layer: int = 0, query: torch.Tensor | None = None, **more) -> torch.Tensor:
         query = self.query if query is None else query
-        return fused.slot_attention(query, *self.slots[layer], self.positions, self.offsets, scale=self.scale, **more)
+        return fused.slot_attention(
+            query, *self.slots[layer], self.positions, self.offsets, Softmax(self.scale), **more
+        )
 
     def plain(self, layer: int = 0) -> torch.Tensor:
-        return naive.slot_attention(self.query, *self.slots[layer], self.positions, self.offsets, scale=self.scale)
+        return naive.slot_attention(self.query, *self.slots[layer], self.positions, self.offsets, Softmax(self.scale))
 
     def by_head(self, layer: int = 0) -> torch.Tensor:
         batch, query_heads, _, dim = self.query.shape

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from retention_gates.gates.cache import BoundedCache
+from retention_gates.gates.cache_layer import EvictingLayer
 from retention_gates.gates.families import text_config
 from retention_gates.gates.model import find_gated_model
-from retention_gates.gates.slot_layer import SlotLayer
 
 
 class ChatRows:
@@ -42,17 +42,18 @@ class ChatRows:
         self.reset()
 
     def _check(self) -> None:
-        others = sorted({type(layer).__name__ for layer in self.cache.layers if type(layer) is not SlotLayer})
-        if "FeedbackSlotLayer" in others:
-            raise ValueError(
-                f"budgets={self.cache.budgets_from!r} move between heads while text is read, which rows that come and "
-                "go cannot do: serve with uniform, calibrated or pyramid budgets."
-            )
+        others = sorted({type(layer).__name__ for layer in self.cache.layers if not isinstance(layer, EvictingLayer)})
         if others:
             raise ValueError(
                 f"{type(find_gated_model(self.model).model).__name__} has layers without a gate (their caches: "
                 f"{', '.join(others)}), and rows of those cannot join a batch that is under way: serve a model and an "
                 "adapter with a gate in every layer."
+            )
+        reasons = {layer.why_rows_stay for layer in self.cache.gated_layers} - {None}
+        if reasons:
+            raise ValueError(
+                f"budgets={self.cache.budgets_from!r} move between heads while text is read, which rows that come "
+                f"and go cannot do ({reasons.pop()}): serve with uniform, calibrated or pyramid budgets."
             )
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@ import torch
 from gated_models import gated_model, step_by_step, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_calls import attend
 from plain_eviction import PlainHead
 from torch import nn
 from transformers import DynamicCache
@@ -25,8 +26,7 @@ SCORED = sorted(name for name, policy in POLICIES.items() if isinstance(policy, 
 
 def read(layer, log_beta, query, key, value, valid):
     """One forward pass of a layer as the wrapper and the attention function make it."""
-    layer.stage(OWNER, log_beta, valid)
-    return layer.attend(query, *layer.update(key, value), scale=0.5)
+    return attend(layer, OWNER, log_beta, query, key, value, valid)
 
 
 @st.composite

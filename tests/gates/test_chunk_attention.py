@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retention_gates.gates import chunk_attention
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.chunk_attention import attend_chunk, attend_in_blocks, attend_packed
+from retention_gates.kernels.softmax import Softmax
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
@@ -98,9 +99,9 @@ def test_all_ways_are_softmax_attention(offsets, counts, tokens, group, monkeypa
         tensor[slots[2] < 0] = 1e9  # of an evicted entry
     expected = by_hand(query, slots, chunk, offsets, 0.4)
     for together in (False, True):
-        found = attend_in_blocks(query, slots, chunk, offsets, scale=0.4, together=together)
+        found = attend_in_blocks(query, slots, chunk, offsets, Softmax(0.4), together=together)
         torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(attend_packed(query, slots, chunk, offsets, scale=0.4), expected)
+    torch.testing.assert_close(attend_packed(query, slots, chunk, offsets, 0.4), expected)
     assert as_on_cuda
 
 
@@ -116,7 +117,7 @@ def test_flash_attention_of_sequences(dim, tokens, group, monkeypatch):
     query, slots, chunk = ([x.double() if x.is_floating_point() else x for x in part] for part in rounded)
     expected = by_hand(*query, slots, chunk, offsets, dim**-0.5)
     (query,), slots, chunk = ([x.cuda() for x in part] for part in rounded)
-    found = attend_chunk(query, slots, chunk, offsets, is_padded=False, scale=dim**-0.5)
+    found = attend_chunk(query, slots, chunk, offsets, Softmax(dim**-0.5), is_padded=False)
     torch.testing.assert_close(found.cpu().double(), expected, rtol=0.02, atol=0.02)
 
 
@@ -132,10 +133,11 @@ def test_rows_that_hold_differently_and_padding(monkeypatch):
     nobody = (*slots[:2], torch.full_like(slots[2], -1))
     alone = by_hand(query, nobody, padded, offsets, 0.4)
     sinks = torch.full((4,), -1e4, dtype=torch.float64)  # which changes nothing, by the way of softcaps and sinks
-    for options in ({"together": False}, {"together": True}, {"together": True, "sinks": sinks}):
-        found = attend_in_blocks(query, slots, padded, offsets, scale=0.4, **options)
+    for together, extra in ((False, None), (True, None), (True, sinks)):
+        options = dict(softmax=Softmax(0.4, None, extra), together=together)
+        found = attend_in_blocks(query, slots, padded, offsets, **options)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        found = attend_in_blocks(query, None, padded, offsets, scale=0.4, **options)
+        found = attend_in_blocks(query, None, padded, offsets, **options)
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from gated_models import gated_model, step_by_step, token_ids
+from layer_calls import attend
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,23 +35,22 @@ class Ops(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("finishes_gate", [False, True])
+@pytest.mark.parametrize("takes_gate_output", [False, True])
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_step_of_a_layer_is_two_operators(device, with_mask, finishes_gate, monkeypatch):
+def test_a_step_of_a_layer_is_two_operators(device, with_mask, takes_gate_output, monkeypatch):
     monkeypatch.setenv(VARIABLE, "fused")
     owner = nn.Identity()
     layer = SlotLayer(EvictionRule(POLICIES["retention"], (3, 5), 1, ((0, 1), (2, 3)), 0, 0), owner)
     key, value = torch.randn(2, 2, 2, 1, 16, device=device)
     query = torch.randn(2, 4, 1, 16, device=device)
     log_beta = -torch.rand(2, 2, 1, device=device)
-    if finishes_gate:
+    if takes_gate_output:
         log_beta = GateOutput(*(torch.randn(shape, device=device) for shape in ((2, 8), (2, 8), (2,))))
     for step in range(8):
         mask = torch.ones(2, step + 1, dtype=torch.bool, device=device) if with_mask else None
         with Ops() as ops:
-            layer.stage(owner, log_beta, mask)
-            layer.attend(query, *layer.update(key, value), scale=0.5)
+            attend(layer, owner, log_beta, query, key, value, mask)
     names = [name for name in ops.names if name.startswith("retention_gates::")]
     inside = {"aten::empty.memory_format", "aten::new_empty", "aten::empty"}  # what the kernels' callers allocate
     assert names == ["retention_gates::gate_evict", "retention_gates::slot_attention"]

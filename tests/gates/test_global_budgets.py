@@ -8,6 +8,7 @@ import torch
 from gated_models import gated_model, step_by_step, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_calls import attend
 from torch import nn
 
 from retention_gates.gates import pool as pool_module
@@ -109,9 +110,8 @@ def test_keeps_and_shows_what_plain_python_does(run):
                 visible[layer, row, head, position - first :, position] = True
             plain[row].cut(new, now.stop - 1, recent)
         for layer, cache in enumerate(caches):
-            cache.stage(OWNER, log_beta[layer][:, :, now], mask)
-            chunk = cache.update(key[layer][:, :, now], value[layer][:, :, now])
-            found = cache.attend(query[layer][:, :, now], *chunk, scale=0.5)
+            new = (each[layer][:, :, now] for each in (log_beta, query, key, value))
+            found = attend(cache, OWNER, *new, mask)
             logits = query[layer][:, :, now].unflatten(1, (heads, group)) @ key[layer][:, :, None].mT * 0.5
             weights = logits.masked_fill(~visible[layer][:, :, None], -math.inf).softmax(-1).nan_to_num()
             expected = (weights @ value[layer][:, :, None]).flatten(1, 2)

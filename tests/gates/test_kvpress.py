@@ -14,6 +14,7 @@ from retention_gates.gates import feedback
 from retention_gates.gates.budgets import pyramid_budgets
 from retention_gates.gates.policies import POLICIES, Held, NewTokens, Setting
 from retention_gates.kernels.slot_attention import entry_weights
+from retention_gates.kernels.softmax import Softmax
 
 RECORDED = load_file(Path(__file__).parents[1] / "fixtures" / "kvpress.safetensors")
 HEADS, TOKENS, HEAD_DIM = RECORDED["key"].shape
@@ -47,7 +48,7 @@ def after_prompt(name: str, budget: int = 64) -> Held:
             columns[block][-1],
         )
         visible = columns <= columns[block, None]
-        feedback.observe(policy, held, entry_weights(held.query, key, visible[None, None], scale=SCALE), False)
+        feedback.observe(policy, held, entry_weights(held.query, key, visible[None, None], Softmax(SCALE)), False)
     return held
 
 

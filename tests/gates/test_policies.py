@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layer_calls import attend
 from plain_feedback import simulate
 from torch import nn
 
@@ -113,8 +114,7 @@ def layer_run(name, budget, chunks, seed, heads=2, group=2, head_dim=4, shared=F
     layer, ours, first = FeedbackSlotLayer(rule, OWNER), [], 0
     for length in chunks:
         now = slice(first, first + length)
-        layer.stage(OWNER, torch.zeros(1, heads, length), None)
-        layer.attend(query[:, :, now], *layer.update(key[:, :, now], value[:, :, now]), scale=0.5)
+        attend(layer, OWNER, torch.zeros(1, heads, length), *(x[:, :, now] for x in (query, key, value)))
         ours.append([{p for p in layer.positions(head)[0].tolist() if p >= 0} for head in range(heads)])
         first += length
     arguments = (query[0].tolist(), key[0].tolist(), value[0].tolist(), budget, protected, 0.5, list(FREQUENCIES))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from gated_models import gated_model, step_by_step, token_ids
+from layer_calls import attend
 from torch import nn
 
 from retention_gates.gates.cache import BoundedCache
@@ -27,8 +28,7 @@ def after(shift: int, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
     layer.start.fill_(shift)
     outputs = []
     for now in torch.arange(60).split([20] + [1] * 25 + [15]):
-        layer.stage(OWNER, log_beta[:, :, now], None)
-        outputs.append(layer.attend(query[:, :, now], *layer.update(key[:, :, now], value[:, :, now]), scale=0.5))
+        outputs.append(attend(layer, OWNER, *(x[:, :, now] for x in (log_beta, query, key, value))))
     held = torch.cat([layer.positions(head) for head in (0, 1)], dim=1)
     return torch.cat(outputs, dim=2), held - shift * (held >= 0)
 

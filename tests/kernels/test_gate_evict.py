@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_eviction import PlainHead
 
-from retention_gates.kernels.gate_evict import GateOutput, chunk_evict, gate_evict
+from retention_gates.kernels.gate_evict import GateOutput, SlotState, chunk_evict, gate_evict
 
 INF = float("inf")
 
@@ -35,16 +35,18 @@ class Slots:
         key, value = identity.expand(-1, -1, -1, 2), identity.expand(-1, -1, -1, 3) + 0.5
         positions = columns.expand(batch, -1).where(valid, -1)
         if tokens == 1:
-            state = (self.keys, self.values, self.score, self.positions, self.pending, self.start, self.seen)
             mask = torch.cat([torch.ones(batch, first, dtype=torch.bool), valid], dim=1)
-            gate_evict(*state, key, value, score[:, :, 0], self.offsets, padding_mask=mask, **rule)
+            gate_evict(self.state, key, value, score[:, :, 0], self.offsets, padding_mask=mask, **rule)
             assert self.seen == first + 1
         else:
             self.seen += tokens
             self.positions.masked_fill_(self.pending, -1)
             self.pending.zero_()
-            state = (self.keys, self.values, self.score, self.positions)
-            chunk_evict(*state, key, value, score, positions, self.seen - 1, self.offsets, **rule)
+            chunk_evict(self.state, key, value, score, positions, self.seen - 1, self.offsets, **rule)
+
+    @property
+    def state(self):
+        return SlotState(self.keys, self.values, self.score, self.positions, self.pending, self.start, self.seen)
 
     def held(self, row, head, pending=False):
         own = slice(self.offsets[head], self.offsets[head + 1])
@@ -153,21 +155,14 @@ def test_state_keeps_its_dtype(dtype):
         torch.ones(1, 2, 1, 3, dtype=dtype),
         torch.zeros(1, 2),
     )
-    state = (slots.keys, slots.values, slots.score, slots.positions, slots.pending, slots.start, slots.seen)
-    gate_evict(*state, *one, slots.offsets, **rule)
+    gate_evict(slots.state, *one, slots.offsets, **rule)
     assert slots.keys.dtype == dtype and slots.keys.sum() == 4
 
 
 def arguments():
     slots = Slots(2, [2, 3], 1)
     return dict(
-        keys=slots.keys,
-        values=slots.values,
-        score=slots.score,
-        positions=slots.positions,
-        pending=slots.pending,
-        start=slots.start,
-        seen=slots.seen,
+        state=slots.state,
         new_key=torch.zeros(2, 2, 1, 2),
         new_value=torch.zeros(2, 2, 1, 3),
         new_score=torch.zeros(2, 2),
@@ -203,14 +198,16 @@ def arguments():
     ],
 )
 def test_bad_arguments(change, message):
-    gate_evict(**arguments())
+    good = arguments()
+    gate_evict(**good)
+    of_state = {name: value for name, value in change.items() if name in SlotState._fields}
+    others = {name: value for name, value in change.items() if name not in of_state}
     with pytest.raises(ValueError, match=message):
-        gate_evict(**(arguments() | change))
+        gate_evict(**(arguments() | {"state": good["state"]._replace(**of_state)} | others))
 
 
 def test_bad_arguments_of_a_chunk():
     good = arguments()
-    del good["pending"], good["start"], good["seen"]
     good |= dict(
         step=torch.tensor(0), new_score=torch.zeros(2, 2, 1), new_positions=torch.zeros(2, 1, dtype=torch.int64)
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retention_gates.kernels.dispatch import VARIABLE
-from retention_gates.kernels.gate_evict import GateOutput, fused, gate_evict, naive
+from retention_gates.kernels.gate_evict import GateOutput, SlotState, fused, gate_evict, naive
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -47,8 +47,8 @@ def run_both(device, tokens, state, offsets, masks=None, gates=None, **rule):
     for step, token in enumerate(tokens):
         token = [x.to(device) for x in token]
         mask = None if masks is None else masks[step].to(device)
-        naive.gate_evict(*states[0], *token, offsets, padding_mask=mask, **rule)
-        fused.gate_evict(*states[1], *token, offsets, padding_mask=mask, **rule)
+        naive.gate_evict(SlotState(*states[0]), *token, offsets, padding_mask=mask, **rule)
+        fused.gate_evict(SlotState(*states[1]), *token, offsets, padding_mask=mask, **rule)
         check_same(*states)
     return states[1]
 
@@ -142,7 +142,7 @@ def test_a_gate_is_finished_in_the_kernel(device):
     bias = torch.linspace(-30, 18, heads, device=device)
     form = "fused" if device == "cpu" else ""
     with mock.patch.dict(os.environ, {VARIABLE: form}):
-        gate_evict(*state, key, value, GateOutput(hidden, weight, bias), offsets, linear_in_age=True)
+        gate_evict(SlotState(*state), key, value, GateOutput(hidden, weight, bias), offsets, linear_in_age=True)
     got = torch.stack([state[2][:, start] for start in offsets[:-1]], dim=1)
     exact = torch.nn.functional.logsigmoid(hidden.double() @ weight.double().T + bias.double())
     torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=0)  # the logit's rounding, which exp magnifies
@@ -190,7 +190,7 @@ def test_a_captured_step_is_replayed():
     saved = [tensor.clone() for tensor in state]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gate_evict(*state, *inputs, offsets, linear_in_age=True, protected=protected)
+        gate_evict(SlotState(*state), *inputs, offsets, linear_in_age=True, protected=protected)
     for tensor, before in zip(state, saved, strict=True):
         tensor.copy_(before)
     for token in tokens:
@@ -220,7 +220,7 @@ def test_strided_state_is_refused(monkeypatch):
     (token,) = random_tokens(1, 1, 2, torch.Generator().manual_seed(3))
     state[0] = state[0].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="contiguous"):
-        gate_evict(*state, *token, offsets, linear_in_age=True)
+        gate_evict(SlotState(*state), *token, offsets, linear_in_age=True)
 
 
 def test_few_kernels_for_all_budgets():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retention_gates.kernels.dispatch import VARIABLE
-from retention_gates.kernels.gate_evict import GateOutput, gate_evict, host, naive
+from retention_gates.kernels.gate_evict import GateOutput, SlotState, gate_evict, host, naive
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +65,8 @@ def test_equals_the_equation(case):
         mask = None
         if step in case["padding"] and not case["seen"]:
             mask = torch.rand(2, step + 1, generator=generator) < 0.7
-        naive.gate_evict(*states[0], *token, offsets, padding_mask=mask, **rule)
-        gate_evict(*states[1], *token, offsets, padding_mask=mask, **rule)
+        naive.gate_evict(SlotState(*states[0]), *token, offsets, padding_mask=mask, **rule)
+        gate_evict(SlotState(*states[1]), *token, offsets, padding_mask=mask, **rule)
         for expected, got in zip(*states, strict=True):
             assert torch.equal(expected.nan_to_num(1.0), got.nan_to_num(1.0))
 
@@ -82,11 +82,11 @@ def test_a_full_memory_does_without_the_equation(offsets, monkeypatch):
         key, value, _ = random_token(1, 2, generator)
         gate = GateOutput(torch.randn(1, 4, generator=generator), weight, bias)
         with mock.patch.object(naive, "gate_evict", wraps=naive.gate_evict) as equation:
-            gate_evict(*states[0], key, value, gate, offsets, linear_in_age=True, protected=protected)
+            gate_evict(SlotState(*states[0]), key, value, gate, offsets, linear_in_age=True, protected=protected)
         asked += [step] * equation.call_count
         with monkeypatch.context() as context:
             context.setenv(VARIABLE, "naive")
-            gate_evict(*states[1], key, value, gate, offsets, linear_in_age=True, protected=protected)
+            gate_evict(SlotState(*states[1]), key, value, gate, offsets, linear_in_age=True, protected=protected)
         assert all(torch.equal(one.nan_to_num(1.0), other.nan_to_num(1.0)) for one, other in zip(*states, strict=True))
     longest = max(stop - start for start, stop in zip(offsets, offsets[1:], strict=False))
     assert asked == [*range(longest), 20]  # until the longest head is full, and for the protected token
@@ -99,6 +99,6 @@ def test_a_traced_step_takes_the_equation():
     with mock.patch.object(host, "gate_evict", side_effect=AssertionError):
         for _ in range(12):
             token = random_token(1, 2, generator)
-            compiled(*states[0], *token, offsets, linear_in_age=True)
-            naive.gate_evict(*states[1], *token, offsets, linear_in_age=True)
+            compiled(SlotState(*states[0]), *token, offsets, linear_in_age=True)
+            naive.gate_evict(SlotState(*states[1]), *token, offsets, linear_in_age=True)
     assert all(torch.equal(one.nan_to_num(1.0), other.nan_to_num(1.0)) for one, other in zip(*states, strict=True))

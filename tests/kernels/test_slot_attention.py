@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.kernels.slot_attention import entry_weights, naive, slot_attention
+from retention_gates.kernels.softmax import Softmax
 
 
 def inputs(sizes, group, head_dim, value_dim, batch=2, dtype=torch.float64, seed=0):
@@ -39,7 +40,7 @@ def expected(query, keys, values, positions, offsets, scale):
 @pytest.mark.parametrize("sizes", [[1], [7, 7, 7], [3, 65, 2, 1]])
 def test_equals_attention_over_what_is_held(sizes, group):
     case = inputs(sizes, group, head_dim=12, value_dim=5)
-    output = slot_attention(*case, scale=0.4)
+    output = slot_attention(*case, Softmax(0.4))
     assert output.dtype == torch.float64
     # computed in fp32
     torch.testing.assert_close(output, expected(*case, scale=0.4), rtol=1e-5, atol=1e-5)
@@ -51,13 +52,13 @@ def test_slots_that_are_all_taken(sizes, monkeypatch):
     positions[:] = 0
     exact = expected(query.double(), keys.double(), values.double(), positions, offsets, scale=0.4)
     monkeypatch.setenv(VARIABLE, "naive")
-    rounded = slot_attention(query, keys, values, positions, offsets, scale=0.4)
+    rounded = slot_attention(query, keys, values, positions, offsets, Softmax(0.4))
     monkeypatch.delenv(VARIABLE)
     with mock.patch.object(naive, "slot_attention", wraps=naive.slot_attention) as equation:
-        output = slot_attention(query, keys, values, positions, offsets, scale=0.4)
+        output = slot_attention(query, keys, values, positions, offsets, Softmax(0.4))
         assert not equation.called
         positions[1, -1] = -1
-        slot_attention(query, keys, values, positions, offsets, scale=0.4)
+        slot_attention(query, keys, values, positions, offsets, Softmax(0.4))
         assert equation.called
     assert output.shape == rounded.shape and output.is_contiguous()
     limit = 2 * (rounded - exact).abs().max() + torch.finfo(torch.float32).eps
@@ -66,7 +67,7 @@ def test_slots_that_are_all_taken(sizes, monkeypatch):
 
 def test_bf16_is_rounded_once():
     query, keys, values, positions, offsets = inputs([40, 9], 2, 16, 16, dtype=torch.bfloat16)
-    output = slot_attention(query, keys, values, positions, offsets, scale=0.25)
+    output = slot_attention(query, keys, values, positions, offsets, Softmax(0.25))
     exact = expected(query.double(), keys.double(), values.double(), positions, offsets, scale=0.25)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, exact.bfloat16(), rtol=2**-7, atol=1e-5)  # at most one step of bf16
@@ -75,7 +76,7 @@ def test_bf16_is_rounded_once():
 def test_a_head_that_holds_nothing_gives_zero():
     query, keys, values, positions, offsets = inputs([4, 4], 2, 8, 8)
     positions[1, :4] = -1
-    output = slot_attention(query, keys, values, positions, offsets, scale=1.0)
+    output = slot_attention(query, keys, values, positions, offsets, Softmax(1.0))
     assert (output[1, :2] == 0).all() and (output[1, 2:] != 0).all() and (output[0] != 0).all()
 
 
@@ -83,7 +84,7 @@ def test_softcap_and_sinks():
     query, keys, values, positions, offsets = inputs([6, 3], 2, 8, 4, batch=1)
     positions[:] = 0
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
-    output = slot_attention(query, keys, values, positions, offsets, scale=0.7, softcap=2.0, sinks=sinks)
+    output = slot_attention(query, keys, values, positions, offsets, Softmax(0.7, 2.0, sinks))
     for head, own in ((0, slice(0, 6)), (1, slice(0, 6)), (2, slice(6, 9)), (3, slice(6, 9))):
         logits = 2.0 * torch.tanh(query[0, head, 0] @ keys[0, own].T * 0.7 / 2.0)
         weights = torch.exp(logits) / (torch.exp(logits).sum() + torch.exp(sinks[head]))
@@ -99,8 +100,8 @@ def test_softcap_and_sinks():
         (dict(values=torch.zeros(1, 7, 8)), "values"),
         (dict(positions=torch.zeros(2, 6)), "positions"),
         (dict(keys=torch.zeros(2, 7, 8, dtype=torch.bfloat16)), "dtype"),
-        (dict(softcap=0.0), "softcap"),
-        (dict(sinks=torch.zeros(2)), "sinks"),
+        (dict(softmax=Softmax(1.0, 0.0)), "softcap"),
+        (dict(softmax=Softmax(1.0, None, torch.zeros(2))), "sinks"),
         (dict(received=torch.zeros(2, 6)), "received"),
     ],
 )
@@ -111,7 +112,7 @@ def test_bad_arguments(change, message):
         values=torch.zeros(2, 7, 8),
         positions=torch.zeros(2, 7, dtype=torch.int64),
         head_offsets=(0, 3, 7),
-        scale=1.0,
+        softmax=Softmax(1.0),
     )
     slot_attention(**good)
     with pytest.raises(ValueError, match=message):
@@ -124,12 +125,12 @@ def test_weights_are_what_each_slot_received(softcap, with_sinks):
     sizes, group = [3, 65, 2, 1], 3
     query, keys, _, positions, offsets = inputs(sizes, group, head_dim=12, value_dim=5)
     sinks = torch.linspace(-1, 2, 12, dtype=torch.float64) if with_sinks else None
-    arguments = dict(scale=0.4, softcap=softcap, sinks=sinks)
+    softmax = Softmax(0.4, softcap, sinks)
     # one-hot values make the output the weights themselves
     values = torch.eye(offsets[-1], dtype=torch.float64).expand(2, -1, -1)
     received = torch.full((2, offsets[-1]), float("nan"))
-    output = slot_attention(query, keys, values, positions, offsets, **arguments, received=received)
-    assert torch.equal(output, slot_attention(query, keys, values, positions, offsets, **arguments))
+    output = slot_attention(query, keys, values, positions, offsets, softmax, received=received)
+    assert torch.equal(output, slot_attention(query, keys, values, positions, offsets, softmax))
     torch.testing.assert_close(received.double(), output[:, :, 0].sum(1), rtol=1e-5, atol=1e-6)
 
     # the same from the op for many queries, each of which is one call of the other
@@ -140,10 +141,10 @@ def test_weights_are_what_each_slot_received(softcap, with_sinks):
         by_head[:, head, : stop - start] = keys[:, start:stop]
         visible[:, head, :, : stop - start] = (positions[:, start:stop] >= 0)[:, None]
     visible[:, :, 2] = False
-    many = entry_weights(queries, by_head, visible, **arguments)
+    many = entry_weights(queries, by_head, visible, softmax)
     assert many.shape == (2, 4, 3, 65) and (many[:, :, 2] == 0).all()
     for n in (0, 1):
-        slot_attention(queries[:, :, n : n + 1], keys, values, positions, offsets, **arguments, received=received)
+        slot_attention(queries[:, :, n : n + 1], keys, values, positions, offsets, softmax, received=received)
         for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
             torch.testing.assert_close(many[:, head, n, : stop - start], received[:, start:stop], rtol=1e-5, atol=1e-6)
 
@@ -155,13 +156,16 @@ def test_weights_are_what_each_slot_received(softcap, with_sinks):
         (dict(query=torch.zeros(2, 3, 5, 8)), "multiple"),
         (dict(keys=torch.zeros(2, 2, 7, 9)), "keys"),
         (dict(visible=torch.ones(2, 2, 5, 6).bool()), "visible"),
-        (dict(softcap=-1.0), "softcap"),
-        (dict(sinks=torch.zeros(2)), "sinks"),
+        (dict(softmax=Softmax(1.0, -1.0)), "softcap"),
+        (dict(softmax=Softmax(1.0, None, torch.zeros(2))), "sinks"),
     ],
 )
 def test_bad_arguments_of_entry_weights(change, message):
     good = dict(
-        query=torch.zeros(2, 4, 5, 8), keys=torch.zeros(2, 2, 7, 8), visible=torch.ones(1, 1, 5, 7).bool(), scale=1.0
+        query=torch.zeros(2, 4, 5, 8),
+        keys=torch.zeros(2, 2, 7, 8),
+        visible=torch.ones(1, 1, 5, 7).bool(),
+        softmax=Softmax(1.0),
     )
     entry_weights(**good)
     with pytest.raises(ValueError, match=message):

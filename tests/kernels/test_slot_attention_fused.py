@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.kernels.slot_attention import Run, fused, naive, parts, slot_attention
 from retention_gates.kernels.slot_attention.parts import parts_of
+from retention_gates.kernels.softmax import Softmax
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -37,10 +38,10 @@ def inputs(sizes, group, head_dim, value_dim, batch=2, tokens=1, dtype=torch.flo
     return case, Run(key, value, columns), normal(heads * group)
 
 
-def exact(case, run, **options):
+def exact(case, run, softmax):
     """The equation in fp64, written with loops over rows and query heads; [B, HQ, n, Dv], and what slots received."""
     query, keys, values, positions, offsets = case
-    scale, softcap, sinks = (options.get(name) for name in ("scale", "softcap", "sinks"))
+    scale, softcap, sinks = softmax
     batch, query_heads, tokens, _ = query.shape
     group = query_heads // (len(offsets) - 1)
     output = torch.zeros(batch, query_heads, tokens, values.shape[2], dtype=torch.float64, device=query.device)
@@ -71,19 +72,19 @@ def exact(case, run, **options):
 def check(sizes, group, dims, *, tokens=1, dtype, device, softcap=None, with_sinks=False, batch=2, **more):
     case, run, sinks = inputs(sizes, group, *dims, batch, tokens, dtype, device)
     run = run if tokens > 1 else None
-    options = dict(scale=dims[0] ** -0.5, softcap=softcap, sinks=sinks if with_sinks else None)
+    softmax = Softmax(dims[0] ** -0.5, softcap, sinks if with_sinks else None)
     received = torch.full_like(case[3], float("nan"), dtype=torch.float32) if tokens == 1 else None
     with mock.patch.object(torch.Tensor, "new_empty", _filled_with_nan):
-        output = fused.slot_attention(*case, **options, run=run, received=received)
+        output = fused.slot_attention(*case, softmax, run=run, received=received)
     assert output.dtype == dtype and output.transpose(1, 2).is_contiguous()
-    expected, expected_received = exact(case, run, **options)
-    theirs = _same_dtype(case, run, **options)
+    expected, expected_received = exact(case, run, softmax)
+    theirs = _same_dtype(case, run, softmax)
     error, allowed = (output - expected).abs().max(), (theirs - expected).abs().max()
     assert error <= 2 * allowed + 1e-6, (error, allowed)
     if run is None:
         assert (output[0, :group] == 0).all()
         torch.testing.assert_close(received.double(), expected_received, rtol=1e-4, atol=2e-6)
-    again = fused.slot_attention(*case, **options, run=run, received=received)
+    again = fused.slot_attention(*case, softmax, run=run, received=received)
     assert torch.equal(output, again)
 
 
@@ -92,19 +93,19 @@ def _filled_with_nan(tensor, *shape, empty=torch.Tensor.new_empty, **options):
     return result.fill_(float("nan")) if result.is_floating_point() else result
 
 
-def _same_dtype(case, run, scale, softcap, sinks):
+def _same_dtype(case, run, softmax):
     """Plain torch without a matmul in a dtype above the inputs'; where there are caps or sinks, the naive form."""
     query, keys, values, positions, offsets = case
     keys = keys.nan_to_num()
-    if softcap is not None or sinks is not None or run is not None:
-        return naive.slot_attention(query, keys, *case[2:], scale=scale, softcap=softcap, sinks=sinks, run=run)
+    if not softmax.is_plain or run is not None:
+        return naive.slot_attention(query, keys, *case[2:], softmax, run=run)
     outputs, group = [], query.shape[1] // (len(offsets) - 1)
     for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
         mask = (positions[:, start:stop] >= 0)[:, None, None]
         blind = ~mask.any(3, keepdim=True)
         own = slice(head * group, (head + 1) * group)
         key, value = (x[:, None, start:stop].expand(-1, group, -1, -1) for x in (keys, values))
-        logits = (query[:, own] @ key.transpose(2, 3) * scale).masked_fill(~(mask | blind), float("-inf"))
+        logits = (query[:, own] @ key.transpose(2, 3) * softmax.scale).masked_fill(~(mask | blind), float("-inf"))
         outputs.append((logits.softmax(3) @ value).masked_fill(blind, 0.0))
     return torch.cat(outputs, dim=1)
 
@@ -159,7 +160,7 @@ def test_batches_and_lengths_on_a_gpu(batch, size):
     keys, values = torch.randn(2, batch, 2 * size, 128, generator=generator, device="cuda").bfloat16().unbind()
     positions = torch.randint(-1, 3, (batch, 2 * size), generator=generator, device="cuda")
     case = (query.bfloat16(), keys, values, positions, (0, size, 2 * size))
-    output = fused.slot_attention(*case, scale=0.1)
+    output = fused.slot_attention(*case, Softmax(0.1))
     grouped, *entries = (x.double().view(batch, 2, -1, 128) for x in case[:3])
     mask = (positions >= 0).view(batch, 2, 1, size)
     expected = F.scaled_dot_product_attention(grouped, *entries, attn_mask=mask, scale=0.1).view(output.shape)
@@ -170,13 +171,13 @@ def test_batches_and_lengths_on_a_gpu(batch, size):
 @pytest.mark.parametrize("early", [False, True])
 def test_a_captured_call_is_replayed(early, monkeypatch):
     case, _, _ = inputs([300, 40], 4, 64, 64, dtype=torch.bfloat16, device="cuda")
-    expected = slot_attention(*case, scale=0.1)
+    expected = slot_attention(*case, Softmax(0.1))
     monkeypatch.setattr(fused, "SUM_BEGINS_EARLY", early)
-    slot_attention(*case, scale=0.1)  # compiles what it needs
+    slot_attention(*case, Softmax(0.1))  # compiles what it needs
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(4):  # each takes the memory of the one before
-            output = slot_attention(*case, scale=0.1)
+            output = slot_attention(*case, Softmax(0.1))
     for _ in range(3):
         output.zero_()
         graph.replay()
@@ -193,11 +194,11 @@ def test_compiles_without_a_break(device, monkeypatch):
     compiled = torch.compile(slot_attention, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
     one = (case[0][:, :, :1], *case[1:])
     received = torch.empty(2, 29, device=device)
-    output = compiled(*one, scale=0.3, received=received)
+    output = compiled(*one, Softmax(0.3), received=received)
     expected = torch.empty_like(received)
-    assert torch.equal(output, slot_attention(*one, scale=0.3, received=expected))
+    assert torch.equal(output, slot_attention(*one, Softmax(0.3), received=expected))
     assert torch.equal(received, expected)
-    assert torch.equal(compiled(*case, scale=0.3, run=run), slot_attention(*case, scale=0.3, run=run))
+    assert torch.equal(compiled(*case, Softmax(0.3), run=run), slot_attention(*case, Softmax(0.3), run=run))
 
 
 def test_every_slot_is_in_one_part(monkeypatch):
@@ -233,7 +234,7 @@ def test_every_slot_is_in_one_part(monkeypatch):
 )
 def test_what_the_kernel_does_not_take_is_refused(change, message):
     good = dict(query=torch.zeros(1, 2, 1, 16), keys=torch.zeros(1, 9, 16), values=torch.zeros(1, 9, 16))
-    good |= dict(positions=torch.zeros(1, 9).long(), head_offsets=(0, 4, 9), scale=1.0)
+    good |= dict(positions=torch.zeros(1, 9).long(), head_offsets=(0, 4, 9), softmax=Softmax(1.0))
     fused.slot_attention(**good)
     with pytest.raises(ValueError, match=message):
         fused.slot_attention(**(good | change))
