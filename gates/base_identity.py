@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ from typing import Any
 import torch
 
 SAMPLED = 1024  # numbers of each weight that the fingerprint looks at
+# What stands behind a model's name in that of a GGUF file: how it is quantised (".Q4_1", "-UD-Q4_K_XL", "-f16"), and
+# which part of several it is.
+QUANTISATION = re.compile(r"([.-](UD-)?(I?Q|TQ|B?F|FP|MXFP)\d\w*)?(-\d{5}-of-\d{5})?$", re.IGNORECASE)
+UNNAMED = ("", "model", "ggml-model", "weights")  # file names that say nothing of the model
 
 
 class BaseMismatchWarning(UserWarning, ValueError):
@@ -23,7 +29,10 @@ def warn_if_another_base(config: Any, model: Any) -> None:
     name, revision = identity(model)
     recorded, recorded_revision = _split_snapshot(config.base_model_name_or_path or "")
     recorded_revision = config.revision or recorded_revision
-    if name and recorded and not _same_name(name, recorded):
+    gguf_file = _gguf_file(model)
+    # a GGUF file that is called as the model passes for the model, as a folder does
+    is_its_file = gguf_file is not None and _same_name(display_name(name, gguf_file), display_name(recorded))
+    if name and recorded and not (_same_name(name, recorded) or is_its_file):
         warnings.warn(
             f"The adapter was trained on {recorded!r}, and this base model is {name!r}: the gates fit its shapes, but "
             "may misjudge its hidden states. Load the base that the adapter names, or ignore this if it is a copy.",
@@ -46,6 +55,26 @@ def identity(model: Any) -> tuple[str, str | None]:
     """
     name, revision = _split_snapshot(getattr(model, "name_or_path", "") or "")
     return name, getattr(model.config, "_commit_hash", None) or revision
+
+
+def display_name(name: str, gguf_file: str | None = None) -> str:
+    """The name of a base model for titles and reports: SmolLM2-135M-Instruct.
+
+    It is the last part of a name on the Hub or of a folder, where the Hub's cache counts as the Hub. A GGUF file is
+    named after its model, whatever its folder is called, unless its name is as general as model.gguf.
+    """
+    if gguf_file is not None:
+        file_name = QUANTISATION.sub("", Path(gguf_file).name.removesuffix(".gguf"), count=1)
+        if file_name.lower() not in UNNAMED:
+            return file_name
+    name = _split_snapshot(name)[0]
+    return Path(os.path.abspath(name)).name or name
+
+
+def _gguf_file(model: Any) -> str | None:
+    """The GGUF file that the weights were read from, as transformers notes it."""
+    quantization = getattr(model.config, "quantization_config", None)
+    return getattr(quantization, "gguf_file", None)
 
 
 def fingerprint(model: Any, rope_parameters: Any = None) -> str:

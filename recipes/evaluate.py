@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from retention_gates.gates.base_identity import display_name
 from retention_gates.recipes import written_answers
 from retention_gates.recipes.loading import add_model_arguments, add_text_arguments, base_name
 
@@ -106,7 +107,7 @@ def _from_model(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("Name a comparison's YAML file, or a folder for the results of the other options: --output.")
     name = base_name(given.get("model"), given.get("adapter"))
     model = {key: given[option] for option, key in MODEL_OPTIONS.items() if option in given}
-    return {"models": {Path(name).name: model}}
+    return {"models": {display_name(name, given.get("gguf_file")): model}}
 
 
 def _set(comparison: dict[str, Any], given: dict[str, Any]) -> None:

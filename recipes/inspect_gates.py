@@ -68,6 +68,8 @@ def main(options: argparse.Namespace) -> None:
 
     import torch
 
+    from retention_gates.checkpoints.evaluation_files import without_folders
+    from retention_gates.gates.base_identity import display_name
     from retention_gates.gates.model import find_gated_model
     from retention_gates.trainers.calibration import measure_shares
 
@@ -106,7 +108,8 @@ def main(options: argparse.Namespace) -> None:
         reading.eviction_times,
         layers=layers,
         budgets=reading.budgets,
-        title=f"{Path(options.adapter).name} at {options.memory_size} entries per head",
+        title=f"{display_name(name, options.gguf_file)} at {options.memory_size} entries per head, gates of "
+        f"{without_folders(options.adapter)}",
     )
     write_text(folder / PAGE, page)
     print(f"written: {', '.join(str(folder / file) for file in (HALF_LIFE, RETAINED_MASS, KEPT, PAGE))}")

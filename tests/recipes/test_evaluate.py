@@ -12,6 +12,7 @@ from retention_gates.cli import main
 from retention_gates.gates.policies import POLICIES
 from retention_gates.recipes.bench.harness import Measurement
 from retention_gates.recipes.compare import _unfit, can_run
+from retention_gates.recipes.evaluate import _from_model
 from retention_gates.trainers.comparison import aggregate, holm
 from retention_gates.trainers.evaluation import contenders
 
@@ -68,6 +69,15 @@ def test_results_have_a_record_of_each_row_and_contender(evaluated, files):
             (r, "full", None, None) for r in range(rows)
         }
     assert all(r["kl"] > 1e-3 for r in records if r["task"] == "text" and r["policy"] != "full")
+
+
+def test_the_model_is_called_by_its_name(evaluated, files):
+    text = (evaluated / "report.md").read_text()
+    assert "- model: `model`, adapter" in text and str(files.model) not in text
+    options = {"model": "/site/a_package", "gguf_file": "Model-1B.Q4_1.gguf"}
+    assert _from_model({**options, "output": "out"}) == {
+        "models": {"Model-1B": {"name": "/site/a_package", "gguf_file": "Model-1B.Q4_1.gguf"}}
+    }
 
 
 def cells(line: str) -> list[str]:

@@ -104,7 +104,7 @@ def test_the_command_writes_pictures_and_a_page(files, tmp_path):
         assert len({tuple(pixel) for pixel in picture[::3, ::3, :3].reshape(-1, 3).round(1)}) > 10
     page = Page((out / "tokens.html").read_text(encoding="utf-8"))
     assert page.tokens[:4] == ["<|endoftext|>", "the", "old", "ship"] and len(page.tokens) == 40
-    assert page.title == "adapter at 8 entries per head"
+    assert page.title == "model at 8 entries per head, gates of adapter"
     assert page.data["layers"] == [0, 1, 2, 3] and page.data["budgets"] == [[8, 8]] * 4
     assert [len(row) for layer in page.data["half_lives"] for row in layer] == [40] * 8
     assert page.data["half_lives"][0][0][:4] == [None] * 4 and page.data["eviction_times"][0][0][0] == 40
