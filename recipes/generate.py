@@ -3,11 +3,13 @@
 retention-gates generate --adapter user/adapter --memory-size 64 "Once upon a time"
 retention-gates generate --adapter user/adapter --memory-size 512 --prompt-file book.txt --save-memory book.memory
 retention-gates generate --adapter user/adapter --memory book.memory "Who found the map? It was"
+retention-gates generate --adapter user/adapter --compare-full-cache "Once upon a time"
 """
 
 import argparse
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-memory", metavar="FILE", help="read the prompt, write what is kept to FILE and generate nothing"
     )
+    parser.add_argument(
+        "--compare-full-cache", action="store_true",
+        help="then the same prompt once more with gates off and a full cache, each text under a heading",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (default: 0)"
@@ -83,6 +89,11 @@ def main(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more.")
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"--temperature {options.temperature} must be 0 or more, and finite.")
+    if options.compare_full_cache and (options.memory is not None or options.save_memory is not None):
+        raise ValueError(
+            "--compare-full-cache goes without --memory and --save-memory: a full cache needs the whole text, which a "
+            "memory does not hold. Give it with --prompt or --prompt-file."
+        )
     policy = options.policy or "retention"
     if options.memory is not None:
         from retention_gates.gates.memory_checks import read_memory_header
@@ -121,23 +132,51 @@ def main(options: argparse.Namespace) -> None:
         seen = past + len(ids)
         print(f"{options.save_memory} holds {seen} tokens read; {_held(cache, seen)}", file=sys.stderr)
         return
-    settings: dict[str, Any] = {**GREEDY}
-    if options.temperature > 0:
-        settings = {"do_sample": True, "temperature": options.temperature}
-    if options.prefill_chunk_size is not None:
-        settings["prefill_chunk_size"] = options.prefill_chunk_size
+    if options.compare_full_cache:
+        print(f"=== {cache.memory_size} entries per head", flush=True)
+    chunks = {} if options.prefill_chunk_size is None else {"prefill_chunk_size": options.prefill_chunk_size}
+    output, times = _write_on(model, tokenizer, inputs, options, past=past, past_key_values=cache, **chunks)
+    tokens = past + output.shape[1]
+    print(_figures(_held(cache, tokens - 1), tokens, times), file=sys.stderr)  # the last token never enters
+    if options.compare_full_cache:
+        print("\n=== full cache, gates off", flush=True)
+        with model.disable_adapter():
+            full, times = _write_on(model, tokenizer, inputs, options)
+        size = full_cache_bytes(cache, full.shape[1] - 1)
+        held = f"all {full.shape[1] - 1} entries per head; {size / 2**20:.2f} MiB held"
+        print(_figures(held, full.shape[1], times), file=sys.stderr)
+        print(_agreement(output[0, len(ids) :].tolist(), full[0, len(ids) :].tolist()), file=sys.stderr)
+
+
+def _write_on(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    inputs: "torch.Tensor",
+    options: argparse.Namespace,
+    *,
+    past: int = 0,
+    **settings: Any,
+) -> "tuple[torch.Tensor, list[float]]":
+    """Writes to stdout what the model goes on with; gives all tokens [1, T], and when the new ones came.
+
+    Args:
+        inputs: [1, T]; `past` tokens stand before them.
+    """
+    import torch
+
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY
     torch.manual_seed(options.seed)
     streamer = _timed_streamer(tokenizer)
     output = model.generate(
         input_ids=inputs,
-        attention_mask=torch.ones(1, past + len(ids), dtype=torch.int64, device=model.device),
-        past_key_values=cache,
+        attention_mask=torch.ones(1, past + inputs.shape[1], dtype=torch.int64, device=model.device),
         max_new_tokens=options.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=streamer,
+        **sampling,
         **settings,
     )
-    print(_figures(cache, past + output.shape[1], streamer.times), file=sys.stderr)
+    return output, streamer.times
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -200,13 +239,21 @@ def full_cache_bytes(cache: "BoundedCache", tokens: int) -> int:
     return size
 
 
-def _figures(cache: "BoundedCache", tokens: int, times: list[float]) -> str:
+def _figures(held: str, tokens: int, times: list[float]) -> str:
     """Entries, bytes and speed in one line. `times`: of the prompt's start and of every new token."""
     new = len(times) - 1
     # the first token pays for the prompt, so that speed is measured between new tokens where there are two
     first, count = (times[1], new - 1) if new > 1 else (times[0], new)
     speed = count / max(times[-1] - first, 1e-9)
-    return f"{_held(cache, tokens - 1)} after {tokens} tokens; {speed:.1f} tokens/s"  # the last token never enters
+    return f"{held} after {tokens} tokens; {speed:.1f} tokens/s"
+
+
+def _agreement(bounded: list[int], full: list[int]) -> str:
+    """How long two continuations stay the same."""
+    if bounded == full:
+        return f"both continuations have the same {len(full)} tokens"
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(bounded, full, strict=False)))
+    return f"the first {same} of {len(full)} new tokens are those of the full cache"
 
 
 def _held(cache: "BoundedCache", tokens: int) -> str:

@@ -10,10 +10,10 @@ from transformers import DynamicCache
 
 from retention_gates.cli import main
 from retention_gates.gates.cache import BoundedCache
-from retention_gates.recipes.generate import full_cache_bytes, prompt_ids
+from retention_gates.recipes.generate import _agreement, full_cache_bytes, prompt_ids
 from retention_gates.recipes.loading import load_model, load_tokenizer
 
-PROMPT = "the old ship sings over the sea"
+PROMPT = "king and queen"  # the tiny model goes on with words, not with special tokens, which are not shown
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def test_the_text_is_that_of_generate(files, policy, capsys):
     arguments = ["--adapter", str(files.adapter), "--prompt", PROMPT, "--memory-size", "8", "--max-new-tokens", "30"]
     assert main(["generate", *arguments, "--policy", policy]) == 0
     printed = capsys.readouterr()
-    assert printed.out.strip() == expected_text(files, 8, 30, policy=policy).strip()
+    assert printed.out.strip() == expected_text(files, 8, 30, policy=policy).strip() != ""
     (figures,) = [line for line in printed.err.splitlines() if "entries per head" in line]
     assert re.fullmatch(
-        r"8 entries per head; [\d.]+ MiB held, a full cache .* after 38 tokens; [\d.]+ tokens/s", figures
+        r"8 entries per head; [\d.]+ MiB held, a full cache .* after 34 tokens; [\d.]+ tokens/s", figures
     )
 
 
@@ -91,6 +91,55 @@ def test_a_full_cache_would_hold_what_a_dynamic_cache_holds(files):
             model(input_ids=ids, past_key_values=full)
     held = sum(t.nbytes for layer in full.layers for t in (layer.keys, layer.values))
     assert full_cache_bytes(cache, 37) == held > cache.memory_bytes()
+
+
+def full_cache_text(files: Files, tokens: int) -> str:
+    model, tokenizer = load_model(None, str(files.adapter)), load_tokenizer(str(files.model))
+    ids = torch.tensor([prompt_ids(tokenizer, PROMPT, chat=False)])
+    with model.disable_adapter():
+        output = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_the_full_caches_text_stands_beside(files, capsys):
+    arguments = ["--adapter", str(files.adapter), "--prompt", PROMPT, "--memory-size", "8", "--max-new-tokens", "30"]
+    assert main(["generate", *arguments, "--compare-full-cache"]) == 0
+    printed = capsys.readouterr()
+    heading, bounded, full = re.fullmatch(r"(=== .*\n)(?s:(.*)=== full cache, gates off\n(.*))", printed.out).groups()
+    assert heading == "=== 8 entries per head\n"
+    texts = [expected_text(files, 8, 30).strip(), full_cache_text(files, 30).strip()]
+    assert [bounded.strip(), full.strip()] == texts and texts[0] != texts[1]
+    figures = [line for line in printed.err.splitlines() if "tokens/s" in line]
+    assert " a full cache would hold 0.02 MiB after 34 tokens" in figures[0]
+    assert figures[1].startswith("all 33 entries per head; 0.02 MiB held after 34 tokens; ")
+    assert re.search(r"the first \d+ of 30 new tokens are those of the full cache", printed.err)
+
+
+@pytest.mark.parametrize(
+    "bounded, full, said",
+    [
+        ([1, 2, 3], [1, 2, 4], "the first 2 of 3 new tokens are"),
+        ([3, 2], [1, 2, 4], "the first 0 of 3 new tokens are"),
+        ([1, 2], [1, 2, 4], "the first 2 of 3 new tokens are"),
+        ([1, 2, 4, 5], [1, 2, 4], "the first 3 of 3 new tokens are"),
+        ([1, 2], [1, 2], "both continuations have the same 2 tokens"),
+    ],
+)
+def test_how_long_two_continuations_stay_the_same(bounded, full, said):
+    assert _agreement(bounded, full).startswith(said)
+
+
+def test_a_memory_that_evicts_nothing_gives_the_full_caches_text(files, capsys):
+    arguments = ["--adapter", str(files.adapter), "--prompt", PROMPT, "--memory-size", "99", "--max-new-tokens", "9"]
+    assert main(["generate", *arguments, "--compare-full-cache", "--budgets", "uniform"]) == 0
+    assert "both continuations have the same 9 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--memory", "--save-memory"])
+def test_a_full_cache_has_no_memory_file(files, option, tmp_path, capsys):
+    arguments = ["generate", "--adapter", str(files.adapter), "--compare-full-cache", option, str(tmp_path / "file")]
+    assert main([*arguments, PROMPT]) == 2
+    assert "--compare-full-cache goes without --memory" in capsys.readouterr().err
 
 
 def test_a_chat_prompt_is_in_the_models_own_form(files):
