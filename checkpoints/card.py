@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from retention_gates.checkpoints.evaluation_files import report_of, without_folders
-from retention_gates.gates.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from retention_gates.gates.adapter.files import CONFIG_NAME, WEIGHTS_NAME
 
 CARD_NAME, RUN_FILE, LOG = "README.md", "run.yaml", "log.jsonl"
 STOCK = "[More Information Needed]"  # of the card that PEFT writes with every adapter

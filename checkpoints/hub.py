@@ -9,8 +9,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from retention_gates.checkpoints.card import CARD_NAME
-from retention_gates.gates.adapter_files import CONFIG_NAME, WEIGHTS_NAME, find_file
-from retention_gates.gates.config import RetentionGateConfig
+from retention_gates.gates.adapter.config import RetentionGateConfig
+from retention_gates.gates.adapter.files import CONFIG_NAME, WEIGHTS_NAME, find_file
 
 NAME = r"[\w.-]+/[\w.-]+"
 

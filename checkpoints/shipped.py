@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from retention_gates.gates.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from retention_gates.gates.adapter.files import CONFIG_NAME, WEIGHTS_NAME
 
 FOLDER = Path(__file__).resolve().parent
 

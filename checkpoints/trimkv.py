@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from retention_gates.gates.adapter_checks import check_config_size, shown
-from retention_gates.gates.adapter_files import WEIGHTS_NAME
-from retention_gates.gates.config import RetentionGateConfig
-from retention_gates.gates.families import module_pattern
-from retention_gates.gates.gate import GATES, bias_to_half_life
+from retention_gates.gates.adapter.checks import check_config_size, shown
+from retention_gates.gates.adapter.config import RetentionGateConfig
+from retention_gates.gates.adapter.families import module_pattern
+from retention_gates.gates.adapter.files import WEIGHTS_NAME
+from retention_gates.gates.adapter.gate import GATES, bias_to_half_life
 
 THEIR_CONFIG, THEIR_WEIGHTS = "config.json", "trimkv_weights.pth"
 FAMILIES = ("qwen3", "qwen2", "llama", "phi3")  # whose decoder layers are model.layers.{i}

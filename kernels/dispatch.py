@@ -43,7 +43,7 @@ def use_fused(op: str, tensor: torch.Tensor) -> bool:
     return fused
 
 
-def use_host(tensor: torch.Tensor) -> bool:
+def use_cpu(tensor: torch.Tensor) -> bool:
     """Whether an op that does not run fused may choose by the numbers in its tensors: on a CPU, unless it is traced.
 
     Not where RETENTION_GATES_KERNELS asks for a form.

@@ -10,16 +10,10 @@ import argparse
 import json
 from pathlib import Path
 
-from retention_gates.recipes.loading import (
-    add_model_arguments,
-    add_text_arguments,
-    base_name,
-    load_model,
-    load_rows,
-    load_token_documents,
-    load_tokenizer,
-)
-from retention_gates.recipes.output import check_output, claim_output, copy_file, write_text
+from retention_gates.recipes.loading.arguments import add_model_arguments, add_text_arguments
+from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
+from retention_gates.recipes.loading.output_folder import check_output, claim_output, copy_file, write_text
+from retention_gates.recipes.loading.rows import load_rows, load_token_documents
 
 CONFIG = "adapter_config.json"
 
@@ -42,9 +36,9 @@ def main(options: argparse.Namespace) -> None:
     if options.output is not None:
         check_output(options.output)
 
-    from retention_gates.gates.model import find_gated_model
+    from retention_gates.gates.adapter.model import find_gated_model
     from retention_gates.trainers.calibration import measure_shares
-    from retention_gates.trainers.evaluation import check_length
+    from retention_gates.trainers.evaluation.forward_passes import check_length
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)

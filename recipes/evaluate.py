@@ -1,6 +1,6 @@
 """Compares policies and memory sizes with the full cache, on text and on recall tasks.
 
-    retention-gates evaluate recipes/compare_smollm2.yaml text.rows=4
+    retention-gates evaluate recipes/runs/compare_smollm2.yaml text.rows=4
     retention-gates evaluate --adapter out/adapter --memory-size 64 128 --output out/evaluation
 
 The first takes everything from a YAML file, several models if it names them; the second has one model and options for
@@ -13,9 +13,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from retention_gates.gates.base_identity import display_name
-from retention_gates.recipes import written_answers
-from retention_gates.recipes.loading import add_model_arguments, add_text_arguments, base_name
+from retention_gates.gates.adapter.base_identity import display_name
+from retention_gates.recipes.comparison import written_answers
+from retention_gates.recipes.loading.arguments import add_model_arguments, add_text_arguments
+from retention_gates.recipes.loading.models import base_name
 
 POLICIES_HELP = "retention (the trained gates), streaming_llm, random, key_norm, ... (default: all that can run)"
 # option -> section and key of the comparison that it sets
@@ -81,8 +82,8 @@ def main(options: argparse.Namespace) -> None:
             raise ValueError(f"--suites and --lm-eval go without a file: leave {options.config} out.")
         return written_answers.main(with_defaults(options))
 
-    from retention_gates.recipes.compare import run
-    from retention_gates.recipes.comparison_config import build_comparison, read_comparison
+    from retention_gates.recipes.comparison.comparison_config import build_comparison, read_comparison
+    from retention_gates.recipes.comparison.run import run
 
     given = {name: value for name, value in vars(options).items() if value is not NOT_GIVEN}
     comparison = _from_model(given) if options.config is None else read_comparison(options.config, options.overrides)

@@ -13,19 +13,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retention_gates.recipes.loading import (
-    add_model_arguments,
-    base_name,
-    check_gates_trained,
-    load_model,
-    load_tokenizer,
-)
+from retention_gates.recipes.loading.arguments import add_model_arguments
+from retention_gates.recipes.loading.models import base_name, check_gates_trained, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from retention_gates.gates.cache import BoundedCache
+    from retention_gates.gates.cache.bounded_cache import BoundedCache
 
 MEMORY_SIZE = 64  # entries per KV head, unless the caller says
 # The likeliest token each time, whatever the model's generation_config.json asks for.
@@ -96,7 +91,7 @@ def main(options: argparse.Namespace) -> None:
         )
     policy = options.policy or "retention"
     if options.memory is not None:
-        from retention_gates.gates.memory_checks import read_memory_header
+        from retention_gates.gates.cache.saved_cache_checks import read_memory_header
 
         policy = read_memory_header(options.memory)[1].policy
     check_gates_trained([policy], options.adapter)
@@ -104,7 +99,7 @@ def main(options: argparse.Namespace) -> None:
 
     import torch
 
-    from retention_gates.gates.cache import BoundedCache
+    from retention_gates.gates.cache.bounded_cache import BoundedCache
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
@@ -216,11 +211,11 @@ def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_s
     import torch
     from tqdm.auto import tqdm
 
-    from retention_gates.gates import generation
-    from retention_gates.gates.model import find_gated_model
+    from retention_gates.gates.adapter import generate_arguments
+    from retention_gates.gates.adapter.model import find_gated_model
 
     gated, tokens = find_gated_model(model), inputs.shape[1]
-    size = generation.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
+    size = generate_arguments.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
     with (
         torch.no_grad(),
         tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True, disable=tokens <= size) as bar,

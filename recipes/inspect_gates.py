@@ -10,18 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retention_gates.recipes import plots
-from retention_gates.recipes.loading import (
-    add_model_arguments,
-    add_text_arguments,
-    base_name,
-    load_model,
-    load_rows,
-    load_token_documents,
-    load_tokenizer,
-)
-from retention_gates.recipes.output import check_output, claim_output, replacing, write_text
-from retention_gates.recipes.token_page import token_page
+from retention_gates.recipes.loading.arguments import add_model_arguments, add_text_arguments
+from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
+from retention_gates.recipes.loading.output_folder import check_output, claim_output, replacing, write_text
+from retention_gates.recipes.loading.rows import load_rows, load_token_documents
+from retention_gates.recipes.report import plots
+from retention_gates.recipes.report.token_page import token_page
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +63,8 @@ def main(options: argparse.Namespace) -> None:
     import torch
 
     from retention_gates.checkpoints.evaluation_files import without_folders
-    from retention_gates.gates.base_identity import display_name
-    from retention_gates.gates.model import find_gated_model
+    from retention_gates.gates.adapter.base_identity import display_name
+    from retention_gates.gates.adapter.model import find_gated_model
     from retention_gates.trainers.calibration import measure_shares
 
     name = base_name(options.model, options.adapter)
@@ -123,10 +117,10 @@ def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budg
     """
     import torch
 
-    from retention_gates.gates.gate import half_life
-    from retention_gates.gates.model import find_gated_model
-    from retention_gates.gates.simulation import SimulatedCache
-    from retention_gates.trainers.evaluation import check_length
+    from retention_gates.gates.adapter.gate import half_life
+    from retention_gates.gates.adapter.model import find_gated_model
+    from retention_gates.gates.simulation.simulated_cache import SimulatedCache
+    from retention_gates.trainers.evaluation.forward_passes import check_length
 
     gated = find_gated_model(model)
     check_length(gated, len(ids))
@@ -160,9 +154,9 @@ def median_half_lives(model: "nn.Module", rows: "torch.Tensor") -> "torch.Tensor
     """Median half-life in tokens of unprotected tokens of the rows [R, T], as in training: [layers, H]."""
     import torch
 
-    from retention_gates.gates.gate import half_life
-    from retention_gates.gates.model import find_gated_model
-    from retention_gates.gates.recording import record
+    from retention_gates.gates.adapter.gate import half_life
+    from retention_gates.gates.adapter.gate_outputs import record
+    from retention_gates.gates.adapter.model import find_gated_model
 
     gated = find_gated_model(model)
     protected = gated.active_config.protected_tokens

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from retention_gates.gates.config import WEIGHTS_NAME, RetentionGateConfig
-from retention_gates.gates.gate import GATES, RetentionGate
+from retention_gates.gates.adapter.config import WEIGHTS_NAME, RetentionGateConfig
+from retention_gates.gates.adapter.gate import GATES, RetentionGate
 
 INSTALLED = find_spec("kvpress") is not None
 if INSTALLED:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     from retention_gates.checkpoints.card import CardFacts, model_card, own_card, with_metadata
     from retention_gates.checkpoints.hub import push_adapter, uploaded_config
-    from retention_gates.gates.config import RetentionGateConfig
+    from retention_gates.gates.adapter.config import RetentionGateConfig
 
     if not options.adapter.is_dir():
         raise ValueError(f"There is no folder {options.adapter}: name the folder of an adapter.")

@@ -7,7 +7,8 @@ import argparse
 import sys
 from importlib.util import find_spec
 
-from retention_gates.recipes.loading import add_model_arguments, base_name, load_model, load_tokenizer
+from retention_gates.recipes.loading.arguments import add_model_arguments
+from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

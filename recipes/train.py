@@ -1,7 +1,7 @@
 """Trains the gates of a base model as a YAML file says, and saves them as an adapter.
 
-    retention-gates train recipes/smollm2_demo.yaml training.max_steps=200
-    accelerate launch recipes/train.py recipes/smollm2_demo.yaml training.max_steps=200
+    retention-gates train recipes/runs/smollm2_demo.yaml training.max_steps=200
+    accelerate launch recipes/train.py recipes/runs/smollm2_demo.yaml training.max_steps=200
 
 Both are the same run. Killed at any moment, the same command with `resume=true` behind it goes on.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retention_gates.recipes.output import check_output, claim_output, write_text
+from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
 
 if TYPE_CHECKING:  # importing these takes seconds, which --help should not
     import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing these takes seconds, which --help should not
 
     from retention_gates.data.reading import Reading
     from retention_gates.data.tokens import TokenDocument
-    from retention_gates.recipes.run_config import RunConfig
+    from retention_gates.recipes.loading.run_config import RunConfig
     from retention_gates.trainers.trainer import RetentionTrainer
 
 RUN_FILE = "run.yaml"
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    from retention_gates.gates.base_identity import display_name
-    from retention_gates.gates.model import find_gated_model
-    from retention_gates.recipes.run_config import load_config
-    from retention_gates.recipes.summary import SUMMARY, summarise
+    from retention_gates.gates.adapter.base_identity import display_name
+    from retention_gates.gates.adapter.model import find_gated_model
+    from retention_gates.recipes.loading.run_config import load_config
+    from retention_gates.recipes.report.training_summary import SUMMARY, summarise
     from retention_gates.trainers.calibration import measure_shares
 
     config = load_config(options.config, options.overrides)
@@ -81,7 +81,7 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
     """Raises ValueError unless the run may write to output_dir: a new folder, or the same run with resume=true."""
     import yaml
 
-    from retention_gates.recipes.run_config import differences
+    from retention_gates.recipes.loading.run_config import differences
 
     check_output(output_dir)
     if not (output_dir / RUN_FILE).exists():
@@ -103,7 +103,7 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
 def check_checkpoint(output_dir: Path, config: "RunConfig") -> None:
     """Raises ValueError, before the model is loaded, if the run cannot go on from the checkpoint that is there."""
     from retention_gates.trainers.checkpoint import last_checkpoint, read_manifest
-    from retention_gates.trainers.layout import check_same_run, run_facts
+    from retention_gates.trainers.distributed.layout import check_same_run, run_facts
 
     checkpoint = last_checkpoint(output_dir) if config.resume else None
     if checkpoint is not None:
@@ -140,11 +140,11 @@ def build(
     from retention_gates.data.mixture import TrainingRows
     from retention_gates.data.packing import sample_windows
     from retention_gates.data.tokens import document_prefix
-    from retention_gates.gates.model import find_gated_model
-    from retention_gates.recipes.loading import check_dtype, load_base, load_config
-    from retention_gates.trainers.evaluation import check_length
-    from retention_gates.trainers.layout import engine_of
-    from retention_gates.trainers.row_groups import check_heads, check_row_length
+    from retention_gates.gates.adapter.model import find_gated_model
+    from retention_gates.recipes.loading.models import check_dtype, load_base, load_config
+    from retention_gates.trainers.distributed.layout import engine_of
+    from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_row_length
+    from retention_gates.trainers.evaluation.forward_passes import check_length
     from retention_gates.trainers.trainer import RetentionTrainer
 
     args, data = config.training, config.data
@@ -156,7 +156,7 @@ def build(
     if config.model.quantization is not None and engine_of(args) != "replicated":
         raise ValueError(
             f"model.quantization={config.model.quantization} with {engine_of(args)}: quantised weights stay whole on "
-            "each GPU. Use recipes/accelerate/ddp.yaml, or leave quantization out."
+            "each GPU. Use recipes/runs/accelerate/ddp.yaml, or leave quantization out."
         )
     if args.ranks_per_row > 1:
         check_row_length(data.row_length, args.ranks_per_row)
@@ -205,7 +205,7 @@ def load_texts(config: "RunConfig") -> Texts:
     """Reads and tokenises what the run trains on, and what it sets aside."""
     from retention_gates.data.reading import read_tokens
     from retention_gates.data.sources import split_by_work
-    from retention_gates.recipes.loading import load_tokenizer
+    from retention_gates.recipes.loading.models import load_tokenizer
 
     assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from retention_gates.gates.budgets import RetainedMass
-from retention_gates.gates.model import find_gated_model
-from retention_gates.gates.recording import record
+from retention_gates.gates.adapter.gate_outputs import record
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.cache.budgets import RetainedMass
 
 ROWS_AT_A_TIME = 4
 

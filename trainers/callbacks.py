@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from retention_gates.gates.model import RetentionGateModel
-from retention_gates.gates.recording import Recording
+from retention_gates.gates.adapter.gate_outputs import Recording
+from retention_gates.gates.adapter.model import RetentionGateModel
 from retention_gates.trainers.losses import CapacityLoss
 from retention_gates.trainers.phases import MEMORY, TIME
 

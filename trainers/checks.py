@@ -4,11 +4,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from retention_gates.gates.families import text_config
-from retention_gates.gates.model import find_gated_model
-from retention_gates.gates.recording import record
+from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.gate_outputs import record
+from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.trainers.config import RetentionTrainingArguments
-from retention_gates.trainers.row_groups import check_heads, check_layers
+from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_layers
 
 
 def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:

@@ -9,10 +9,10 @@ from typing import cast, get_args
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from retention_gates.gates.storage import DTYPES
-from retention_gates.trainers.layout import accumulation_steps, check_devices, check_launch, started_ranks
+from retention_gates.gates.adapter.storage import DTYPES
+from retention_gates.trainers.distributed.layout import accumulation_steps, check_devices, check_launch, started_ranks
+from retention_gates.trainers.distributed.sequence_parallel import ranks_per_row
 from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope
-from retention_gates.trainers.row_groups import ranks_per_row
 
 OBJECTIVES = ("end_to_end", "layerwise")
 FADES = ("exponential", "gaussian")

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from retention_gates.gates.budgets import retained_masses
-from retention_gates.gates.documents import document_offsets
+from retention_gates.gates.attention.documents import document_offsets
+from retention_gates.gates.cache.budgets import retained_masses
 
 CapacityNormalisation = Literal["length", "excess"]
 CapacityScope = Literal["head", "model"]

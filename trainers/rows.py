@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from retention_gates.kernels.distill_loss import NO_TARGET
-from retention_gates.trainers.row_groups import check_row_length
+from retention_gates.trainers.distributed.sequence_parallel import check_row_length
 
 COLUMNS = ("input_ids", "position_ids", "labels")
 SHARES = 1021  # a prime

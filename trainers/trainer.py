@@ -17,13 +17,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from retention_gates.gates.fading import Fading
-from retention_gates.gates.families import text_config
-from retention_gates.gates.head import OutputHead
-from retention_gates.gates.model import RetentionGateModel, find_gated_model
-from retention_gates.gates.recording import Recording, record
-from retention_gates.gates.sharding import gathered, whole
-from retention_gates.gates.storage import store_as
+from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.gate_outputs import Recording, record
+from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.adapter.storage import store_as
+from retention_gates.gates.attention.fading import Fading
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import Averages, JsonLinesLog, LogWhenSaving, ProgressLine, describe
@@ -38,15 +36,19 @@ from retention_gates.trainers.checkpoint import (
 )
 from retention_gates.trainers.checks import check_model, check_packing, keep_differentiable
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
-from retention_gates.trainers.divergence import check_progress, diverged
-from retention_gates.trainers.evaluation import Contender, check_length, compare_rows
-from retention_gates.trainers.layout import check_engine, check_same_run, engine_of, run_facts
+from retention_gates.trainers.distributed.layout import check_engine, check_same_run, engine_of, run_facts
+from retention_gates.trainers.distributed.sequence_parallel import RowGroups
+from retention_gates.trainers.distributed.sharding import gathered, whole
+from retention_gates.trainers.evaluation.contenders import Contender
+from retention_gates.trainers.evaluation.forward_passes import check_length
+from retention_gates.trainers.evaluation.text import compare_rows
 from retention_gates.trainers.losses import capacity_loss
+from retention_gates.trainers.output_head import OutputHead
 from retention_gates.trainers.phases import PhaseClock, peak_memory
-from retention_gates.trainers.portrait import portray, show
-from retention_gates.trainers.row_groups import RowGroups
+from retention_gates.trainers.pictures import portray, show
 from retention_gates.trainers.rows import RowCollator, forward_arguments, set_shares
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
+from retention_gates.trainers.stop_if_diverged import check_progress, diverged
 
 Batch = dict[str, Any]  # tensors [B, T], and the numbers of `RowCollator`
 Terms = dict[str, torch.Tensor]

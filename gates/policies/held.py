@@ -93,7 +93,7 @@ class Held:
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """x [..., T, D] turned by the rotary embedding of positions [..., T]; negative ones turn back."""
+    """x [..., T, D] rotated by the rotary embedding of positions [..., T]; negative ones rotate back."""
     angles = positions[..., None] * frequencies  # [..., T, D / 2]
     cos, sin = angles.cos(), angles.sin()
     first, second = x.chunk(2, dim=-1)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from retention_gates.kernels.checks import check_same_device, check_shape
-from retention_gates.kernels.dispatch import use_fused, use_host
-from retention_gates.kernels.gate_evict import host, naive
+from retention_gates.kernels.dispatch import use_cpu, use_fused
+from retention_gates.kernels.gate_evict import cpu, naive
 from retention_gates.kernels.gate_evict.layout import SlotState, device_offsets, slot_table
 from retention_gates.kernels.gate_evict.naive import drop_padding, enter_token, lowest, place_chunk
 
@@ -104,8 +104,8 @@ def gate_evict(
     form = naive.gate_evict
     if use_fused("gate_evict", keys):
         from retention_gates.kernels.gate_evict.fused import gate_evict as form
-    elif use_host(keys):
-        form = host.gate_evict
+    elif use_cpu(keys):
+        form = cpu.gate_evict
     form(
         state,
         new_key,

@@ -16,7 +16,7 @@ def rotary(
     query_norm: tuple[torch.Tensor, float] | None = None,
     key_norm: tuple[torch.Tensor, float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both turned by the angle of their position, [B, HQ, T, D] and [B, H, T, D] in their dtype.
+    """Both rotated by the angle of their position, [B, HQ, T, D] and [B, H, T, D] in their dtype.
 
     Channel i and i + R / 2 are a pair, of the first R channels; the others stay. Each product and the sum are rounded
     to the dtype, as they are one operation after the other.
@@ -36,8 +36,8 @@ def rotary(
         )
     batch, _, tokens, head_dim = query.shape
     for name, tensor in (("cos", cos), ("sin", sin)):
-        turned = tensor.shape[-1]
-        if tuple(tensor.shape) != (batch, tokens, turned) or turned % 2 or not 0 < turned <= head_dim:
+        rotated = tensor.shape[-1]
+        if tuple(tensor.shape) != (batch, tokens, rotated) or rotated % 2 or not 0 < rotated <= head_dim:
             raise ValueError(
                 f"{name} must have shape [B, T, R] = [{batch}, {tokens}, R], R even and at most {head_dim}, not "
                 f"{list(tensor.shape)}."

@@ -1,4 +1,4 @@
-"""Queries and keys of some tokens turned by one Triton kernel, an operator that compilers and graphs take."""
+"""Queries and keys of some tokens rotated by one Triton kernel, an operator that compilers and graphs take."""
 
 import torch
 import triton
@@ -41,7 +41,7 @@ def _rotary(
     (batch, query_heads, tokens, head_dim), heads, half = query.shape, key.shape[1], cos.shape[2] // 2
     results = _empty(query), _empty(key)
     query_norm, key_norm = (None if norm is None else norm.contiguous() for norm in (query_norm, key_norm))
-    _turn[(query_heads + heads, batch * tokens)](
+    _rotate[(query_heads + heads, batch * tokens)](
         query,
         key,
         cos,
@@ -79,13 +79,13 @@ def _empty(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _turn(
+def _rotate(
     query,  # [B, HQ, T, D]
     key,  # [B, H, T, D]
     cos,  # [B, T, R]
     sin,
-    turned_query,  # contiguous
-    turned_key,
+    rotated_query,  # contiguous
+    rotated_key,
     query_norm,  # [D], or None
     key_norm,
     query_epsilon,
@@ -114,17 +114,17 @@ def _turn(
     cosines, sines = cos + batch * cos_batch + token * cos_token, sin + batch * sin_batch + token * sin_token
     if head < query_heads:
         source = query + batch * query_batch + head * query_head + token * query_token
-        target = turned_query + ((batch * query_heads + head) * tokens + token) * D
-        _turn_one(source, target, cosines, sines, query_norm, query_epsilon, pair, rest, D, HALF, REST)
+        target = rotated_query + ((batch * query_heads + head) * tokens + token) * D
+        _rotate_one(source, target, cosines, sines, query_norm, query_epsilon, pair, rest, D, HALF, REST)
     else:
         head -= query_heads
         source = key + batch * key_batch + head * key_head + token * key_token
-        target = turned_key + ((batch * heads + head) * tokens + token) * D
-        _turn_one(source, target, cosines, sines, key_norm, key_epsilon, pair, rest, D, HALF, REST)
+        target = rotated_key + ((batch * heads + head) * tokens + token) * D
+        _rotate_one(source, target, cosines, sines, key_norm, key_epsilon, pair, rest, D, HALF, REST)
 
 
 @triton.jit
-def _turn_one(
+def _rotate_one(
     source, target, cosines, sines, norm, epsilon, pair, rest, D: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr
 ):  # fmt: skip
     mask, there = pair < HALF, HALF + pair

@@ -18,12 +18,12 @@ def rotary(
         query = F.rms_norm(query, query.shape[-1:], *query_norm)
     if key_norm is not None:
         key = F.rms_norm(key, key.shape[-1:], *key_norm)
-    return _turned(query, cos[:, None], sin[:, None]), _turned(key, cos[:, None], sin[:, None])
+    return _rotated(query, cos[:, None], sin[:, None]), _rotated(key, cos[:, None], sin[:, None])
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    turned = cos.shape[-1]
-    pairs, rest = x[..., :turned], x[..., turned:]
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    rotated = cos.shape[-1]
+    pairs, rest = x[..., :rotated], x[..., rotated:]
     first, second = pairs.chunk(2, dim=-1)
     pairs = pairs * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([pairs, rest], dim=-1) if rest.shape[-1] else pairs

@@ -30,16 +30,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from retention_gates.data.packing import sample_windows
 from retention_gates.data.tasks import TaskExample, build_task
 from retention_gates.data.tokens import document_prefix
-from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.recipes import train
-from retention_gates.recipes.config_file import build, read
-from retention_gates.recipes.fingerprints import of_value
-from retention_gates.recipes.loading import load_base
-from retention_gates.recipes.output import claim_output
-from retention_gates.recipes.provenance import machine_and_versions
-from retention_gates.recipes.run_config import RunConfig, load_config
+from retention_gates.recipes.comparison.fingerprints import of_value
+from retention_gates.recipes.loading.config_file import build, read
+from retention_gates.recipes.loading.models import load_base
+from retention_gates.recipes.loading.output_folder import claim_output
+from retention_gates.recipes.loading.provenance import machine_and_versions
+from retention_gates.recipes.loading.run_config import RunConfig, load_config
 from retention_gates.trainers.calibration import measure_shares
-from retention_gates.trainers.evaluation import Contender, compare_answers, compare_rows
+from retention_gates.trainers.evaluation.answers import compare_answers
+from retention_gates.trainers.evaluation.contenders import Contender
+from retention_gates.trainers.evaluation.text import compare_rows
 
 WHAT = "an ablation"
 RESULTS = "results.jsonl"

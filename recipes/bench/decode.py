@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3C
 from transformers.cache_utils import Cache
 
 from retention_gates import BoundedCache, RetentionGateConfig
-from retention_gates.gates.cache_layer import EvictingLayer
+from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.recipes.bench.decode_rivals import EagerCache, import_kvpress, pressed
 from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, bandwidth_gbs, report, time_ms
-from retention_gates.recipes.plots import require_matplotlib
+from retention_gates.recipes.report.plots import require_matplotlib
 
 QWEN3: dict[str, Any] = dict(head_dim=128, num_key_value_heads=8, vocab_size=151_936)
 SHAPES: dict[str, Any] = {
@@ -230,12 +230,12 @@ def measure(
         rate_of = 1e3 * batch / value
         rows.append(Measurement(case, name, rate_of, "tok/s", rate_of * spread / value, limit))
         seconds = time.perf_counter() - begin
-        if ours and cache.decode_graph and cache.decode_graph.recording:
+        if ours and cache.decode_graph and cache.decode_graph.capture:
             value, spread = replay_ms(cache)
             rows.append(Measurement(case, f"{name}, the graph alone", 1e3 * batch / value, "tok/s", None, limit))
         report("decode", rows[first:])
         print(f"{seconds:.1f} s in all", flush=True)
-        if arguments.kernels and ours and cache.decode_graph and cache.decode_graph.recording:
+        if arguments.kernels and ours and cache.decode_graph and cache.decode_graph.capture:
             print_kernels(cache)
         del cache
     return rows
@@ -264,18 +264,18 @@ def measure_in_turns(
 
 def replay_ms(cache: BoundedCache) -> tuple[float, float]:
     """Time of the graph itself, one replay after the other."""
-    assert cache.decode_graph is not None and cache.decode_graph.recording is not None
-    return time_ms(cache.decode_graph.recording.replay, repeats=50)
+    assert cache.decode_graph is not None and cache.decode_graph.capture is not None
+    return time_ms(cache.decode_graph.capture.replay, repeats=50)
 
 
 def print_kernels(cache: BoundedCache, top: int = 25) -> None:
     """Where the time of one replay goes."""
     from torch.profiler import ProfilerActivity, profile
 
-    assert cache.decode_graph is not None and cache.decode_graph.recording is not None
+    assert cache.decode_graph is not None and cache.decode_graph.capture is not None
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(5):
-            cache.decode_graph.recording.replay()
+            cache.decode_graph.capture.replay()
         torch.cuda.synchronize()
     averages = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
     total = sum(each.self_device_time_total for each in averages)

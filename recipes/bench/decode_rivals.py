@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from retention_gates import find_gated_model
-from retention_gates.gates.cache import EvictingCache
-from retention_gates.gates.cache_argument import find_cache
-from retention_gates.gates.cache_layer import EvictingLayer, storage_bytes
-from retention_gates.gates.eviction_rule import EvictionRule, Span
+from retention_gates.gates.attention.cache_argument import find_cache
+from retention_gates.gates.attention.cache_layer import EvictingLayer, storage_bytes
+from retention_gates.gates.cache.evicting_cache import EvictingCache
+from retention_gates.gates.policies.eviction_rule import EvictionRule, Span
 from retention_gates.kernels.softmax import Softmax
 
 

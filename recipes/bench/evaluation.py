@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from retention_gates import RetentionGateConfig
 from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, report
-from retention_gates.trainers.evaluation import compare_rows, contenders
+from retention_gates.trainers.evaluation.contenders import contenders
+from retention_gates.trainers.evaluation.text import compare_rows
 
 POLICIES = ["retention", "streaming_llm", "random", "key_norm", "h2o", "tova", "snapkv", "morphkv", "keydiff", "rkv"]
 SIZES = [32, 64, 128, 256]

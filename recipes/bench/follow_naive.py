@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set
 from retention_gates import RetentionGateConfig
 from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, report
-from retention_gates.recipes.loading import load_base, load_tokenizer
+from retention_gates.recipes.loading.models import load_base, load_tokenizer
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.trainer import RetentionTrainer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from retention_gates.recipes.provenance import commit
+from retention_gates.recipes.loading.provenance import commit
 
 SLEEP_CYCLES = 5_000_000  # about 3 ms
 _begun: set[str] = set()  # benches whose table has its head

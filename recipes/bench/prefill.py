@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from retention_gates.gates.chunk_attention import attend_in_blocks
-from retention_gates.gates.eviction_rule import EvictionRule
+from retention_gates.gates.attention.chunked import attend_in_blocks
+from retention_gates.gates.cache.slot_layer import SlotLayer
 from retention_gates.gates.policies import RETENTION
-from retention_gates.gates.slot_layer import SlotLayer
+from retention_gates.gates.policies.eviction_rule import EvictionRule
 from retention_gates.kernels.softmax import Softmax
 from retention_gates.recipes.bench.harness import Measurement, peak_mib, report, time_ms
 

@@ -18,19 +18,13 @@ from typing import Any
 
 import torch
 
-from retention_gates.gates import attention as gated_attention
-from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.attention import interface as gated_attention
 from retention_gates.kernels.retention_attention import fused, retention_attention
 from retention_gates.recipes.bench.harness import Measurement, report, time_ms
-from retention_gates.recipes.loading import (
-    add_model_arguments,
-    add_text_arguments,
-    base_name,
-    load_model,
-    load_rows,
-    load_token_documents,
-    load_tokenizer,
-)
+from retention_gates.recipes.loading.arguments import add_model_arguments, add_text_arguments
+from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
+from retention_gates.recipes.loading.rows import load_rows, load_token_documents
 
 NEVER = 2**62  # tokens
 

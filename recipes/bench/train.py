@@ -190,7 +190,7 @@ def start(layers: int) -> list[Measurement]:
 
 
 def first_step(folder: str) -> None:
-    from retention_gates.recipes.loading import load_base
+    from retention_gates.recipes.loading.models import load_base
 
     model = get_peft_model(load_base(folder, device="cuda"), RetentionGateConfig())
     with tempfile.TemporaryDirectory() as output:

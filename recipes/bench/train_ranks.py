@@ -1,7 +1,7 @@
 """What a second GPU brings: training on one and on two, over NCCL, started by accelerate launch as users start it.
 
     python recipes/bench/train_ranks.py --case scaling                # rows of 16,384 tokens, one per GPU
-    python recipes/bench/train_ranks.py --case scaling --file zero2   # the same with recipes/accelerate/zero2.yaml
+    python recipes/bench/train_ranks.py --case scaling --file zero2   # with recipes/runs/accelerate/zero2.yaml
     python recipes/bench/train_ranks.py --case split                  # one row of 65,536 tokens that two GPUs share
 
 Random weights in Qwen3-4B's shape, bf16, gradient checkpointing, through RetentionTrainer.train(). Tokens per second
@@ -79,10 +79,10 @@ def train(case: str, tokens: int, layers: int, found: Path) -> None:
 
 
 def launched(file: str, ranks: int, *arguments: str) -> dict[str, Any]:
-    """What the first of `ranks` processes saw that accelerate launch started with a file of recipes/accelerate."""
+    """What the first of `ranks` processes saw started with a file of recipes/runs/accelerate."""
     say(f"{ranks} with {file}.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
-    launch += ["--config_file", str(RECIPES / "accelerate" / f"{file}.yaml"), "--main_process_port", "0"]
+    launch += ["--config_file", str(RECIPES / "runs" / "accelerate" / f"{file}.yaml"), "--main_process_port", "0"]
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         # deepspeed's settings are named relative to the repository

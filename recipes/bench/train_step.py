@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from retention_gates import RetentionGateConfig, find_gated_model
-from retention_gates.gates.head import OutputHead
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.recipes.bench.harness import Measurement, matrix_tflops, report, time_ms
 from retention_gates.trainers.config import RetentionTrainingArguments
+from retention_gates.trainers.output_head import OutputHead
 from retention_gates.trainers.rows import RowCollator
 from retention_gates.trainers.trainer import RetentionTrainer
 

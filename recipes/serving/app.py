@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from retention_gates.recipes.serving.chat import Chat, Ended, Refused
 from retention_gates.recipes.serving.engine import Engine
-from retention_gates.recipes.serving.forms import Form, error_object, event
 from retention_gates.recipes.serving.metrics import metrics_text
-from retention_gates.recipes.serving.wishes import Wish, bad, read_wish
+from retention_gates.recipes.serving.protocol import Wish, bad, read_wish
+from retention_gates.recipes.serving.responses import Form, error_object, event
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

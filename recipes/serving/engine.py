@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from retention_gates.gates.eviction_rule import MOST_TOKENS
+from retention_gates.gates.policies.eviction_rule import MOST_TOKENS
 from retention_gates.recipes.serving.chat import Chat, Refused
 from retention_gates.recipes.serving.rows import ChatRows
 from retention_gates.recipes.serving.sampling import Sampler, next_tokens

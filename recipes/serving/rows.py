@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from retention_gates.gates.cache import BoundedCache
-from retention_gates.gates.cache_layer import EvictingLayer
-from retention_gates.gates.families import text_config
-from retention_gates.gates.model import find_gated_model
+from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.attention.cache_layer import EvictingLayer
+from retention_gates.gates.cache.bounded_cache import BoundedCache
 
 
 class ChatRows:

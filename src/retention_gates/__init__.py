@@ -5,11 +5,11 @@ Importing this package makes PEFT know retention gates.
 
 from typing import TYPE_CHECKING, Any
 
-from retention_gates.gates.base_identity import BaseMismatchWarning
-from retention_gates.gates.cache import BoundedCache
-from retention_gates.gates.config import RetentionGateConfig
-from retention_gates.gates.model import RetentionGateModel, find_gated_model
-from retention_gates.gates.recording import record
+from retention_gates.gates.adapter.base_identity import BaseMismatchWarning
+from retention_gates.gates.adapter.config import RetentionGateConfig
+from retention_gates.gates.adapter.gate_outputs import record
+from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.cache.bounded_cache import BoundedCache
 
 if TYPE_CHECKING:
     from retention_gates.trainers.config import RetentionTrainingArguments

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # what libraries announce to programmers is nothing that the user of a command can act upon
             warnings.simplefilter("ignore", FutureWarning)
             if getattr(options, "strict_base", False):
-                from retention_gates.gates.base_identity import BaseMismatchWarning
+                from retention_gates.gates.adapter.base_identity import BaseMismatchWarning
 
                 warnings.simplefilter("error", BaseMismatchWarning)
             if os.environ.get("RANK", "0") == "0":

@@ -12,11 +12,11 @@ from tiny_models import tiny_model
 
 from retention_gates import BaseMismatchWarning, RetentionGateConfig, RetentionGateModel, find_gated_model
 from retention_gates.cli import main as command
-from retention_gates.gates.adapter_checks import check_weights
-from retention_gates.gates.base_identity import display_name
-from retention_gates.gates.gate import GATES
-from retention_gates.recipes import fuzz_adapter
-from retention_gates.recipes.adapter_mutations import MUTATIONS, read_config, write_config
+from retention_gates.gates.adapter.base_identity import display_name
+from retention_gates.gates.adapter.checks import check_weights
+from retention_gates.gates.adapter.gate import GATES
+from retention_gates.recipes.upkeep import fuzz_adapter
+from retention_gates.recipes.upkeep.adapter_mutations import MUTATIONS, read_config, write_config
 
 WEIGHTS = "adapter_model.safetensors"
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -136,7 +136,7 @@ def test_weights_stored_in_16_bits_are_32_in_the_model(tmp_path):
 def test_an_error_after_the_config_leaves_no_gates_behind(tmp_path, monkeypatch):
     """The files may change between the check and the load: then the gates made for them are taken out again."""
     folder, other = save_adapter(tmp_path / "a"), save_adapter(tmp_path / "b", seed=2)
-    monkeypatch.setattr("retention_gates.gates.config.check_weights", lambda *args: None)
+    monkeypatch.setattr("retention_gates.gates.adapter.config.check_weights", lambda *args: None)
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "extra": torch.zeros(1)}, folder / WEIGHTS)
     write_config(folder, read_config(folder) | {"weights_sha256": None})

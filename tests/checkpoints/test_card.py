@@ -67,7 +67,9 @@ def test_the_recipe_of_another_run_is_left_out(run, change, capsys):
 
 def test_an_evaluation_is_that_of_the_adapter(made, run, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("retention_gates.recipes.report_page.page", lambda header, models: "")  # seconds of pictures
+    monkeypatch.setattr(
+        "retention_gates.recipes.report.html_page.page", lambda header, models: ""
+    )  # seconds of pictures
     output = run / "evaluation"
     arguments = ["--text", str(made.texts), "--memory-size", "8", "--length", "60", "--documents", "2"]
     assert command(["evaluate", "--adapter", str(run / "adapter"), *arguments, "--output", str(output)]) == 0

@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from retention_gates import RetentionGateConfig
 from retention_gates.checkpoints.hub import download_adapter
-from retention_gates.recipes.loading import load_base
+from retention_gates.recipes.loading.models import load_base
 from safetensors.torch import load_file
 warnings.simplefilter("ignore", FutureWarning)
 
@@ -196,7 +196,7 @@ def test_a_base_that_brings_code_is_refused(hub, client, files, tmp_path):
 def test_evaluate_by_name_and_revision(client, files, tmp_path):
     (tmp_path / "text.txt").write_text("the old ship sings over the new sea " * 40)
     arguments = ["--text", str(tmp_path / "text.txt"), "--documents", "2", "--length", "60", "--memory-size", "8"]
-    client.value("from retention_gates.recipes import report_page; report_page.page = lambda header, models: ''")
+    client.value("from retention_gates.recipes.report import html_page; html_page.page = lambda header, models: ''")
     results = []
     for adapter in ("user/adapter@v2", str(files / "two")):
         output = tmp_path / f"out{len(results)}"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from retention_gates import BoundedCache, RetentionGateConfig, find_gated_model
-from retention_gates.recipes.loading import load_base
+from retention_gates.recipes.loading.models import load_base
 
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
 

@@ -8,7 +8,7 @@ from tiny_adapter import make_files
 
 from retention_gates import RetentionGateConfig
 from retention_gates.checkpoints.shipped import shipped_adapter, shipped_adapters
-from retention_gates.gates.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from retention_gates.gates.adapter.files import CONFIG_NAME, WEIGHTS_NAME
 
 MOST_BYTES = 4_000_000
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retention_gates.kernels import dispatch
-from retention_gates.kernels.dispatch import VARIABLE, use_fused, use_host
+from retention_gates.kernels.dispatch import VARIABLE, use_cpu, use_fused
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +25,12 @@ def test_cpu_tensors_run_naive_until_asked_otherwise(monkeypatch):
 
 
 def test_numbers_decide_on_a_cpu_where_no_form_is_asked_for(monkeypatch):
-    assert use_host(torch.zeros(1)) and not use_host(torch.zeros(1, device="meta"))
-    traced = torch.compile(lambda x: x + use_host(x), fullgraph=True, backend="eager")
+    assert use_cpu(torch.zeros(1)) and not use_cpu(torch.zeros(1, device="meta"))
+    traced = torch.compile(lambda x: x + use_cpu(x), fullgraph=True, backend="eager")
     assert traced(torch.zeros(1)) == 0
     for form in ("naive", "fused"):
         monkeypatch.setenv(VARIABLE, form)
-        assert not use_host(torch.zeros(1))
+        assert not use_cpu(torch.zeros(1))
 
 
 @pytest.mark.gpu

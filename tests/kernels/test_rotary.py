@@ -6,14 +6,14 @@ import torch
 from retention_gates.kernels.rotary import naive, rotary
 
 
-def inputs(batch, query_heads, heads, tokens, head_dim, turned, dtype, device="cpu"):
+def inputs(batch, query_heads, heads, tokens, head_dim, rotated, dtype, device="cpu"):
     generator = torch.Generator().manual_seed(head_dim)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     query, key = random(batch, tokens, query_heads, head_dim), random(batch, tokens, heads, head_dim)
-    angles = torch.rand(1, tokens, turned // 2, generator=generator).repeat(1, 1, 2).expand(batch, -1, -1) * 7
+    angles = torch.rand(1, tokens, rotated // 2, generator=generator).repeat(1, 1, 2).expand(batch, -1, -1) * 7
     return query.transpose(1, 2), key.transpose(1, 2), angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
@@ -22,15 +22,15 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_turns_pairs_by_their_angle(monkeypatch, shape):
+def test_rotates_pairs_by_their_angle(monkeypatch, shape):
     monkeypatch.setenv("RETENTION_GATES_KERNELS", "naive")
     query, key, cos, sin = inputs(*shape, torch.float64)
     half = shape[-1] // 2
-    turns = torch.complex(cos[..., :half], sin[..., :half])[:, None]
-    for x, turned in zip((query, key), rotary(query, key, cos, sin), strict=True):
-        pairs = torch.complex(x[..., :half], x[..., half : 2 * half]) * turns
+    rotations = torch.complex(cos[..., :half], sin[..., :half])[:, None]
+    for x, rotated in zip((query, key), rotary(query, key, cos, sin), strict=True):
+        pairs = torch.complex(x[..., :half], x[..., half : 2 * half]) * rotations
         expected = torch.cat([pairs.real, pairs.imag, x[..., 2 * half :]], dim=-1)
-        torch.testing.assert_close(turned, expected)
+        torch.testing.assert_close(rotated, expected)
 
 
 @pytest.mark.parametrize(

@@ -126,3 +126,5 @@ def test_no_recipe_hides_another_module():
     installed = {name for name in importlib.metadata.packages_distributions() if name != "retention_gates"}
     names = {file.stem for file in (ROOT / "recipes").glob("*.py")} - {"__init__"}
     assert not names & (sys.stdlib_module_names | installed)
+    below = {file.stem for file in (ROOT / "recipes").rglob("*.py")} - {"__init__"}
+    assert not below & sys.stdlib_module_names

@@ -9,8 +9,9 @@ from tiny_adapter import Files, make_files
 from retention_gates import find_gated_model
 from retention_gates.cli import main
 from retention_gates.gates.cache import BoundedCache
-from retention_gates.recipes import calibrate, loading
-from retention_gates.recipes.loading import load_model
+from retention_gates.recipes import calibrate
+from retention_gates.recipes.loading import rows as text_rows
+from retention_gates.recipes.loading.models import load_model
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ def test_the_works_set_aside_are_left_out(files, set_aside, monkeypatch):
     read = []
 
     def load_rows(options, tokenizer, documents):
-        test = loading.load_token_documents(options, tokenizer)
+        test = text_rows.load_token_documents(options, tokenizer)
         read.append([{tuple(document.ids) for document in each} for each in (documents, test)])
-        return loading.load_rows(options, tokenizer, documents)
+        return text_rows.load_rows(options, tokenizer, documents)
 
     monkeypatch.setattr(calibrate, "load_rows", load_rows)
     assert main(["calibrate", *files.arguments, "--rows", "3", "--length", "64", *set_aside]) == 0

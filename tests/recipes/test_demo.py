@@ -81,9 +81,10 @@ def test_the_shipped_gates_are_scored_on_the_same_passages(commands, monkeypatch
 
 
 def test_pages_have_the_names_that_the_commands_write():
-    from retention_gates.recipes import compare, inspect_gates
+    from retention_gates.recipes import inspect_gates
+    from retention_gates.recipes.comparison import run
 
-    assert (demo.REPORT_PAGE, demo.TOKEN_PAGE) == (compare.PAGE, inspect_gates.PAGE) == ("report.html", "tokens.html")
+    assert (demo.REPORT_PAGE, demo.TOKEN_PAGE) == (run.PAGE, inspect_gates.PAGE) == ("report.html", "tokens.html")
 
 
 def test_a_model_that_comes_as_a_package_is_named_by_it(tmp_path, monkeypatch, capsys):

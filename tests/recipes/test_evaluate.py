@@ -11,10 +11,10 @@ from tiny_adapter import Files, make_files
 from retention_gates.cli import main
 from retention_gates.gates.policies import POLICIES
 from retention_gates.recipes.bench.harness import Measurement
-from retention_gates.recipes.compare import _unfit, can_run
+from retention_gates.recipes.comparison.run import _unfit, can_run
 from retention_gates.recipes.evaluate import _from_model
-from retention_gates.trainers.comparison import aggregate, holm
-from retention_gates.trainers.evaluation import contenders
+from retention_gates.trainers.evaluation.contenders import contenders
+from retention_gates.trainers.evaluation.paired_statistics import aggregate, holm
 
 OPTIONS = ["--documents", "3", "--length", "240", "--memory-size", "8", "32", "--examples", "2"]
 RIVALS = ["streaming_llm", "random", "key_norm"]
@@ -39,7 +39,7 @@ def evaluated(files, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch) -> None:
     """Leaves out the page, whose pictures take longer than the tiny models; `evaluated` is made before this."""
-    monkeypatch.setattr("retention_gates.recipes.report_page.page", lambda header, models: "")
+    monkeypatch.setattr("retention_gates.recipes.report.html_page.page", lambda header, models: "")
 
 
 def read(folder: Path) -> tuple[dict, list[dict]]:
@@ -187,7 +187,7 @@ def test_policies_that_a_model_cannot_have(files, tmp_path, monkeypatch, capsys)
     def refuse(model, policy):
         raise ValueError(f"no {policy} here")
 
-    for place in ("rotation", "cache"):
+    for place in ("adapter.rotary_frequencies", "cache.evicting_cache"):
         monkeypatch.setattr(f"retention_gates.gates.{place}.rotary_frequencies", refuse)
     arguments = ["--model", str(files.model), "--text", str(files.texts), "--length", "40", "--memory-size", "16"]
     arguments += ["--documents", "1", "--output", str(tmp_path / "out")]
@@ -234,7 +234,7 @@ def test_results_outlive_a_picture_that_cannot_be_drawn(files, tmp_path, monkeyp
     def broken(summaries, path):
         raise ValueError("no picture today")
 
-    monkeypatch.setattr("retention_gates.recipes.plots.score_against_memory", broken)
+    monkeypatch.setattr("retention_gates.recipes.report.plots.score_against_memory", broken)
     arguments = [*files.arguments, *OPTIONS, "--policies", "random", "--budgets", "uniform"]
     assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 2
     assert "no picture today" in capsys.readouterr().err

@@ -14,7 +14,9 @@ def files(tmp_path_factory) -> Files:
 
 
 def test_parts_and_pinned_policies_have_records_and_lines(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("retention_gates.recipes.report_page.page", lambda header, models: "")  # seconds of pictures
+    monkeypatch.setattr(
+        "retention_gates.recipes.report.html_page.page", lambda header, models: ""
+    )  # seconds of pictures
     arguments = ["evaluate", *files.arguments, "--documents", "2", "--length", "400", "--memory-size", "160"]
     arguments += ["--tasks", "pitfalls:defence=first", "multi_turn:turns=2", "--pin", "--examples", "2"]
     arguments += ["--policies", "retention", "streaming_llm", "--output", str(tmp_path / "out")]

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from retention_gates.cli import main
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.recipes.generate import _agreement, full_cache_bytes, prompt_ids
-from retention_gates.recipes.loading import load_model, load_tokenizer
+from retention_gates.recipes.loading.models import load_model, load_tokenizer
 
 PROMPT = "king and queen"  # the tiny model goes on with words, not with special tokens, which are not shown
 

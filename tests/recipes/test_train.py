@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from retention_gates import cli, find_gated_model
 from retention_gates.recipes import train
-from retention_gates.recipes.run_config import load_config
+from retention_gates.recipes.loading.run_config import load_config
 
 RECIPES = Path(train.__file__).resolve().parent
 
@@ -96,7 +96,7 @@ def test_the_works_set_aside_are_not_trained_on(config: Path):
 
 
 def train_tokenizer(config: Path):
-    from retention_gates.recipes.loading import load_tokenizer
+    from retention_gates.recipes.loading.models import load_tokenizer
 
     return load_tokenizer(str(config.parent / "model"))
 
@@ -115,7 +115,7 @@ def test_accelerate_launch_is_the_same_run(config: Path):
 # ---- the file ----
 
 
-RUNS = [path for path in sorted(RECIPES.glob("*.yaml")) if not path.name.startswith("compare_")]
+RUNS = [path for path in sorted((RECIPES / "runs").glob("*.yaml")) if not path.name.startswith("compare_")]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
@@ -228,7 +228,7 @@ def test_a_quantised_base_trains(tmp_path: Path, quantization: str):
 def test_a_quantisation_that_cannot_be_is_refused(config: Path, capsys: pytest.CaptureFixture, monkeypatch):
     assert command(config, "model.quantization=3bit") == 2
     assert "model.quantization='3bit' is not one of 8bit, 4bit" in capsys.readouterr().err
-    monkeypatch.setattr("retention_gates.recipes.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("retention_gates.recipes.loading.models.find_spec", lambda name: None)
     assert command(config, "model.quantization=4bit") == 2
     assert "needs bitsandbytes: pip install bitsandbytes" in capsys.readouterr().err
     assert not (config.parent / "out").exists()

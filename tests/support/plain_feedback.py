@@ -120,19 +120,19 @@ def expected_attention(layer: PlainLayer, head: int, step: int) -> Priorities:
     result = dict.fromkeys(layer.heads[head], math.inf)
     shares = dict.fromkeys(entries, 0.0)
     for q in layer.queries(head):
-        turned = [turn(layer.query[q][t], -t, layer.frequencies) for t in range(4, step + 1)]
-        if not turned:
+        rotated = [rotate(layer.query[q][t], -t, layer.frequencies) for t in range(4, step + 1)]
+        if not rotated:
             return result
-        mean = [sum(axis) / len(turned) for axis in zip(*turned, strict=True)]
+        mean = [sum(axis) / len(rotated) for axis in zip(*rotated, strict=True)]
         size = range(len(mean))
         covariance = [
-            [sum((x[i] - mean[i]) * (x[j] - mean[j]) for x in turned) / len(turned) for j in size] for i in size
+            [sum((x[i] - mean[i]) * (x[j] - mean[j]) for x in rotated) / len(rotated) for j in size] for i in size
         ]
         # the mean rotation of the next 512 positions, as a matrix
         columns = []
         for i in size:
             axis = [float(i == j) for j in size]
-            ahead = [turn(axis, p, layer.frequencies) for p in range(step + 1, step + 513)]
+            ahead = [rotate(axis, p, layer.frequencies) for p in range(step + 1, step + 513)]
             columns.append([sum(x) / 512 for x in zip(*ahead, strict=True)])
         back = {p: [dot(column, entry.key) for column in columns] for p, entry in entries.items()}  # R^T k
         logits = {
@@ -151,7 +151,7 @@ def citrus(layer: PlainLayer, head: int, step: int) -> Priorities:
     result = dict.fromkeys(entries, 0.0)
     for q in layer.queries(head):
         for i, t in enumerate(reversed(instruction)):
-            now = turn(layer.query[q][t], step + 16 - i - t, layer.frequencies)
+            now = rotate(layer.query[q][t], step + 16 - i - t, layer.frequencies)
             for p, share in softmax({p: dot(now, e.key) * layer.scale for p, e in entries.items()}).items():
                 result[p] += share
     return result
@@ -188,7 +188,7 @@ def softmax(logits: dict[int, float]) -> dict[int, float]:
     return {position: math.exp(logit) / total for position, logit in logits.items()}
 
 
-def turn(x: list[float], position: int, frequencies: list[float]) -> list[float]:
+def rotate(x: list[float], position: int, frequencies: list[float]) -> list[float]:
     half = len(frequencies)
     cos, sin = ([f(position * w) for w in frequencies] for f in (math.cos, math.sin))
     first = [x[i] * cos[i] - x[i + half] * sin[i] for i in range(half)]

@@ -55,7 +55,7 @@ def served(files: Files, *, rows: int, memory_size: int = 8, most_waiting: int =
     """Gives a client and the engine behind the endpoint."""
     import uvicorn
 
-    from retention_gates.recipes.loading import load_model, load_tokenizer
+    from retention_gates.recipes.loading.models import load_model, load_tokenizer
     from retention_gates.recipes.serving.app import Limits, build_app
     from retention_gates.recipes.serving.engine import Engine
     from retention_gates.recipes.serving.rows import ChatRows

@@ -16,10 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from retention_gates import RetentionGateConfig
-from retention_gates.gates.documents import document_ids_from
-from retention_gates.gates.model import find_gated_model
-from retention_gates.gates.recording import record
-from retention_gates.gates.row_group import RowGroup
+from retention_gates.gates.adapter.gate_outputs import record
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.attention.documents import document_ids_from
+from retention_gates.gates.attention.sequence_parallel import RowGroup
 from retention_gates.trainers.losses import capacity_loss
 
 RANKS, ROWS, TOKENS = 2, 2, 26

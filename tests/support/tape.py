@@ -38,7 +38,7 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """A Recorder as decode_graph wants one."""
 
-    recordings = 0
+    captures = 0
     replays = 0
 
     def __init__(self, device: torch.device):
@@ -49,11 +49,11 @@ class TapeRecorder:
             output = step()
         return output, f"of {tape.waits[0]}" if tape.waits else None
 
-    def record(self, step: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def capture(self, step: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         with Tape() as tape:
             output = step()
         assert not tape.waits
-        TapeRecorder.recordings += 1
+        TapeRecorder.captures += 1
 
         def replay() -> None:
             TapeRecorder.replays += 1

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retention_gates.gates import budgets
+from retention_gates.gates.cache import budgets
 from retention_gates.kernels.retention_sum import retention_sum
 from retention_gates.trainers.losses import capacity_loss
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_training import trainer_of
 
 from retention_gates.trainers.checkpoint import STAGING, SaveError, checkpoints_in, last_checkpoint, read_manifest
-from retention_gates.trainers.layout import check_same_run
+from retention_gates.trainers.distributed.layout import check_same_run
 
 
 def test_a_checkpoint_is_the_adapter_and_the_trainers_state(tmp_path: Path):

@@ -7,11 +7,11 @@ import torch
 from tiny_training import PACKED, gated
 
 from retention_gates import find_gated_model, record
-from retention_gates.gates.head import OutputHead
 from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.kernels.retention_attention import retention_attention
 from retention_gates.trainers.losses import capacity_loss
+from retention_gates.trainers.output_head import OutputHead
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 # torch 2.11's compiler gives the naive distillation loss, an autograd.Function, a gradient of 0; 2.13's the right one

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_training import Rows, arguments, batch_of, gated, trainer_of
 
-import retention_gates.gates.attention as attention
+import retention_gates.gates.attention.interface as attention
 from retention_gates import find_gated_model, record
-from retention_gates.gates.fading import Fading
+from retention_gates.gates.attention.fading import Fading
 from retention_gates.trainers.rows import RowCollator, row_shares
 
 SQUARED = {"fade": "gaussian", "largest_memory_size": 32}  # memory_size is 8

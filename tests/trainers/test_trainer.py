@@ -10,7 +10,8 @@ from tiny_training import Rows, batch_of, gated, trainer_of
 
 from retention_gates import find_gated_model, record
 from retention_gates.kernels.retention_attention import retention_attention
-from retention_gates.trainers.evaluation import Contender, compare_rows
+from retention_gates.trainers.evaluation.contenders import Contender
+from retention_gates.trainers.evaluation.text import compare_rows
 from retention_gates.trainers.losses import capacity_loss
 from retention_gates.trainers.trainer import RetentionTrainer
 
@@ -73,7 +74,7 @@ def test_documents_are_worked_out_once_for_all_layers(tmp_path: Path, monkeypatc
         seen.append(document_ids)
         return retention_attention(*arguments, document_ids=document_ids, **options)
 
-    monkeypatch.setattr("retention_gates.gates.attention.retention_attention", attention)
+    monkeypatch.setattr("retention_gates.gates.attention.interface.retention_attention", attention)
     for inputs in (batch_of(trainer), batch_of(trainer)):
         trainer.compute_loss(trainer.model, inputs).backward()
     assert len(seen) == 2 * 4

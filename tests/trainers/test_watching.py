@@ -11,9 +11,9 @@ import torch
 from tiny_training import gated, trainer_of
 
 from retention_gates import find_gated_model
-from retention_gates.trainers.divergence import TrainingDiverged, check_progress
 from retention_gates.trainers.phases import PhaseClock
-from retention_gates.trainers.portrait import EDGES, Portrait, portray
+from retention_gates.trainers.pictures import EDGES, Portrait, portray
+from retention_gates.trainers.stop_if_diverged import TrainingDiverged, check_progress
 
 ROW = torch.randint(3, 97, (48,), generator=torch.Generator().manual_seed(5))
 

@@ -9,13 +9,13 @@ from gated_models import gated_model
 from tiny_adapter import make_files
 
 from retention_gates import BoundedCache
-from retention_gates.recipes.loading import load_model, load_tokenizer
+from retention_gates.recipes.loading.models import load_model, load_tokenizer
 from retention_gates.recipes.serving.chat import Chat, Ended, Refused
 from retention_gates.recipes.serving.engine import Engine
+from retention_gates.recipes.serving.protocol import read_wish
 from retention_gates.recipes.serving.rows import ChatRows
 from retention_gates.recipes.serving.sampling import Sampling
 from retention_gates.recipes.serving.text import TextStream
-from retention_gates.recipes.serving.wishes import read_wish
 
 MEMORY, ROWS = 8, 4
 PROMPTS = ["king", "ship storm", "queen castle", "road " * 30, "the old ship sings over the sea and the storm"]

@@ -1,0 +1,77 @@
+"""What the arguments of a cache must be."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from retention_gates.gates.attention.cache_layer import EvictingLayer
+from retention_gates.gates.cache.budgets import Budgets
+from retention_gates.gates.policies import FeedbackPolicy, ScoredPolicy
+from retention_gates.gates.policies.eviction_rule import EvictionRule, Reserve
+
+
+def checked_budgets(budgets: Any, layers: int, heads: int, memory_size: int, least: int) -> Budgets:
+    entries = [entry for row in budgets for entry in row]
+    sizes = [len(row) for row in budgets]
+    if sizes != [heads] * layers or not all(isinstance(entry, int) and entry >= least for entry in entries):
+        raise ValueError(
+            f"budgets={budgets!r} must be integers of at least {least}, [{layers} gated layers][{heads} KV heads]."
+        )
+    if sum(entries) != memory_size * len(entries):
+        raise ValueError(
+            f"budgets have {sum(entries) / len(entries):g} entries per head in the mean, which must be memory_size, "
+            f"not {memory_size}."
+        )
+    return [list(row) for row in budgets]
+
+
+def check_heads(rule: EvictionRule) -> None:
+    """Raises ValueError for budgets that the policy does not allow."""
+    if rule.is_pooled and not isinstance(rule.policy, ScoredPolicy):
+        raise ValueError(
+            f'budgets="global" compares the entries of all layers by a score known ahead, and policy='
+            f'{rule.policy.name!r} has none, or spans are reserved: choose budgets="uniform" or "adaptive".'
+        )
+    if not isinstance(rule.policy, FeedbackPolicy) or not rule.policy.same_for_all_heads:
+        return
+    if rule.is_shared or len(set(rule.budgets)) > 1:
+        budgets = "budgets that they share" if rule.is_shared else f"budgets of {list(rule.budgets)} entries"
+        raise ValueError(
+            f"policy={rule.policy.name!r} evicts the same tokens in all heads of a layer, and those of layer "
+            f'{rule.layer} have {budgets}: choose budgets="uniform", or equal ones within each layer.'
+        )
+
+
+def checked_reserves(reserved: Sequence[Reserve]) -> tuple[Reserve, ...]:
+    for one in reserved:
+        if not isinstance(one, tuple | list) or len(one) != 3:
+            raise ValueError(f"reserved={list(reserved)!r} must be (start, stop, entries), one for each span.")
+        start, stop, entries = one
+        check_integer("reserved start", start, least=0)
+        check_integer("reserved stop", stop, least=start + 1)
+        check_integer("reserved entries", entries, least=1)
+    return tuple((start, stop, entries) for start, stop, entries in reserved)
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
+        return
+    limit = "" if most is None else f" and at most {most}"
+    raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}, as a Python int.")
+
+
+def check_rows(layers: Sequence[Any], other_layers: Sequence[Any], row: int, other_row: int) -> None:
+    """Raises ValueError unless a row of one cache's layers can go on in those of another."""
+    for layer, source in zip(layers, other_layers, strict=True):
+        for one in (layer, source):
+            reason = one.why_rows_stay if isinstance(one, EvictingLayer) else f"a {type(one).__name__} is not gated"
+            if reason is not None:
+                raise ValueError(
+                    "copy_row takes rows of gated layers under a policy known ahead, such as retention, with budgets "
+                    f"of each head: {reason}."
+                )
+        if layer.rule != source.rule or layer.owner() is not source.owner():
+            raise ValueError("copy_row wants two caches of one model, made and pinned in the same way.")
+        for name, index, cache_layer in (("row", row, layer), ("other_row", other_row, source)):
+            rows = cache_layer.batch_size if cache_layer.is_initialized else 0
+            if not 0 <= index < rows:
+                raise ValueError(f"{name}={index} must be one of the cache's {rows} rows, from 0.")

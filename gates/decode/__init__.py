@@ -1,0 +1,1 @@
+"""Decoding steps: captured in a graph, with layers computed in fewer launches."""

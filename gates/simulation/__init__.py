@@ -1,0 +1,1 @@
+"""A bounded cache simulated over whole sequences."""

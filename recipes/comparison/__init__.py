@@ -1,0 +1,1 @@
+"""Policies and memory sizes compared on text, tasks and suites."""

@@ -1,0 +1,204 @@
+"""Suites of the Hub and tasks of lm-eval, answered with each memory and the full cache.
+
+    retention-gates evaluate --adapter out/adapter --suites gsm8k ruler/4096 --memory-size 512 --output out/answers
+    retention-gates evaluate --adapter out/adapter --lm-eval gsm8k,arc_easy --memory-size 512 --output out/lm_eval
+
+writes results.jsonl (a header, then one object per question and contender) and report.md.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from retention_gates.checkpoints.evaluation_files import without_folders
+from retention_gates.recipes.loading.models import base_name, check_gates_trained, load_model, load_tokenizer
+from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
+from retention_gates.recipes.loading.provenance import machine_and_versions
+from retention_gates.recipes.report import evaluation_report
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from retention_gates.data.suites import EncodedQuestion
+    from retention_gates.trainers.evaluation.contenders import Contender
+    from retention_gates.trainers.evaluation.paired_statistics import Summary
+
+POLICIES = ("retention", "streaming_llm", "random", "key_norm")
+REFERENCE = "streaming_llm"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("written answers, instead of text and tasks")
+    group.add_argument(
+        "--suites", nargs="+", default=[], metavar="NAME",
+        help="suites of the Hub, such as gsm8k, math500, aime24, longbench/hotpotqa, ruler/4096; NAME=FILE reads a "
+        "local copy (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lm-eval", metavar="NAMES", help="tasks of the package lm-eval, with commas between them (default: none)"
+    )
+    group.add_argument("--include-path", metavar="DIR", help="folder with more tasks in lm-eval's YAML form")
+    group.add_argument("--limit", type=int, metavar="N", help="records of each, the first ones (default: all)")
+    group.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question of lm-eval")
+    group.add_argument(
+        "--chat", action="store_true", help="put lm-eval's questions into the model's chat form, as suites are"
+    )
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer (default: as each asks for)")
+    group.add_argument(
+        "--longest-prompt", type=int, metavar="T",
+        help="tokens; of a suite's longer prompts the middle is left out (default: none is left out)",
+    )  # fmt: skip
+
+
+def wanted(options: argparse.Namespace) -> bool:
+    """Whether written answers were asked for."""
+    return bool(options.suites or options.lm_eval)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Answers, scores and writes the report."""
+    began, clock = datetime.now(UTC), time.monotonic()
+    if options.output is None:
+        raise ValueError("Name a folder for the results: --output.")
+    check_output(options.output)
+    policies = options.policies or [name for name in POLICIES if name != "retention" or options.adapter]
+    _check(options, policies)
+
+    from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS
+    from retention_gates.data.suites import encode_questions, load_suite
+    from retention_gates.gates.adapter.model import find_gated_model
+    from retention_gates.trainers.evaluation.contenders import contenders
+    from retention_gates.trainers.evaluation.paired_statistics import aggregate
+
+    contenders(policies, options.memory_size, options.budgets or ["uniform"])  # a misspelt name should not wait
+    questions = []
+    for suite in options.suites:
+        title, _, source = suite.partition("=")
+        questions += load_suite(title, source=source or None, limit=options.limit)
+    name = base_name(options.model, options.adapter)
+    tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
+    encoded = encode_questions(questions, tokenizer, longest_prompt=options.longest_prompt)
+    model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
+    calibrated = bool(find_gated_model(model).active_config.budget_shares)
+    budgets = options.budgets or (["uniform", "calibrated"] if calibrated else ["uniform"])
+    chosen = contenders(policies, options.memory_size, budgets)
+    records = _answer(model, tokenizer, encoded, chosen, options)
+    reference = REFERENCE if REFERENCE in policies and "uniform" in budgets else None
+    header: dict[str, Any] = {
+        "model": name,
+        "gguf_file": options.gguf_file,
+        "adapter": options.adapter,
+        "suites": options.suites,
+        "lm_eval": options.lm_eval,
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
+        "max_new_tokens": options.max_new_tokens,
+        "longest_prompt": options.longest_prompt,
+        "tokens_left_out": sum(question.cut for question in encoded),
+        "seed": options.seed,
+        **machine_and_versions(model),
+        "time": began.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - clock, 1),
+    }
+    text = markdown(header, aggregate(records, reference=reference), reference)
+    folder = claim_output(options.output)
+    write_text(folder / RESULTS, evaluation_report.json_lines(header, records))
+    write_text(folder / REPORT, text)
+    print(text)
+    print(f"written: {folder / RESULTS}, {folder / REPORT}")
+
+
+def markdown(header: dict[str, Any], summaries: "Sequence[Summary]", reference: str | None) -> str:
+    """One table for all tasks: mean score ± its standard error, and how often a contender beats the reference."""
+    name = without_folders(header["model"])
+    file = f" (`{header['gguf_file']}`)" if header["gguf_file"] else ""
+    lines = [
+        "# Written answers with a bounded memory",
+        "",
+        f"- model: `{name}`{file}; adapter: {header['adapter'] or 'none, gates untrained'}",
+        f"- suites: {', '.join(header['suites']) or 'none'}; lm-eval: {header['lm_eval'] or 'none'}; "
+        f"records of each: {header['limit'] or 'all'}; tokens of prompts left out: {header['tokens_left_out']}",
+        f"- run: retention-gates {header['retention_gates']}, {header['device']}, {header['dtype']}; "
+        f"{header['time']}, {header['seconds']:.0f} s",
+        "",
+        "| task | entries per head | policy | budgets | score | questions | better / worse than "
+        f"{reference or 'the reference'} | p of that |",
+        "|---|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for summary in sorted(summaries, key=lambda s: (s.task, s.memory_size or 0)):
+        score = summary.scores["score"]
+        error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
+        pairing = score.pairing
+        cells = [
+            summary.task,
+            "all" if summary.memory_size is None else str(summary.memory_size),
+            summary.policy,
+            summary.budgets or "",
+            f"{score.mean:.3f}{error}",
+            str(summary.rows),
+            "" if pairing is None else f"{pairing.wins} / {pairing.losses}",
+            "" if pairing is None else f"{pairing.p_value:.2g}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "± is the standard error over questions; p that of a two-sided sign test.", ""])
+
+
+def _check(options: argparse.Namespace, policies: Sequence[str]) -> None:
+    if options.tasks:
+        raise ValueError("--tasks is scored without writing answers: evaluate it in a run of its own.")
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+    if min(options.memory_size) < 1:
+        raise ValueError(f"--memory-size {min(options.memory_size)} must be 1 or more.")
+    if options.lm_eval:  # before anything is loaded
+        from retention_gates.recipes.comparison.lm_eval_model import check_installed
+
+        check_installed()
+    check_gates_trained(list(policies), options.adapter)
+
+
+def _answer(
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: "Sequence[EncodedQuestion]",
+    chosen: "Sequence[Contender]",
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    from tqdm.auto import tqdm
+
+    from retention_gates.trainers.evaluation.written import compare_generations
+
+    records: list[dict[str, Any]] = []
+    if questions:
+        with tqdm(total=len(questions) * (1 + len(chosen)), desc="answering", unit="answer") as bar:
+            records += compare_generations(
+                model,
+                tokenizer,
+                questions,
+                chosen,
+                max_new_tokens=options.max_new_tokens,
+                seed=options.seed,
+                progress=bar.update,
+            )
+    if options.lm_eval:
+        from retention_gates.recipes.comparison.lm_eval_model import run_lm_eval
+
+        records += run_lm_eval(
+            model,  # type: ignore[arg-type]
+            tokenizer,
+            [task.strip() for task in options.lm_eval.split(",") if task.strip()],
+            chosen,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            max_new_tokens=options.max_new_tokens,
+            include_path=options.include_path,
+            chat=options.chat,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+    return records

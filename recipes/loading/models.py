@@ -1,0 +1,223 @@
+"""Loads what all commands need: base model, tokenizer and adapter."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from retention_gates.gates.adapter.config import RetentionGateConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def load_base(
+    name: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: str = "auto",
+    stay: bool = False,
+    quantization: str | None = None,
+) -> "PreTrainedModel":
+    """A base model in eval mode on its device.
+
+    Args:
+        name: Hub name or folder.
+        gguf_file: the file in that folder with the weights, if they are GGUF.
+        revision: branch, tag or commit of a model of the Hub.
+        device: cuda where there is one, if not given.
+        dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own.
+        stay: leave the weights where they are loaded, for an engine that gives each device its part.
+        quantization: "8bit" or "4bit": linear layers as bitsandbytes holds them, made from whole weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: choose among {', '.join(DTYPES)}.")
+    place = _device(device)
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    # False: a base that needs code of its own is refused at once, rather than asked about; adapters name bases
+    options: dict[str, Any] = {**_model_options(name, gguf_file), "trust_remote_code": False}
+    if revision is not None and not Path(name).is_dir():
+        options["revision"] = revision
+    if gguf_file is not None:  # weights left in their blocks could not be trained through
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32 if place.type == "cpu" else torch.bfloat16,
+        )
+        options["device_map"] = {"": place}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
+    model.config._commit_hash = _commit_in_cache(name, revision)  # as older transformers note it: adapters record it
+    placed = stay or quantization is not None
+    return (model if placed else model.to(place)).eval()  # type: ignore[arg-type]
+
+
+def check_quantization(quantization: str | None, gguf_file: str | None) -> None:
+    """Raises ValueError unless base weights can be held like that."""
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"model.quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}: leave it out."
+        )
+    if gguf_file is not None:
+        raise ValueError(
+            f"model.quantization={quantization} is for whole weights, and {gguf_file} is quantised already: leave it "
+            "out."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"model.quantization={quantization} needs bitsandbytes: pip install bitsandbytes.")
+
+
+def check_dtype(dtype: str, device: "torch.device") -> None:
+    """Raises ValueError for a type that the GPU has no arithmetic for, and would compute in another one."""
+    import torch
+
+    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"model.dtype=bfloat16 is not for {torch.cuda.get_device_name(device)}, which has no bf16 arithmetic: use "
+            "float16 or float32."
+        )
+
+
+def load_config(name: str, gguf_file: str | None = None) -> "PreTrainedConfig":
+    """The config of the decoder in a base model, without its weights."""
+    from transformers import AutoConfig
+
+    options = _model_options(name, gguf_file)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False, **options).get_text_config(decoder=True)
+
+
+def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_model_options(name, gguf_file))
+
+
+def load_model(
+    name: str | None,
+    adapter: str | None,
+    *,
+    gguf_file: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: str = "auto",
+) -> "PeftModel":
+    """A base model with the adapter's gates; without an adapter, untrained gates, for policies that ignore them."""
+    from peft import PeftModel, get_peft_model
+
+    from retention_gates.checkpoints.hub import download_adapter
+    from retention_gates.gates.adapter.config import RetentionGateConfig
+
+    where = base_name(name, adapter)  # a wrong adapter should not wait for the base model
+    if adapter is None:
+        return get_peft_model(
+            load_base(where, gguf_file=gguf_file, device=device, dtype=dtype), RetentionGateConfig()
+        ).eval()
+    folder = download_adapter(adapter)
+    config = adapter_config(str(folder))
+    revision = config.revision if where == config.base_model_name_or_path else None
+    base = load_base(where, gguf_file=gguf_file, revision=revision, device=device, dtype=dtype)
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+def base_name(name: str | None, adapter: str | None) -> str:
+    """The base model: what was asked for, else the one that the adapter's config names."""
+    recorded = None if adapter is None else adapter_config(adapter).base_model_name_or_path
+    if name is not None:
+        return name
+    if adapter is None:
+        raise ValueError("No model was given: name one with --model, or a trained adapter with --adapter.")
+    if not recorded:
+        raise ValueError(f"The adapter {adapter} does not say which base model it belongs to: name it with --model.")
+    if not Path(adapter).is_dir() and (recorded.startswith((".", "/", "~")) or ".." in recorded):
+        raise ValueError(
+            f"The adapter {adapter} of the Hub names a folder, {recorded!r}, as its base model: name the model with "
+            "--model."
+        )
+    return recorded
+
+
+def adapter_config(adapter: str) -> "RetentionGateConfig":
+    """The config of an adapter of retention gates that has its weights beside it; a folder or a Hub name.
+
+    Raises:
+        ValueError: for a folder that is missing, unreadable, incomplete, or holds another method's adapter.
+    """
+    from retention_gates.checkpoints.hub import download_adapter
+    from retention_gates.gates.adapter.config import RetentionGateConfig
+
+    return RetentionGateConfig.from_pretrained(str(download_adapter(adapter)))
+
+
+def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
+    """Raises ValueError if a policy needs trained gates and there is no adapter."""
+    from retention_gates.gates.policies import POLICIES, find_policy
+
+    needy = [name for name in policies if find_policy(name).needs_gates]
+    if needy and adapter is None:
+        others = ", ".join(name for name, policy in POLICIES.items() if not policy.needs_gates)
+        raise ValueError(
+            f"Policy {needy[0]!r} needs trained gates: give them with --adapter, or choose among {others}."
+        )
+
+
+def _commit_in_cache(name: str, revision: str | None) -> str | None:
+    """The commit that was just loaded of a model of the Hub; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return None
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _device(device: "str | torch.device | None") -> "torch.device":
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}): try cpu."
+        ) from error
+    if place.type == "meta":
+        raise ValueError("device='meta' holds no numbers to compute with: try cpu.")
+    return place
+
+
+def _model_options(name: str, gguf_file: str | None) -> dict[str, str]:
+    """What from_pretrained gets for GGUF weights, or nothing; looks into `name` first, if it is a folder."""
+    folder = Path(name)
+    if name.startswith((".", "/")) and not folder.exists():
+        raise ValueError(f"There is no folder {name}: name the folder of a model, or a model of the Hub.")
+    if folder.is_dir() and not (folder / (gguf_file or "config.json")).is_file():
+        found = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
+        raise ValueError(
+            f"The folder {name} has no {gguf_file or 'config.json'}: name the folder of a model, or one of the GGUF "
+            f"files in it ({found})."
+        )
+    if gguf_file is None:
+        return {}
+    if find_spec("gguf") is None:
+        raise ValueError("Weights in a GGUF file need the package gguf: pip install gguf.")
+    return {"gguf_file": gguf_file}

@@ -1,0 +1,60 @@
+"""Rows of text for the commands, as their arguments say."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from retention_gates.data.tokens import TokenDocument
+
+DOCUMENTS_AT_A_TIME, PASSAGES_TO_CHOOSE_FROM = 64, 4
+
+
+def load_token_documents(
+    options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", *, training_works: bool = False
+) -> "list[TokenDocument]":
+    """Tokenised documents as the text arguments say; of a large data set only as many as the passages need.
+
+    Args:
+        training_works: take the works that --test-fraction or --test-works leaves for training, not the others.
+    """
+    from retention_gates.data.sources import load_documents, split_by_work
+    from retention_gates.data.tokens import tokenize_documents
+
+    if options.seed < 0:
+        raise ValueError(f"--seed {options.seed} must be 0 or more.")
+    documents = load_documents(
+        options.text,
+        split=options.split,
+        subset=options.subset,
+        text_field=options.text_field,
+        work_field=options.work_field,
+        seed=options.seed,
+    )
+    if options.test_fraction is not None or options.test_works is not None:
+        train, test = split_by_work(
+            documents, test_fraction=options.test_fraction, test_works=options.test_works, seed=options.split_seed
+        )
+        documents = train if training_works else test
+    tokenized: list[TokenDocument] = []
+    for first in range(0, len(documents), DOCUMENTS_AT_A_TIME):
+        tokenized += tokenize_documents(documents[first : first + DOCUMENTS_AT_A_TIME], tokenizer)
+        if (
+            sum(len(document.ids) // max(1, options.length) for document in tokenized)
+            > PASSAGES_TO_CHOOSE_FROM * options.rows
+        ):
+            break
+    return tokenized
+
+
+def load_rows(
+    options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", documents: "list[TokenDocument]"
+) -> "torch.Tensor":
+    """Token ids [rows, length] of passages that don't overlap, works taking turns."""
+    from retention_gates.data.packing import sample_windows
+    from retention_gates.data.tokens import document_prefix
+
+    prefix = document_prefix(tokenizer)
+    return sample_windows(documents, options.length, options.rows, seed=options.seed, prefix_ids=prefix)

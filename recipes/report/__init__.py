@@ -1,0 +1,1 @@
+"""Results for people: Markdown, HTML pages and plots."""

@@ -1,0 +1,89 @@
+"""retention-gates evaluate --suites: answers of a local suite, its two files, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_adapter import Files, make_files
+
+from retention_gates.cli import main
+from retention_gates.data.suites import SUITES
+from retention_gates.data.suites.base import Suite
+
+FIXTURES = Path(__file__).parent.parent.parent / "fixtures" / "suites"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    return make_files(tmp_path_factory.mktemp("suites"))
+
+
+@pytest.fixture
+def local_suites(monkeypatch):
+    """The Hub's data sets are read from the records in their form."""
+
+    def local(self: Suite, subset: str):
+        return self._local(str(FIXTURES / f"{self.name}__{subset}.jsonl"))
+
+    monkeypatch.setattr(Suite, "_hub", local)
+
+
+def test_answers_are_written_and_scored(files, local_suites, tmp_path):
+    arguments = ["evaluate", *files.arguments, "--suites", "gsm8k", "ruler/4096", "--memory-size", "8", "16"]
+    arguments += ["--policies", "retention", "streaming_llm", "--max-new-tokens", "4", "--longest-prompt", "20"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    header, *records = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert header["suites"] == ["gsm8k", "ruler/4096"] and header["tokens_left_out"] > 0
+    assert len(records) == 5 * (1 + 2 * 2) and all(0 <= record["score"] <= 1 for record in records)
+    tasks = {record["task"] for record in records}
+    assert tasks == {"gsm8k", "ruler/niah_multivalue", "ruler/vt", "ruler/qa_1"}
+    assert all(record["new_tokens"] <= 4 and isinstance(record["answer"], str) for record in records)
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("| gsm8k |")]
+    assert len(table) == 5 and all(line.count("|") == 9 for line in table)
+    assert table[0].startswith("| gsm8k | all | full |  | 0.000 ± 0.000 | 2 |")
+    assert "| 0 / 0 | 1 |" in table[1], "neither policy answers anything right"
+
+
+def test_a_local_copy_is_read_by_its_name(files, tmp_path):
+    copy = f"aime24={FIXTURES / 'aime24__default.jsonl'}"
+    arguments = ["evaluate", *files.arguments, "--suites", copy, "--memory-size", "8", "--policies", "retention"]
+    assert main([*arguments, "--max-new-tokens", "2", "--limit", "1", "--output", str(tmp_path / "out")]) == 0
+    _, *records = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert [(r["task"], r["policy"]) for r in records] == [("aime24", "full"), ("aime24", "retention")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suites", "gms8k"], "unknown suite 'gms8k'"),
+        (["--suites", "gsm8k=nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
+        (["--suites", "gsm8k", "--tasks", "passkey"], "--tasks is scored without writing answers"),
+        (["--suites", "gsm8k", "--limit", "0"], "--limit 0 must be 1 or more"),
+        (["--suites", "gsm8k", "--memory-size", "0"], "--memory-size 0 must be 1 or more"),
+        (["--suites", "gsm8k", "--policies", "snap"], "snap"),
+        (["--suites", "gsm8k", "--longest-prompt", "510"], "the model has 512 positions: shorten prompts"),
+    ],
+)
+def test_mistakes_are_named(files, local_suites, tmp_path, capsys, arguments, message):
+    assert main(["evaluate", *files.arguments, *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_suites_are_those_that_are_documented():
+    assert sorted(SUITES) == [
+        "aime24", "gsm8k", "infinitebench", "longbench", "longbench_v2", "longmemeval", "longproc", "math500", "ruler",
+        "scbench",
+    ]  # fmt: skip
+
+
+def test_what_is_not_installed_is_named(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("retention_gates.recipes.comparison.lm_eval_model.INSTALLED", False)
+    monkeypatch.setattr("retention_gates.recipes.kvpress_press.INSTALLED", False)
+    assert main(["evaluate", *files.arguments, "--lm-eval", "gsm8k", "--output", str(tmp_path / "out")]) == 2
+    assert "lm-eval's tasks need its package: pip install" in capsys.readouterr().err
+    from retention_gates.recipes.kvpress_press import RetentionPress
+
+    with pytest.raises(ValueError, match="needs the package kvpress: pip install kvpress"):
+        RetentionPress(adapter=str(files.adapter))

@@ -1,0 +1,1 @@
+"""Runs of several processes: how rows and parameters are divided among them."""

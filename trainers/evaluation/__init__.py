@@ -1,0 +1,1 @@
+"""How memories of bounded size are scored, and compared."""
