@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from retention_gates.kernels.capture import capture
+
 Batch = dict[str, torch.Tensor]
 Objective = Callable[[Batch], tuple[torch.Tensor, Batch]]  # batch -> loss and terms, fp32 scalars
 
@@ -26,13 +28,14 @@ class StepGraph:
     def __init__(self, objective: Objective, batch: Batch, parameters: Sequence[nn.Parameter]):
         self._parameters = list(parameters)
         self._batch = {name: tensor.clone() for name, tensor in batch.items()}
-        self._graph = torch.cuda.CUDAGraph()
-        # other threads go on allocating, the one that pins the next rows say
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            loss, terms = objective(self._batch)
-            self._gradients = torch.autograd.grad(loss, self._parameters)
-            self._numbers = torch.stack([loss.detach(), *terms.values()])
-        self._names = list(terms)
+        device = next(iter(self._batch.values())).device
+        (self._gradients, self._numbers, self._names), self._graph = capture(lambda: self._step(objective), device)
+
+    def _step(self, objective: Objective) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, list[str]]:
+        """Gradients, loss and terms in one tensor, and the names of the terms."""
+        loss, terms = objective(self._batch)
+        gradients = torch.autograd.grad(loss, self._parameters)
+        return gradients, torch.stack([loss.detach(), *terms.values()]), list(terms)
 
     def fits(self, batch: Batch) -> bool:
         """Whether the graph was captured for batches like this one."""

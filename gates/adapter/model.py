@@ -116,9 +116,9 @@ class RetentionGateModel(BaseTuner):
         """
         kwargs = prepared(self.model, args, kwargs, gates_on=self._gates_on)
         cache = find_cache(kwargs)
-        if (graph := getattr(cache, "decode_graph", None)) is None:
+        if (step := getattr(cache, "decode_step", None)) is None:
             return self.model.generate(*args, **kwargs)
-        with graph.attached(self.model, cache, prompt_columns(args, kwargs)):
+        with step.in_generate(self.model, cache, prompt_columns(args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

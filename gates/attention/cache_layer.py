@@ -103,8 +103,17 @@ class EvictingLayer(CacheLayerMixin):
         self.is_awaited, self.is_attending = False, True
         if not torch.compiler.is_compiling():  # a compiled step would be compiled for every number: counted outside
             self.passes += 1
-            self.columns += key_states.shape[2]
+            self.count(key_states.shape[2])
         return key_states, value_states
+
+    def count(self, tokens: int) -> None:
+        """Counts tokens that the layer reads, on the host."""
+        self.columns += tokens
+
+    @property
+    def step_kind(self) -> Any:
+        """What the next step of one token does otherwise than other steps; None if all are alike."""
+        return None
 
     @abstractmethod
     def attend(

@@ -21,7 +21,7 @@ from retention_gates.gates.cache.quantized_layer import STORED, QuantizedSlotLay
 from retention_gates.gates.cache.saved_cache import load_memory, save_memory
 from retention_gates.gates.cache.slot_layer import SlotLayer
 from retention_gates.gates.cache.window_layer import WindowLayer
-from retention_gates.gates.decode.step import DecodeGraph
+from retention_gates.gates.decode.step import DecodeStep
 from retention_gates.gates.policies import FeedbackPolicy, ScoredPolicy
 from retention_gates.gates.policies.eviction_rule import EvictionRule
 
@@ -76,7 +76,7 @@ class BoundedCache(EvictingCache):
         if compile and not graph:
             raise ValueError("compile=True compiles the step that the graph captures: it needs graph=True.")
         super().__init__(model, memory_size, **options)
-        self.decode_graph = DecodeGraph(compile) if graph else None
+        self.decode_step = DecodeStep(compile) if graph else None
         kinds = getattr(text_config(find_gated_model(model).model), "layer_types", None) or ()
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicSlidingWindowLayer and "chunked_attention" not in kinds:
@@ -121,8 +121,8 @@ class BoundedCache(EvictingCache):
 
     def _forget_graph(self) -> None:
         """Frees a capture that reads slots or a rule of before."""
-        if self.decode_graph is not None:
-            self.decode_graph.forget()
+        if self.decode_step is not None:
+            self.decode_step.forget()
 
     @property
     def slots(self) -> int:

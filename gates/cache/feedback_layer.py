@@ -25,6 +25,7 @@ class FeedbackSlotLayer(SlotLayer):
     state: torch.Tensor
     head_state: torch.Tensor
     priority: torch.Tensor
+    is_due = True  # whether the step that runs gives new priorities
 
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
@@ -109,7 +110,7 @@ class FeedbackSlotLayer(SlotLayer):
             weights = None if received is None else table.by_head(received)[:, :, None]
             feedback.observe(policy, held, weights, chunk.is_padded)
         interval = self.rule.interval
-        if interval == 1 or self.columns % interval == 0:  # a compiled step must not depend on the count
+        if self.is_due:
             priority = feedback.priorities(policy, held)
             if interval > 1:
                 self.priority.copy_(table.ragged(priority))
@@ -190,9 +191,16 @@ class FeedbackSlotLayer(SlotLayer):
     def why_not_captured(self) -> str | None:
         if self.policy.reads_back:
             return f"policy={self.policy.name!r} waits for the device"
-        if self.rule.interval > 1:
-            return f"policy={self.policy.name!r} gives priorities at every {self.rule.interval}th step only"
         return None
+
+    def count(self, tokens: int) -> None:
+        super().count(tokens)
+        self.is_due = self.columns % self.rule.interval == 0
+
+    @property
+    def step_kind(self) -> bool | None:
+        """Whether the next step gives new priorities, of a policy whose priorities hold for several steps."""
+        return (self.columns + 1) % self.rule.interval == 0 if self.rule.interval > 1 else None
 
     @property
     def why_rows_stay(self) -> str | None:

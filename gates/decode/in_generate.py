@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def replaced_forward(model: nn.Module) -> Iterator[None]:
-    """Lets every forward pass of the model ask the cache that it gets first, whoever the caller is."""
+    """Inside the block, every forward pass of the model asks the step of the cache that it gets first."""
     with _lock:
         _patched[model] = _patched.get(model, 0) + 1
         if _patched[model] == 1:
@@ -28,10 +28,10 @@ def replaced_forward(model: nn.Module) -> Iterator[None]:
 
             @wraps(forward)
             def step_or_forward(*args: Any, **kwargs: Any) -> Any:
-                graph = getattr(find_cache(kwargs), "decode_graph", None)
-                if args or graph is None or not graph.is_attached:
+                step = getattr(find_cache(kwargs), "decode_step", None)
+                if args or step is None or not step.is_open:
                     return forward(*args, **kwargs)
-                return graph.step(forward, kwargs)
+                return step.run(forward, kwargs)
 
             step_or_forward.before = before  # type: ignore[attr-defined]
             model.forward = step_or_forward
@@ -44,3 +44,10 @@ def replaced_forward(model: nn.Module) -> Iterator[None]:
                 before = model.__dict__.pop("forward").before
                 if before is not None:
                     model.forward = before
+
+
+def forward_of(model: Any) -> Any:
+    """The model's own forward pass, also while it is replaced."""
+    with _lock:
+        forward = model.forward
+        return forward.__wrapped__ if _patched.get(model) else forward

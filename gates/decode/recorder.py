@@ -4,10 +4,11 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Protocol
 
 import torch
+
+from retention_gates.kernels.capture import capture, on_capture_stream
 
 Step = Callable[[], Any]
 
@@ -29,19 +30,14 @@ class CudaRecorder:
         self.device = device
 
     def warm_up(self, step: Step) -> tuple[Any, str | None]:
-        with torch.cuda.device(self.device):
-            current, side = torch.cuda.current_stream(), _side_stream(self.device)
-            # on the stream that captures, whose libraries then have their workspaces before it does
-            side.wait_stream(current)
-            mode = torch.cuda.get_sync_debug_mode()
-            with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(side):
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                try:
-                    output = step()
-                finally:
-                    torch.cuda.set_sync_debug_mode(mode)
-            current.wait_stream(side)
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                output = on_capture_stream(step, self.device)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         waits = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
         for other in caught:
             if other not in waits and "Synchronization debug mode" not in str(other.message):
@@ -51,17 +47,14 @@ class CudaRecorder:
         return output, f"the model waits for the device ({waits[0].filename}, line {waits[0].lineno})"
 
     def capture(self, step: Step) -> tuple[Any, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(graph, stream=_side_stream(self.device), capture_error_mode="thread_local")
+        try:
+            output, graph = capture(step, self.device)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"This model's decoding step cannot be captured in a CUDA graph ({error}): pass graph=False to "
+                "BoundedCache, and start the sequence again."
+            ) from error
         with torch.cuda.device(self.device):
-            try:
-                with capture:
-                    output = step()
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"This model's decoding step cannot be captured in a CUDA graph ({error}): pass graph=False to "
-                    "BoundedCache, and start the sequence again."
-                ) from error
             graph.replay()
         return output, graph.replay
 
@@ -74,11 +67,6 @@ def check_compiler() -> None:
             f"compile=True on a CPU builds C++, and none of {', '.join(names)} is installed here: install g++, name "
             "another in the environment variable CXX, or leave compile=True out."
         )
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}  # by the type of device

@@ -1,11 +1,11 @@
-"""Decoding steps inside `generate`, captured once and then replayed as one CUDA graph.
+"""A decoding step, captured once and then replayed as one CUDA graph.
 
 All that a step with a bounded cache reads and writes stays where it is: weights, slots, counters. So the whole forward
-pass from ids to logits can be captured once: `generate` makes the step's ids and positions, they are copied into the
-tensors that the capture reads, the graph runs, and the logits are copied out.
+pass from ids to logits can be captured once: the step's ids and positions are copied into the tensors that the capture
+reads, the graph runs, and the logits are copied out.
 
 The padding mask, which grows by a column at every step, is no part of it. The prompt's pass has told the cache which
-columns are padding, and every token that `generate` makes itself is real.
+columns are padding, and every token of a step is real.
 
 Where a device has no graphs, as a CPU, steps run as ever, or each is compiled if that is asked for.
 
@@ -28,13 +28,13 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import ModelOutput, logging
 
 from retention_gates.gates.adapter.families import text_config
-from retention_gates.gates.attention.cache_argument import NAMES
+from retention_gates.gates.attention.cache_argument import NAMES, find_cache, named_for
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.attention.interface import MASKS, PREFIX, base_implementation_of
 from retention_gates.gates.cache.window_layer import WindowLayer
 from retention_gates.gates.decode.deferred import settled
 from retention_gates.gates.decode.fused_layers import FusedLayers
-from retention_gates.gates.decode.in_generate import replaced_forward
+from retention_gates.gates.decode.in_generate import forward_of, replaced_forward
 from retention_gates.gates.decode.recorder import RECORDERS, Recorder, check_compiler
 from retention_gates.gates.decode.watch import Watch
 from retention_gates.gates.decode.windows import Windows
@@ -52,7 +52,6 @@ NOT_CAPTURED = ("output_attentions", "output_hidden_states", "output_router_logi
 class Capture:
     """One captured step."""
 
-    key: tuple  # what the step was given, beside the values of tensors
     inputs: dict[str, torch.Tensor]
     output: ModelOutput
     caches: list[str]  # under which names the output has the cache
@@ -65,35 +64,58 @@ class Capture:
         return all(where.get(name) is value for where, name, value in self.state)
 
 
-class DecodeGraph:
-    """Of one cache: when a step is captured, when the capture is replayed, and when it is of no use any more."""
+@dataclass
+class Known:
+    """How far steps of one kind have come: watched, then run as they will be captured, then captured."""
+
+    is_watched: bool = False
+    is_warm: bool = False
+    has_waited: bool = False  # whether one of them waited for the device
+    capture: Capture | None = None
+
+
+class DecodeStep:
+    """One decoding step of a model over a bounded cache: a call that is captured at the third and then replayed.
+
+    Every `BoundedCache` has one. It is opened for the model, and then called as the model is:
+
+        with cache.decode_step.opened(model, cache) as step:
+            logits = step(input_ids=ids, position_ids=positions).logits  # ids and positions [B, 1]
+
+    `generate`, the endpoint and written answers all decode through it. Steps that cannot be captured run as they are,
+    and the log says why, once.
+    """
 
     def __init__(self, compile: bool = False) -> None:
         self.compile = compile
-        self.capture: Capture | None = None
+        self.key: tuple | None = None  # of the steps that are known: what they are given, beside the values of tensors
+        self.known: dict[tuple, Known] = {}  # by the kind of step, see `EvictingLayer.step_kind`
         self.weights: tuple = ()  # where the weights were at the capture
-        self.watched: tuple | None = None  # key of the step whose layers were watched
-        self.layers = FusedLayers([], [])  # what was seen then
-        self.warm: tuple | None = None  # key of the steps that ran uncaptured as the captured one will
-        self.waited = False  # whether the first of them waited for the device
+        self.layers = FusedLayers([], [])  # what was seen of the model's layers
         self.refusal: str | None = None  # why this cache's steps are not captured
         self.prompt_columns = 0
         self.windows: Windows | None = None
         self.is_in_turn = False  # whether the last forward pass was a step of this turn
-        self.is_attached = False
+        self.is_open = False
         self.recorder: Recorder | None = None  # of a device that captures steps
         self.cache: Callable[[], Any] = lambda: None
         self.model: Callable[[], Any] = lambda: None
 
-    def __deepcopy__(self, memo: dict) -> "DecodeGraph":
-        return DecodeGraph(self.compile)  # a copy of the cache has its own slots
+    def __deepcopy__(self, memo: dict) -> "DecodeStep":
+        return DecodeStep(self.compile)  # a copy of the cache has its own slots
 
     def __reduce__(self) -> tuple:
-        return DecodeGraph, (self.compile,)
+        return DecodeStep, (self.compile,)
+
+    @property
+    def captures(self) -> list[Capture]:
+        """All captured steps, one of each kind."""
+        return [known.capture for known in self.known.values() if known.capture is not None]
 
     def forget(self) -> None:
-        """Frees the capture."""
-        self.capture = self.watched = self.warm = self.windows = None
+        """Frees what was captured."""
+        self.key, self.windows = None, None
+        self.known = {}
 
     def refuse(self, reason: str, *, is_captured: bool = True) -> None:
         self.refusal = reason
@@ -104,17 +126,24 @@ class DecodeGraph:
         self.forget()
 
     @contextmanager
-    def attached(self, model: nn.Module, cache: Cache, prompt_columns: int) -> Iterator[None]:
-        """Inside of it, steps of the model with the cache after the prompt's columns are captured and replayed."""
+    def opened(self, model: nn.Module, cache: Cache, prompt_columns: int = 0) -> Iterator["DecodeStep"]:
+        """Inside the block, steps of the model with the cache are captured and replayed.
+
+        Args:
+            model: the base model that has the gates, as `find_gated_model(model).model` gives it.
+            cache: whose step this is.
+            prompt_columns: columns of the padding mask that belong to the prompt: a pass with no more is no step.
+        """
+        self.cache, self.model = weakref.ref(cache), weakref.ref(model)
         device, refusal = _device(model)
         recorder = RECORDERS.get(device.type)
         if refusal is None and recorder is None and not self.compile:
-            yield
+            yield self
             return
         refusal = refusal or _why_not(model, cache)
         if refusal is not None:
             self.refuse(refusal, is_captured=recorder is not None or not self.compile)
-            yield
+            yield self
             return
         if recorder is None and device.type == "cpu":
             check_compiler()
@@ -122,19 +151,33 @@ class DecodeGraph:
         if weights != self.weights:
             self.forget()
         self.weights, self.prompt_columns, self.refusal = weights, prompt_columns, None
-        self.recorder, self.cache = recorder and recorder(device), weakref.ref(cache)
-        self.model = weakref.ref(model)
-        self.is_attached, self.is_in_turn = True, False
+        self.recorder = recorder and recorder(device)
+        self.is_open, self.is_in_turn = True, False
         try:
-            with replaced_forward(model):
-                yield
+            yield self
         finally:
-            self.recorder, self.is_attached = None, False
+            self.recorder, self.is_open = None, False
             del kept  # until here no weight that the capture reads could be freed
 
-    def step(self, forward: Forward, arguments: dict[str, Any]) -> Any:
-        """What `forward(**arguments)` gives, by a replay where that is the same."""
-        found = self._inputs_of(arguments)
+    @contextmanager
+    def in_generate(self, model: nn.Module, cache: Cache, prompt_columns: int) -> Iterator[None]:
+        """Inside the block, forward passes that the model's `generate` makes come here first."""
+        with self.opened(model, cache, prompt_columns):
+            if not self.is_open:
+                yield
+                return
+            with replaced_forward(model):
+                yield
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Returns what the model gives for the arguments of its forward pass; the cache need not be among them."""
+        forward = forward_of(self.model())
+        given = arguments if find_cache(arguments) is not None else arguments | {NAMES[0]: self.cache()}
+        return self.run(forward, named_for(forward, given))
+
+    def run(self, forward: Forward, arguments: dict[str, Any]) -> Any:
+        """Returns what `forward(**arguments)` gives, by a replay where that is the same."""
+        found = self._inputs_of(arguments) if self.is_open else None
         if found is None or self.refusal is not None:
             self.is_in_turn = False
             return forward(**arguments)
@@ -143,35 +186,51 @@ class DecodeGraph:
             self._begin_turn(arguments.get("attention_mask"))
         if self.recorder is None:
             return self._run(forward, tensors | others)
-        if self.capture is not None and self.capture.key == key:
-            for name, buffer in self.capture.inputs.items():
-                buffer.copy_(tensors[name])
-            self._count()
-            self.capture.replay()
-            if self.windows is not None:
-                self.windows.count()
-            return self._copied(self.capture)
-        self.capture = None
-        if self.warm != key:
-            watch = Watch() if self.watched != key else None
-            output, wait = self.recorder.warm_up(lambda: self._run(forward, tensors | others, watch))
-            if watch is not None:
-                self.watched, self.layers = key, watch.found(self.model())
-            if wait is None:
-                # a watched step ran as the captured one will, unless something is to be computed otherwise
-                if watch is None or not (self.compile or self.layers):
-                    self.warm = key
-            elif self.waited:  # at its first step a model may make tables, at the second it makes them always
-                self.refuse(wait)
-            self.waited = wait is not None
-            if kinds := [name for name, value in output.items() if not isinstance(value, torch.Tensor | Cache)]:
-                self.refuse(f"the model gives {', '.join(kinds)} beside logits")
-            return output
-        return self._capture(forward, key, tensors, others)
+        if key != self.key:
+            self.key, self.known = key, {}
+        kind = tuple(layer.step_kind for layer in self._evicting() if layer.step_kind is not None)
+        known = self.known.setdefault(kind, Known())
+        if known.capture is not None:
+            return self._replay(known.capture, tensors)
+        if not known.is_warm:
+            return self._warm_up(known, forward, tensors | others)
+        known.capture = self._capture(forward, tensors, others)
+        return self._copied(known.capture)
+
+    def _evicting(self) -> list[EvictingLayer]:
+        return [layer for layer in self.cache().layers if isinstance(layer, EvictingLayer)]
+
+    def _replay(self, capture: Capture, tensors: dict[str, torch.Tensor]) -> ModelOutput:
+        for name, buffer in capture.inputs.items():
+            buffer.copy_(tensors[name])
+        self._count()
+        capture.replay()
+        if self.windows is not None:
+            self.windows.count()
+        return self._copied(capture)
+
+    def _warm_up(self, known: Known, forward: Forward, arguments: dict[str, Any]) -> Any:
+        """Runs a step by itself: the first is watched, the next are as the captured one will be."""
+        assert self.recorder is not None
+        watch = None if known.is_watched else Watch()
+        output, wait = self.recorder.warm_up(lambda: self._run(forward, arguments, watch))
+        if watch is not None:
+            known.is_watched, self.layers = True, watch.found(self.model())
+        if wait is None:
+            # a watched step ran as the captured one will, unless something is to be computed otherwise
+            known.is_warm = watch is None or not (self.compile or self.layers)
+        elif known.has_waited:  # at its first step a model may make tables, at the second it makes them always
+            self.refuse(wait)
+        known.has_waited = wait is not None
+        if not isinstance(output, ModelOutput):
+            self.refuse(f"the model gives a {type(output).__name__} and no ModelOutput")
+        elif kinds := [name for name, value in output.items() if not isinstance(value, torch.Tensor | Cache)]:
+            self.refuse(f"the model gives {', '.join(kinds)} beside logits")
+        return output
 
     def _begin_turn(self, mask: torch.Tensor | None) -> None:
         self.is_in_turn = True
-        if self.capture is not None and not self.capture.finds_its_state():
+        if not all(capture.finds_its_state() for capture in self.captures):
             self.forget()
         layers = [layer for layer in self.cache().layers if isinstance(layer, WindowLayer)]
         if self.windows is not None and self.windows.visible.shape[0] == layers[0].batch_size:
@@ -182,10 +241,10 @@ class DecodeGraph:
 
     def _count(self) -> None:
         """What replayed and compiled steps do not do: count on the host."""
-        gated = [layer for layer in self.cache().layers if isinstance(layer, EvictingLayer)]
-        gated[0].check_count(1)
-        for layer in gated:
-            layer.columns += 1
+        evicting = self._evicting()
+        evicting[0].check_count(1)
+        for layer in evicting:
+            layer.count(1)
 
     def _run(self, forward: Forward, arguments: dict[str, Any], watch: Watch | None = None) -> Any:
         if self.compile and watch is None:
@@ -198,18 +257,16 @@ class DecodeGraph:
                 output[name] = settled(each)
             return output
 
-    def _capture(self, forward: Forward, key: tuple, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Any:
+    def _capture(self, forward: Forward, tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> Capture:
         assert self.recorder is not None
-        layers = self.cache().layers
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        constants = [each for layer in layers if isinstance(layer, EvictingLayer) for each in layer.constants]
+        constants = [each for layer in self._evicting() for each in layer.constants]
         output, replay = self.recorder.capture(lambda: self._run(forward, inputs | others))
-        state = [place for layer in layers for place in _places(layer)]
+        state = [place for layer in self.cache().layers for place in _places(layer)]
         caches = [name for name, value in output.items() if isinstance(value, Cache)]
         for name in caches:  # a cache that its own capture keeps would wait for the garbage collector
             output[name] = None
-        self.capture = Capture(key, inputs, output, caches, replay, state, constants)
-        return self._copied(self.capture)
+        return Capture(inputs, output, caches, replay, state, constants)
 
     def _copied(self, capture: Capture) -> ModelOutput:
         """The output in tensors that the next replay leaves alone."""
@@ -217,15 +274,19 @@ class DecodeGraph:
         return type(capture.output)(**values, **dict.fromkeys(capture.caches, self.cache()))
 
     def _inputs_of(self, arguments: dict[str, Any]) -> tuple[tuple, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """A key, the tensors and the other arguments of a step of one token that `generate` made; None of others."""
+        """A key, the tensors and the other arguments of a step of one token; None of a prompt, or if it is refused."""
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-        if ids is None or ids.shape[1] != 1 or not arguments.get("return_dict", True):
+        first = arguments.get("inputs_embeds") if ids is None else ids
+        if first is None or first.shape[1] != 1:
             return None
         if mask is not None and mask.shape[1] <= self.prompt_columns:
             return None
         tensors: dict[str, torch.Tensor] = {}
         others: dict[str, Any] = {}
         key: list[tuple] = []
+        reasons = ["it gets inputs_embeds and no input_ids"] if ids is None else []
+        if arguments.get("return_dict") is False:
+            reasons.append("return_dict=False asks for a tuple")
         for name, value in arguments.items():
             if name == "attention_mask" or value is None:
                 continue
@@ -233,10 +294,15 @@ class DecodeGraph:
             if isinstance(value, torch.Tensor):
                 tensors[name] = others.pop(name)
                 key.append((name, value.shape, value.dtype, value.device))
-            elif isinstance(value, bool | int | float | str) and not (value and name in NOT_CAPTURED):
+            elif value and name in NOT_CAPTURED:
+                reasons.append(f"{name}={value} asks for more than logits")
+            elif isinstance(value, bool | int | float | str):
                 key.append((name, value))
             elif name not in NAMES:
-                return None
+                reasons.append(f"its argument {name} is a {type(value).__name__}")
+        if reasons:
+            logger.warning_once(f"A decoding step is not captured, because {'; '.join(reasons)}.")
+            return None
         return (*key, torch.is_inference_mode_enabled()), tensors, others
 
 

@@ -1,6 +1,7 @@
 """Evictions of policies that look at what is held, simulated step by step over a sequence known beforehand."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from retention_gates.gates.attention.masked import masked_attention
 from retention_gates.gates.cache import feedback
 from retention_gates.gates.policies import FeedbackPolicy, Held, NewTokens
 from retention_gates.gates.policies.eviction_rule import EvictionRule
+from retention_gates.kernels.capture import capture, on_capture_stream
 from retention_gates.kernels.ragged_decode_attention import entry_weights
 from retention_gates.kernels.softmax import Softmax
 
@@ -209,16 +211,10 @@ class Stepper:
     def _capture(self, kinds: set[tuple[bool, bool]]) -> None:
         """Captures a step of each kind: those that give new priorities or don't, and learn something or don't."""
         for kind in kinds:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(min(3, self.query.shape[2])):  # libraries allocate workspaces before the capture
-                    self._step(*kind)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step(*kind)
-            self.graphs[kind] = graph
+            step, device = partial(self._step, *kind), self.query.device
+            for _ in range(min(3, self.query.shape[2])):
+                on_capture_stream(step, device)
+            _, self.graphs[kind] = capture(step, device)
             self._reset()
 
     def _at_column(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:

@@ -223,19 +223,19 @@ def measure(
             cache = make()
             ours = isinstance(cache, BoundedCache)
             options: dict[str, Any] = {"disable_compile": "static" not in name}
-            tokens = (SHORT, LONG) if ours and cache.decode_graph else FEW
+            tokens = (SHORT, LONG) if ours and cache.decode_step else FEW
             with setting(name, model, arguments.memory_size):
                 value, spread = step_ms(model, cache, batch, context, 3 if ours else 1, tokens, **options)
         limit = 1e3 * batch / limit_ms(model, batch, entries, rate)
         rate_of = 1e3 * batch / value
         rows.append(Measurement(case, name, rate_of, "tok/s", rate_of * spread / value, limit))
         seconds = time.perf_counter() - begin
-        if ours and cache.decode_graph and cache.decode_graph.capture:
+        if ours and cache.decode_step and cache.decode_step.captures:
             value, spread = replay_ms(cache)
             rows.append(Measurement(case, f"{name}, the graph alone", 1e3 * batch / value, "tok/s", None, limit))
         report("decode", rows[first:])
         print(f"{seconds:.1f} s in all", flush=True)
-        if arguments.kernels and ours and cache.decode_graph and cache.decode_graph.capture:
+        if arguments.kernels and ours and cache.decode_step and cache.decode_step.captures:
             print_kernels(cache)
         del cache
     return rows
@@ -264,18 +264,18 @@ def measure_in_turns(
 
 def replay_ms(cache: BoundedCache) -> tuple[float, float]:
     """Time of the graph itself, one replay after the other."""
-    assert cache.decode_graph is not None and cache.decode_graph.capture is not None
-    return time_ms(cache.decode_graph.capture.replay, repeats=50)
+    assert cache.decode_step is not None and cache.decode_step.captures
+    return time_ms(cache.decode_step.captures[0].replay, repeats=50)
 
 
 def print_kernels(cache: BoundedCache, top: int = 25) -> None:
     """Where the time of one replay goes."""
     from torch.profiler import ProfilerActivity, profile
 
-    assert cache.decode_graph is not None and cache.decode_graph.capture is not None
+    assert cache.decode_step is not None and cache.decode_step.captures
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(5):
-            cache.decode_graph.capture.replay()
+            cache.decode_step.captures[0].replay()
         torch.cuda.synchronize()
     averages = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
     total = sum(each.self_device_time_total for each in averages)

@@ -103,6 +103,7 @@ class Engine:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+        self.rows.close()
 
     def _retry_after(self) -> int:
         """Seconds until the queue should be empty."""

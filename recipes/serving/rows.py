@@ -1,5 +1,7 @@
 """The model with room for a fixed number of chats: one cache, a row for each."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 
@@ -7,6 +9,8 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.cache.bounded_cache import BoundedCache
+
+STEPS_TO_CAPTURE = 4  # after which a step that can be captured is
 
 
 class ChatRows:
@@ -35,8 +39,13 @@ class ChatRows:
         self.cache = BoundedCache(model, memory_size, budgets=budgets)
         self._check()
         self.steps = 0  # since the last reset
+        self._open = ExitStack()
+        assert self.cache.decode_step is not None
+        base = find_gated_model(model).model
+        self.decode = self._open.enter_context(self.cache.decode_step.opened(base, self.cache))
         zeros = [0] * rows
-        self.step(zeros, zeros)
+        for _ in range(STEPS_TO_CAPTURE):
+            self.step(zeros, zeros)
         self.read([0], 0)
         self.bytes_per_row = self.prompt.memory_bytes()
         self.reset()
@@ -63,7 +72,8 @@ class ChatRows:
             self.prompt.reset()
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
-        return self._logits(tokens, positions, self.prompt)
+        output = self.model(input_ids=tokens, position_ids=positions, past_key_values=self.prompt, logits_to_keep=1)
+        return output.logits[:, -1].float()
 
     @torch.inference_mode()
     def place(self, row: int) -> None:
@@ -75,11 +85,12 @@ class ChatRows:
         """Logits [rows, V] after one more token in every row, each at its own position."""
         self.steps += 1
         both = torch.tensor([tokens, positions], device=self.device)[:, :, None]
-        return self._logits(both[0], both[1], self.cache)
-
-    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, cache: BoundedCache) -> torch.Tensor:
-        output = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        output = self.decode(input_ids=both[0], position_ids=both[1], logits_to_keep=1)
         return output.logits[:, -1].float()
+
+    def close(self) -> None:
+        """Lets go of the model's weights, which a captured step reads."""
+        self._open.close()
 
     def memory_bytes(self) -> int:
         """Held by all rows and the prompt that is being read."""

@@ -29,7 +29,7 @@ def padded_batch(device):
 
 
 def is_captured(cache):
-    return cache.decode_graph is not None and cache.decode_graph.capture is not None
+    return cache.decode_step is not None and bool(cache.decode_step.captures)
 
 
 def assert_same(model, captured, plain, **arguments):

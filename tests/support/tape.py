@@ -36,7 +36,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """A Recorder as decode_graph wants one."""
+    """A Recorder as decode_step wants one."""
 
     captures = 0
     replays = 0

@@ -19,8 +19,8 @@ def device(request, monkeypatch):
 @pytest.fixture
 def captures(monkeypatch):
     """One entry per capture that is made."""
-    made, capture = [], decode_step.DecodeGraph._capture
+    made, capture = [], decode_step.DecodeStep._capture
     monkeypatch.setattr(
-        decode_step.DecodeGraph, "_capture", lambda self, *given: made.append(self) or capture(self, *given)
+        decode_step.DecodeStep, "_capture", lambda self, *given: made.append(self) or capture(self, *given)
     )
     return made

@@ -32,8 +32,8 @@ def replaced_layers(model, ids):
     cache = BoundedCache(model, 6)
     graphed = model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
     plain = model.generate(input_ids=ids, past_key_values=BoundedCache(model, 6, graph=False), **GREEDY)
-    assert torch.equal(graphed, plain) and cache.decode_graph.capture is not None
-    return cache.decode_graph.layers
+    assert torch.equal(graphed, plain) and cache.decode_step.captures
+    return cache.decode_step.layers
 
 
 def names(model, group):
@@ -78,7 +78,7 @@ def test_a_second_cache_finds_the_same_functions(device):
     for _ in range(2):
         cache = BoundedCache(model, 4)
         model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
-        found.append(cache.decode_graph.layers)
+        found.append(cache.decode_step.layers)
     assert found[0] is found[1]
 
 
@@ -86,7 +86,7 @@ def test_float32_is_left_to_torch(device):
     model = gated_model(num_hidden_layers=1).to(device)
     cache = BoundedCache(model, 4)
     model.generate(input_ids=token_ids(1, 5).to(device), past_key_values=cache, **GREEDY)
-    assert cache.decode_graph.capture is not None and not cache.decode_graph.layers
+    assert cache.decode_step.captures and not cache.decode_step.layers
 
 
 @pytest.fixture

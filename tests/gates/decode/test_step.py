@@ -1,10 +1,11 @@
 """Decoding steps give the same captured and replayed."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from captured import GREEDY, assert_same, caches, on, padded_batch, three_kinds
+from captured import GREEDY, assert_same, caches, is_captured, on, padded_batch, three_kinds
 from gated_models import token_ids
 
 from retention_gates import find_gated_model
@@ -27,6 +28,61 @@ def test_padded_batch(device, family, captures):
 def test_other_policies(device, policy):
     model = on(device)
     assert_same(model, *caches(model, policy=policy, buffer_size=3), **padded_batch(device), **GREEDY)
+
+
+@pytest.mark.parametrize("policy", ["rkv", "expected_attention"])
+def test_priorities_that_hold_for_several_steps_are_two_kinds_of_step(device, policy, captures):
+    model = on(device)
+    captured, plain = caches(model, memory_size=20, policy=policy)
+    assert captured.gated_layers[0].rule.interval == 8
+    assert_same(model, captured, plain, **padded_batch(device), do_sample=False, max_new_tokens=60)
+    assert len(captures) == len(captured.decode_step.captures) == 2
+
+
+def test_a_step_is_called_by_itself_and_through_the_peft_model(device, captures, caplog):
+    """PEFT names return_dict=None; and a step that is only opened does not change what the model itself does."""
+    model = on(device)
+    base, ids = find_gated_model(model).model, token_ids(2, 30).to(device)
+    found = []
+    for call in ("step", "peft", "model"):
+        cache = BoundedCache(model, memory_size=8)
+        with torch.no_grad(), caplog.at_level("WARNING"):
+            model(input_ids=ids, past_key_values=cache)
+            step = cache.decode_step
+            ask = step if call == "step" else partial(model, past_key_values=cache)
+            with step.in_generate(base, cache, 0) if call == "peft" else step.opened(base, cache):
+                token, tokens = ids[:, :1], []
+                for position in range(30, 42):
+                    positions = torch.full_like(token, position)
+                    token = ask(input_ids=token, position_ids=positions).logits[:, -1:].argmax(-1)
+                    tokens.append(token)
+        found.append(torch.cat(tokens, dim=1))
+        assert is_captured(cache) == (call != "model")
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and len(captures) == 2
+    assert not [message for message in caplog.messages if "not captured" in message]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(return_dict=False), "return_dict=False asks for a tuple"),
+        (dict(output_hidden_states=True), "output_hidden_states=True asks for more than logits"),
+    ],
+)
+def test_a_step_that_is_not_captured_says_so_once(device, options, reason, caplog):
+    model = on(device)
+    cache, base = BoundedCache(model, memory_size=8), find_gated_model(model).model
+    logger.warning_once.cache_clear()
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        model(input_ids=token_ids(2, 12).to(device), past_key_values=cache)
+        with cache.decode_step.opened(base, cache) as step:
+            for position in range(12, 18):
+                token = token_ids(2, 1).to(device)
+                step(input_ids=token, position_ids=torch.full_like(token, position), **options)
+    assert [message for message in caplog.messages if reason in message] == [
+        f"A decoding step is not captured, because {reason}."
+    ]
+    assert not is_captured(cache)
 
 
 def test_500_steps(device, captures):

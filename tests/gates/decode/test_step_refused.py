@@ -28,14 +28,13 @@ def waiting(module):
     [
         ("hook", "mlp.up_proj has a forward hook"),
         ("h2o", "policy='h2o' waits for the device"),
-        ("expected_attention", "gives priorities at every 8th step only"),
         ("waits", "waits for the device|_local_scalar_dense"),
     ],
 )
 def test_what_cannot_be_captured_runs_as_it_is_and_that_is_said(device, case, reason, caplog):
     model = on(device)
     reads_back = replace(POLICIES["h2o"], reads_back=True)
-    options = {} if case in ("hook", "waits") else dict(policy=reads_back if case == "h2o" else case, memory_size=20)
+    options = dict(policy=reads_back, memory_size=20) if case == "h2o" else {}
     mlp = find_gated_model(model).model.get_decoder().layers[0].mlp
     calls = []
     if case == "hook":
@@ -130,12 +129,12 @@ def test_compiled_on_a_cpu(compiled, family, options):
             assert torch.equal(ours.positions(0), theirs.positions(0)) and torch.equal(ours.seen, theirs.seen)
         each_step.reset(), plain.reset()
     assert len(compiled) == 1
-    assert each_step.decode_graph.refusal is None
+    assert each_step.decode_step.refusal is None
 
 
 def test_what_is_not_compiled_is_said(compiled, caplog):
     model = on("cpu")
-    options = dict(memory_size=20, policy="expected_attention")
+    options = dict(memory_size=20, policy=replace(POLICIES["h2o"], reads_back=True))
     cache, plain = BoundedCache(model, compile=True, **options), BoundedCache(model, **options)
     logger.warning_once.cache_clear()
     with caplog.at_level("WARNING"):

@@ -1,14 +1,18 @@
 """The engine without HTTP: what chats get in company, and what becomes of those that cannot be answered."""
 
+import operator
 import queue
 import time
 
 import pytest
 import torch
 from gated_models import gated_model
+from tape import TapeRecorder
 from tiny_adapter import make_files
 
 from retention_gates import BoundedCache
+from retention_gates.gates.decode.recorder import RECORDERS
+from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.recipes.loading.models import load_model, load_tokenizer
 from retention_gates.recipes.serving.chat import Chat, Ended, Refused
 from retention_gates.recipes.serving.engine import Engine
@@ -260,6 +264,26 @@ def test_a_counter_that_runs_out_starts_anew(engine):
     engine.rows.steps = 2**24 - 100
     assert [chat.answer()[0] for chat in [ask(engine, PROMPTS[1]) for _ in range(3)]] == [expected] * 3
     assert engine.rows.steps < 100
+
+
+def test_steps_are_captured_and_say_the_same(files, tokenizer, monkeypatch):
+    """Chats come and go while one capture is replayed; each gets what it gets from steps that are not captured."""
+    monkeypatch.setenv(VARIABLE, "naive")  # as on CUDA, no choice depends on numbers
+    answers = []
+    for is_captured in (False, True):
+        if is_captured:
+            monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+        rows = ChatRows(load_model(None, str(files.adapter)), MEMORY, rows=ROWS, chunk_size=16)
+        captures = list(rows.cache.decode_step.captures)
+        assert len(captures) == is_captured
+        engine = Engine(rows, ROWS, tokenizer, eos={tokenizer.eos_token_id}, most_waiting=30)
+        engine.start()
+        asked = [ask(engine, prompt, max_tokens=3 * n + 4) for n, prompt in enumerate(2 * PROMPTS)]
+        answers.append([chat.answer()[0] for chat in asked])
+        assert all(map(operator.is_, captures, rows.cache.decode_step.captures))
+        engine.close()
+        assert not rows.cache.decode_step.is_open
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
 
 
 def test_models_whose_rows_cannot_join_a_batch_are_refused():
