@@ -7,6 +7,7 @@
     python recipes/bench/decode.py --batches 1 --contexts 1024 8192 32768 131072 --plot decode_context.png
     python recipes/bench/decode.py --device cpu --shape smollm2-135m --batches 1 --memory-size 256 --context 4096
     python recipes/bench/decode.py --kvpress                      # kvpress's decoding too, if it is installed
+    python recipes/bench/decode.py --rows                         # the endpoint's rows too, without HTTP
 
 Random weights in the shape of Qwen3-4B, bf16. Every contender is a cache that has read `--context` tokens: bounded
 ones hold what they keep of a short prompt and are told that more came before, full ones random keys and values.
@@ -33,6 +34,8 @@ from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.recipes.bench.decode_rivals import EagerCache, import_kvpress, pressed
 from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, bandwidth_gbs, report, time_ms
 from retention_gates.recipes.report.plots import require_matplotlib
+from retention_gates.recipes.serving.rows import ChatRows
+from retention_gates.recipes.serving.sampling import Sampler, Sampling, next_tokens
 
 QWEN3: dict[str, Any] = dict(head_dim=128, num_key_value_heads=8, vocab_size=151_936)
 SHAPES: dict[str, Any] = {
@@ -137,6 +140,22 @@ def step_ms(
     return median(times), max(times) - min(times)
 
 
+def rows_ms(model: PeftModel, batch: int, memory_size: int, steps: int = 128) -> tuple[float, float]:
+    """Median and range of the time of one step of the endpoint's rows, the choice of each row's token included."""
+    rows = ChatRows(model, memory_size, rows=batch, chunk_size=512, budgets="uniform")
+    samplers = {row: Sampler(Sampling(steps, temperature=0.0), model.device) for row in range(batch)}
+    times, tokens = [], [0] * batch
+    for repeat in range(4):  # the first is not counted
+        synchronize(model)
+        begin = time.perf_counter()
+        for step in range(steps):
+            chosen = next_tokens(rows.step(tokens, [repeat * steps + step] * batch), samplers)
+            tokens = [chosen[row] or 0 for row in range(batch)]
+        times.append(1e3 * (time.perf_counter() - begin) / steps)
+    rows.close()
+    return median(times[1:]), max(times[1:]) - min(times[1:])
+
+
 def limit_ms(model: PeftModel, batch: int, entries: int, rate: float) -> float:
     """Time in which the device reads each weight and entry once, in ms.
 
@@ -238,6 +257,12 @@ def measure(
         if arguments.kernels and ours and cache.decode_step and cache.decode_step.captures:
             print_kernels(cache)
         del cache
+    if arguments.rows:
+        value, spread = rows_ms(model, batch, arguments.memory_size)
+        rate_of, limit = 1e3 * batch / value, 1e3 * batch / limit_ms(model, batch, arguments.memory_size, rate)
+        row = Measurement(case, "ours, the endpoint's rows", rate_of, "tok/s", rate_of * spread / value, limit)
+        report("decode", [row])
+        rows.append(row)
     return rows
 
 
@@ -316,6 +341,7 @@ def main() -> None:
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--static", action="store_true", help="compile transformers' static cache, 75 s")
     parser.add_argument("--kvpress", action="store_true", help="its decoding, with an eviction once in 16 steps")
+    parser.add_argument("--rows", action="store_true", help="the steps of the endpoint too, without HTTP")
     parser.add_argument("--kernels", action="store_true", help="print the kernels of one step")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()

@@ -74,6 +74,11 @@ def test_decode_bench_budgets_and_its_eager_rival():
     assert torch.equal(*found)
 
 
+def test_decode_bench_steps_the_endpoints_rows():
+    value, spread = decode.rows_ms(decode.make_model("tiny", "cpu", torch.float32), 2, 8, steps=3)
+    assert 0 < value < 1000 and spread >= 0
+
+
 def test_decode_bench_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(decode, "report", partial(decode.report, results=tmp_path))
     monkeypatch.setattr(decode, "FEW", (3, 6))
