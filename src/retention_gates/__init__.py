@@ -5,6 +5,10 @@ Importing this package makes PEFT know retention gates.
 
 from typing import TYPE_CHECKING, Any
 
+from retention_gates.compat import check_versions
+
+check_versions()  # before an import fails on what another version of transformers or PEFT lacks
+
 from retention_gates.gates.adapter.base_identity import BaseMismatchWarning
 from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.adapter.gate_outputs import record

@@ -31,11 +31,11 @@ class Bounds:
 
     def check(self, what: str, pointers: Any, mask: Any = None) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        if mask is not None:
+        asked, held = np.asarray(pointers.data), True if mask is None else mask
+        if mask is not None and not isinstance(mask, np.ndarray):  # before Triton 3.9, a descriptor's is an array
             # A scalar comparison joined with a block's leaves integers, which Triton 3.9's interpreter refuses.
-            mask.data = np.asarray(mask.data).astype(bool, copy=False)
-        asked = np.asarray(pointers.data)
-        asked = asked[np.broadcast_to(True if mask is None else mask.data, asked.shape)].astype(np.uint64)
+            held = mask.data = np.asarray(mask.data).astype(bool, copy=False)
+        asked = asked[np.broadcast_to(held, asked.shape)].astype(np.uint64)
         place = np.searchsorted(self.begins, asked, "right") - 1
         is_inside = place >= 0
         is_inside[is_inside] = asked[is_inside] + np.uint64(size) <= self.ends[place[is_inside]]
