@@ -153,3 +153,32 @@ def _problems(header: dict[str, Any], shapes: dict[str, list[int]], layers: int)
     if not problems and len(modules) != layers:
         problems.append(f"missing or too many gates: {len(modules)} are stored, the config has {layers} gated layers")
     return problems
+
+
+def check_state_dict(
+    place: str, own: dict[str, torch.Tensor], remapped: dict[str, torch.Tensor], shared: tuple[str, ...]
+) -> None:
+    """Raises ValueError unless every gate of an adapter gets all of its weights, and nothing is left over.
+
+    Args:
+        place: what the keys of the adapter's gates contain, ".retention_gate.default." say.
+        own: the model's tensors; remapped: those of the file, under the model's keys.
+        shared: modules of a gate that all layers have in common.
+    """
+    expected = {key: tensor for key, tensor in own.items() if place in key}
+    problems = [f"missing {key}" for key in expected.keys() - remapped.keys()]
+    problems += [f"unexpected {key}" for key in remapped.keys() - expected.keys()]
+    for key in expected.keys() & remapped.keys():
+        if expected[key].shape != remapped[key].shape:
+            problems.append(f"{key} has shape {list(remapped[key].shape)}, not {list(expected[key].shape)}")
+        elif not remapped[key].is_floating_point():
+            problems.append(f"{key} is {remapped[key].dtype}, not floating point")
+        elif not remapped[key].isfinite().all():
+            problems.append(f"{key} has NaN or infinite values")
+    first: dict[str, str] = {}
+    for key in sorted(expected.keys() & remapped.keys()) if not problems else ():
+        parameter = key.partition(place)[2]
+        original = first.setdefault(parameter, key) if parameter.split(".")[0] in shared else key
+        if not torch.equal(remapped[key], remapped[original]):
+            problems.append(f"{key} differs from {original}, though all layers share it")
+    refuse(problems)

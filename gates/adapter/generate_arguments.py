@@ -1,5 +1,6 @@
 """What `generate` is asked, before it runs: what a cache that forgets cannot do, and how a long prompt is read."""
 
+import hashlib
 from importlib.metadata import version
 from typing import Any
 
@@ -58,6 +59,12 @@ def refuse_dropped_cache(config: PreTrainedConfig, tokens: int) -> None:
         )
 
 
+def evicting_cache_in(arguments: dict[str, Any]) -> Any:
+    """Returns the cache among the arguments if it is one that evicts, else None."""
+    cache = find_cache(arguments)
+    return cache if any(isinstance(layer, EvictingLayer) for layer in getattr(cache, "layers", ())) else None
+
+
 def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool) -> dict[str, Any]:
     """The named arguments of the base model's `generate`, with the prompt's chunks chosen.
 
@@ -78,8 +85,7 @@ def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool)
             "generate under model.disable_adapter()."
         )
     kwargs = named_for(model.generate, kwargs)
-    cache = find_cache(kwargs)
-    if not any(isinstance(layer, EvictingLayer) for layer in getattr(cache, "layers", ())):
+    if (cache := evicting_cache_in(kwargs)) is None:
         return kwargs
     for name, what in ROLLS_BACK.items():
         if option(name) not in (None, False):
@@ -87,6 +93,13 @@ def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool)
                 f"{name} means {what}, which rolls the cache back; a bounded cache has overwritten what was. Leave "
                 f"{name} out, or generate without a BoundedCache under model.disable_adapter()."
             )
+    if option("use_cache") is False:
+        if kwargs.get("use_cache") is False:
+            raise ValueError(
+                "use_cache=False with a BoundedCache: without its cache the model would read the whole text at every "
+                "token. Leave use_cache out, or leave past_key_values out."
+            )
+        kwargs = kwargs | {"use_cache": True}  # a generation_config.json that a trainer has written says False
     prompt = kwargs.get("input_ids", kwargs.get("inputs", next(iter(args), None)))
     if not isinstance(prompt, torch.Tensor):
         return kwargs
@@ -94,8 +107,46 @@ def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool)
     refuse_dropped_cache(text_config(model), prompt.shape[1] + new)
     seen, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
     holds_all = mask is None or mask.shape[1] == prompt.shape[1]  # as transformers tells it
+    if seen:
+        check_later_turn(cache, prompt, mask, seen)
     unread = prompt.shape[1] - (seen if holds_all else 0)
     return kwargs | {"prefill_chunk_size": chunk_size(option("prefill_chunk_size"), unread, seen)}
+
+
+def check_later_turn(cache: Any, ids: torch.Tensor, mask: torch.Tensor | None, seen: int) -> None:
+    """Raises ValueError unless ids [B, T] and mask go on where a cache that has read `seen` tokens stands.
+
+    transformers takes ids for the whole text, of which the cache has read the beginning, where the mask is no longer
+    than the ids or missing; with a mask of all columns they are the new tokens only.
+    """
+    tokens, columns = ids.shape[1], ids.shape[1] if mask is None else mask.shape[1]
+    new_only = (
+        f"for {tokens} new tokens after the {seen} that the cache has read, pass attention_mask [B, {seen + tokens}], "
+        "ones for both"
+    )
+    if columns == seen + tokens:
+        return
+    if columns != tokens:
+        raise ValueError(
+            f"attention_mask has {columns} columns, the cache has read {seen} tokens and input_ids has {tokens}: "
+            f"{new_only}; for the whole text, one column for each of its ids."
+        )
+    if tokens <= seen:
+        raise ValueError(
+            f"input_ids has {tokens} tokens and its mask no more, so that it would be the whole text, of which the "
+            f"cache has read {seen} already: {new_only}; or pass the whole text, what was read and generated included."
+        )
+    known = cache.text_digest
+    if known is not None and known[0] == len(ids) and known != digest_of_text(ids, seen):
+        raise ValueError(
+            f"The first {seen} of {tokens} input_ids are not those that the cache has read, and would be skipped: "
+            f"{new_only}; or pass the whole text as it was read and generated, or call cache.reset() to begin another."
+        )
+
+
+def digest_of_text(ids: torch.Tensor, tokens: int) -> tuple[int, str]:
+    """Rows of ids [B, T] and a SHA-256 of the first `tokens` of each."""
+    return len(ids), hashlib.sha256(ids[:, :tokens].contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 def prompt_columns(args: tuple, kwargs: dict[str, Any]) -> int:

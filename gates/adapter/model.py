@@ -1,7 +1,7 @@
 """Retention gates as a PEFT tuner."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -12,13 +12,19 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from retention_gates.gates.adapter.base_identity import check_same, identity, warn_if_another_base
-from retention_gates.gates.adapter.checks import check_digest, digest, refuse
+from retention_gates.gates.adapter.checks import check_digest, check_state_dict, digest
 from retention_gates.gates.adapter.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.adapter.families import full_attention_layers, key_value_heads, module_pattern, text_config
 from retention_gates.gates.adapter.gate import GATES, RetentionGate
-from retention_gates.gates.adapter.generate_arguments import prepared, prompt_columns
+from retention_gates.gates.adapter.generate_arguments import (
+    digest_of_text,
+    evicting_cache_in,
+    prepared,
+    prompt_columns,
+)
 from retention_gates.gates.adapter.layer import RetentionGatedAttention
-from retention_gates.gates.attention.cache_argument import find_cache, named_for
+from retention_gates.gates.adapter.modes import evaluating
+from retention_gates.gates.attention.cache_argument import named_for
 from retention_gates.gates.attention.fading import Fading
 from retention_gates.gates.attention.interface import PREFIX, base_implementation_of, gated_implementation
 from retention_gates.gates.attention.sequence_parallel import RowGroup
@@ -65,6 +71,10 @@ class RetentionGateModel(BaseTuner):
     def forward(self, *args: Any, last_hidden_state_only: bool = False, **kwargs: Any) -> Any:
         """As the base model's forward; `last_hidden_state_only` gives what lm_head would get, [B, T, C], instead."""
         called = self.model
+        if (cache := evicting_cache_in(kwargs)) is not None:
+            self._check_cache_stays()
+            cache.text_digest = None
+            kwargs = {"use_cache": True} | kwargs
         if last_hidden_state_only:
             called = called.get_decoder()
             kwargs = {
@@ -115,11 +125,25 @@ class RetentionGateModel(BaseTuner):
         kept and to itself, so that memory does not grow with the prompt. `prefill_chunk_size` decides otherwise.
         """
         kwargs = prepared(self.model, args, kwargs, gates_on=self._gates_on)
-        cache = find_cache(kwargs)
-        if (step := getattr(cache, "decode_step", None)) is None:
+        if (cache := evicting_cache_in(kwargs)) is None:
             return self.model.generate(*args, **kwargs)
-        with step.in_generate(self.model, cache, prompt_columns(args, kwargs)):
-            return self.model.generate(*args, **kwargs)
+        step = getattr(cache, "decode_step", None)
+        cache.text_digest = None  # unknown until the text is read
+        steps = nullcontext() if step is None else step.in_generate(self.model, cache, prompt_columns(args, kwargs))
+        with evaluating(self.model), steps:
+            output = self.model.generate(*args, **kwargs)
+        ids = output if isinstance(output, torch.Tensor) else output.sequences
+        if kwargs.get("inputs_embeds") is None and len(ids) == cache.gated_layers[0].batch_size:
+            cache.text_digest = digest_of_text(ids, int(cache.get_seq_length()))
+        return output
+
+    def _check_cache_stays(self) -> None:
+        """Raises ValueError where transformers' layers would drop the cache that they are called with."""
+        if self.model.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ValueError(
+                "The model is in training mode with gradient checkpointing, in which transformers drops the cache, so "
+                "that a BoundedCache would read nothing: call model.eval() first, or leave past_key_values out."
+            )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's, with the gates off."""
@@ -320,7 +344,9 @@ class RetentionGateModel(BaseTuner):
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            cls._check_state_dict(model, adapter_name, remapped, GATES[config.gate_type].shared)
+            check_state_dict(
+                f".{cls.prefix}.{adapter_name}.", model.state_dict(), remapped, GATES[config.gate_type].shared
+            )
             if config.awaits_weights:
                 check_digest(digest(sorted(state_dict.items()), asdict(config)), asdict(config))
         except ValueError:
@@ -329,30 +355,6 @@ class RetentionGateModel(BaseTuner):
             raise
         config.awaits_weights, config.has_loaded_weights = False, True
         return {key: tensor.float() for key, tensor in remapped.items()}  # stored in 16 bits, they are 32 here
-
-    @classmethod
-    def _check_state_dict(
-        cls, model: nn.Module, adapter_name: str, remapped: dict[str, torch.Tensor], shared: tuple[str, ...]
-    ) -> None:
-        """Raises ValueError unless every gate of the adapter gets all of its weights, and nothing is left over."""
-        own = model.state_dict()
-        expected = {k: v for k, v in own.items() if f".{cls.prefix}.{adapter_name}." in k}
-        problems = [f"missing {key}" for key in expected.keys() - remapped.keys()]
-        problems += [f"unexpected {key}" for key in remapped.keys() - expected.keys()]
-        for key in expected.keys() & remapped.keys():
-            if expected[key].shape != remapped[key].shape:
-                problems.append(f"{key} has shape {list(remapped[key].shape)}, not {list(expected[key].shape)}")
-            elif not remapped[key].is_floating_point():
-                problems.append(f"{key} is {remapped[key].dtype}, not floating point")
-            elif not remapped[key].isfinite().all():
-                problems.append(f"{key} has NaN or infinite values")
-        first: dict[str, str] = {}
-        for key in sorted(expected.keys() & remapped.keys()) if not problems else ():
-            parameter = key.partition(f".{cls.prefix}.{adapter_name}.")[2]
-            original = first.setdefault(parameter, key) if parameter.split(".")[0] in shared else key
-            if not torch.equal(remapped[key], remapped[original]):
-                problems.append(f"{key} differs from {original}, though all layers share it")
-        refuse(problems)
 
     def withdraw(self, adapter_name: str) -> None:
         """Takes out an adapter whose weights could not be loaded; without another one, the base is as it was."""

@@ -6,6 +6,7 @@ model's config names the base implementation again, so that nothing of ours runs
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -114,7 +115,10 @@ def _attend(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if cache_layer is not None:
         assert log_beta is not None
-        output = cache_layer.attend(query, key, value, log_beta, padding_mask, Softmax(scale, softcap, s_aux))
+        device = query.device.type
+        is_casting = torch.is_autocast_enabled(device)  # which would round scores and weights to 16 bits
+        with torch.autocast(device, enabled=False) if is_casting else nullcontext():
+            output = cache_layer.attend(query, key, value, log_beta, padding_mask, Softmax(scale, softcap, s_aux))
     else:
         assert isinstance(log_beta, torch.Tensor)
         if key.shape[2] != log_beta.shape[2]:

@@ -93,6 +93,7 @@ class EvictingCache(Cache):
             for index, layer in enumerate(owners):
                 layers[layer].join(pool, index)
         super().__init__(layers=layers)
+        self.text_digest: tuple[int, str] | None = None  # of the tokens that were read, as far as `generate` knows it
         self.gated_layers = [layers[layer] for layer in owners]  # those that evict, in order
 
     @property
@@ -196,6 +197,10 @@ class EvictingCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1 if layer_idx is None else super().get_max_length(layer_idx)
+
+    def reset(self) -> None:
+        super().reset()
+        self.text_digest = None
 
     def crop(self, tokens_to_remove: int) -> None:
         for layer in self.gated_layers:  # before a layer of transformers has lost anything
