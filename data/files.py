@@ -39,7 +39,7 @@ def find_files(source: str) -> tuple[Path, list[Path]]:
         root, files = path.parent, [path]
     elif glob.has_magic(str(path)):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        fixed = [part for part in path.parts[: next(i for i, p in enumerate(path.parts) if glob.has_magic(p))]]
+        fixed = list(path.parts[: next(i for i, p in enumerate(path.parts) if glob.has_magic(p))])
         root = Path(*fixed) if fixed else Path(".")
     else:
         raise ValueError(

@@ -225,10 +225,7 @@ def _document(
             "set text_field, chat_field or work_field to one of them"
         )
     value = record[field]
-    if work_field is not None:
-        work = str(record[work_field])
-    else:
-        work = _content_name(source, value) if by_content else name
+    work = str(record[work_field]) if work_field is not None else _content_name(source, value) if by_content else name
     if chat_field is None and not isinstance(value, list):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"column {field!r} of {name!r} holds a {type(value).__name__}; text must be a string")

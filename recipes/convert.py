@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> None:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name `target` when the block ends without error, and never before."""
-    if target.is_dir() and any(target.iterdir()) or target.exists() and not target.is_dir():
+    if (target.is_dir() and any(target.iterdir())) or (target.exists() and not target.is_dir()):
         raise ValueError(f"{target} exists: name a new folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # what is not given is the file's, or else the comparison's own default, which is the one that the help tells
     names = (*OPTIONS, *MODEL_OPTIONS, *TASK_OPTIONS)
     parser.set_defaults(defaults={name: parser.get_default(name) for name in names})
-    parser.set_defaults(**{name: NOT_GIVEN for name in names})
+    parser.set_defaults(**dict.fromkeys(names, NOT_GIVEN))
 
 
 def main(options: argparse.Namespace) -> None:
@@ -94,6 +94,7 @@ def main(options: argparse.Namespace) -> None:
         )
     _set(comparison, given)
     run(build_comparison(comparison))
+    return None
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:

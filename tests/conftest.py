@@ -7,8 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny tensors gain nothing from a second thread and wait for it: 11 s instead of 109 s on two busy cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from bounds import watch_interpreter  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from bounds import watch_interpreter
+from hypothesis import settings
 
 # The first example of a property often pays for imports and caches: a limit per example would fail at random.
 settings.register_profile("tests", deadline=None)

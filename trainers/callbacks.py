@@ -43,7 +43,14 @@ class LogWhenSaving(TrainerCallback):
 class ProgressLine(ProgressCallback):
     """transformers' progress bar, without what is logged per layer."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         hidden = (PER_LAYER, TIME, MEMORY)
         shown = {name: value for name, value in (logs or {}).items() if not name.startswith(hidden)}
         super().on_log(args, state, control, logs=shown, **kwargs)
@@ -55,7 +62,9 @@ class JsonLinesLog(TrainerCallback):
     def __init__(self, output_dir: Path):
         self.path = output_dir / LOG_NAME
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Drops what a killed run logged after the checkpoint that this one starts from."""
         if not state.is_world_process_zero or not self.path.exists():
             return
@@ -70,7 +79,14 @@ class JsonLinesLog(TrainerCallback):
         temporary.write_text("".join(kept) if state.global_step else "", encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs: Any):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")

@@ -7,6 +7,7 @@ from torch import nn
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import record
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.modes import evaluating
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_layers
 
@@ -82,17 +83,15 @@ def check_packing(model: PeftModel) -> None:
     Some modelling code leaves position_ids out of its masks. Two short documents show it: the teacher is compared with
     the undecayed attention of the gated layers, which keeps documents apart.
     """
-    was_training = model.training
-    model.eval()
     device = model.get_input_embeddings().weight.device
     half = torch.arange(8, device=device)[None]
     tokens = {"input_ids": torch.cat([half, half.flip(-1)], dim=1), "position_ids": torch.cat([half, half], dim=1)}
     options = {"use_cache": False, "last_hidden_state_only": True}
-    with model.disable_adapter():
-        teacher = model(**tokens, **options).float()  # [1, 16, C]
-    with record(model, layerwise=True):
-        apart = model(**tokens, **options).float()
-    model.train(was_training)
+    with evaluating(model):
+        with model.disable_adapter():
+            teacher = model(**tokens, **options).float()  # [1, 16, C]
+        with record(model, layerwise=True):
+            apart = model(**tokens, **options).float()
     error = ((teacher - apart).norm() / teacher.norm()).item()
     # rounding gives 4e-7 in fp32 and up to 2e-2 in bf16; a leak gives 0.4 and more
     if error > 0.1:

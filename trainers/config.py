@@ -147,7 +147,7 @@ class RetentionTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN."})
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default_factory=lambda: ["tensorboard"] if find_spec("tensorboard") else [],
         metadata={"help": "Where logs go beside log.jsonl; tensorboard where it is installed."},
     )

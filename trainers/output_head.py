@@ -10,6 +10,7 @@ from torch import nn
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.modes import evaluating
 from retention_gates.trainers.distributed.sharding import gathered, whole
 
 
@@ -66,14 +67,11 @@ class OutputHead:
 
     @torch.no_grad()
     def _check(self, model: nn.Module, base: nn.Module) -> None:
-        training = [module for module in base.modules() if module.training]
-        base.eval()
         ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         # only the head is compared, so that any hidden state will do
-        hidden = model(input_ids=ids, use_cache=False, last_hidden_state_only=True)
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        for module in training:  # what was in eval mode stays there
-            module.training = True
+        with evaluating(base):
+            hidden = model(input_ids=ids, use_cache=False, last_hidden_state_only=True)
+            own = model(input_ids=ids, use_cache=False).logits.float()
         ours = self.logits(hidden)
         tolerance = 1e-3 if hidden.dtype == torch.float32 else 3e-2
         if not torch.allclose(ours, own.to(ours.device), rtol=tolerance, atol=tolerance * own.abs().max().item()):

@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import TrackioCallback
 from retention_gates.gates.adapter.gate import half_life
 from retention_gates.gates.adapter.gate_outputs import record
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.modes import evaluating
 from retention_gates.gates.cache.budgets import RetainedMass
 
 EDGES = np.arange(0.0, 20.5, 0.5)  # of the histogram, in log2 of tokens; tokens beyond count in the outermost bins
@@ -38,12 +39,9 @@ class Portrait:
 def portray(model: nn.Module, row: torch.Tensor) -> Portrait:
     """Looks at one row [T], a document of its own; with a sharded model, on all ranks."""
     gated = find_gated_model(model)
-    was_training = gated.training
-    gated.eval()
     device = gated.model.get_input_embeddings().weight.device
-    with record(gated) as recording:
+    with evaluating(gated), record(gated) as recording:
         model(input_ids=row[None].to(device), use_cache=False, last_hidden_state_only=True)
-    gated.train(was_training)
     mass = RetainedMass(first_step=len(row) // 2)
     mass.add(recording.log_beta, recording.document_ids)
     lives = torch.cat([half_life(layer[layer < 0]).log2().cpu() for layer in recording.log_beta]).numpy()

@@ -20,20 +20,13 @@ from transformers.trainer_utils import TrainOutput
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import Recording, record
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.adapter.modes import budget_shares
 from retention_gates.gates.adapter.storage import store_as
 from retention_gates.gates.attention.fading import Fading
 from retention_gates.kernels.distill_loss import distill_loss
+from retention_gates.trainers import checkpoint
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import Averages, JsonLinesLog, LogWhenSaving, ProgressLine, describe
-from retention_gates.trainers.checkpoint import (
-    checkpoints_in,
-    drop_old,
-    last_checkpoint,
-    read_manifest,
-    remove_unfinished,
-    whole_folder,
-    write_manifest,
-)
 from retention_gates.trainers.checks import check_model, check_packing, keep_differentiable
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
 from retention_gates.trainers.distributed.layout import check_engine, check_same_run, engine_of, run_facts
@@ -288,11 +281,9 @@ class RetentionTrainer(Trainer):
         mine = rows if self._sharded else rows[self.accelerator.process_index :: self.accelerator.num_processes]
         contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
         config = find_gated_model(self.model).active_config
-        stored = config.budget_shares
-        if self.args.eval_budgets == "calibrated":
-            config.budget_shares = measure_shares(self.model, rows)
-        records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
-        config.budget_shares = stored
+        measured = measure_shares(self.model, rows) if self.args.eval_budgets == "calibrated" else None
+        with budget_shares(config, measured or config.budget_shares):
+            records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
         portrait = portray(self.model, rows[0])
         if self.args.should_save:
             show(portrait, self.callback_handler.callbacks, self.state.global_step)
@@ -316,10 +307,10 @@ class RetentionTrainer(Trainer):
         """
         output_dir = self._output_dir
         if self.args.should_save:
-            remove_unfinished(output_dir)
+            checkpoint.remove_unfinished(output_dir)
         self.accelerator.wait_for_everyone()
         if not resume_from_checkpoint:
-            if found := checkpoints_in(output_dir):
+            if found := checkpoint.checkpoints_in(output_dir):
                 raise ValueError(
                     f"{output_dir} holds the checkpoints of an earlier run, {found[-1].name} the last: resume with "
                     "train(resume_from_checkpoint=True), or choose another output_dir."
@@ -327,27 +318,27 @@ class RetentionTrainer(Trainer):
             return super().train(None, *args, **kwargs)
         if resume_from_checkpoint is True:
             barrier = self.accelerator.wait_for_everyone
-            checkpoint = last_checkpoint(output_dir, is_writer=self.args.should_save, barrier=barrier)
+            source = checkpoint.last_checkpoint(output_dir, is_writer=self.args.should_save, barrier=barrier)
         else:
-            checkpoint = Path(resume_from_checkpoint)
-        if checkpoint is None:
+            source = Path(resume_from_checkpoint)
+        if source is None:
             raise ValueError(f"There is no checkpoint in {output_dir} to resume from: train without resuming.")
-        check_same_run(checkpoint, read_manifest(checkpoint), self._run_facts())
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        check_same_run(source, checkpoint.read_manifest(source), self._run_facts())
+        state = TrainerState.load_from_json(str(source / TRAINER_STATE_NAME))
         if 0 < self.args.max_steps <= state.global_step:  # transformers would train one more step
-            self._load_from_checkpoint(str(checkpoint))
+            self._load_from_checkpoint(str(source))
             self.state = state
             if self.args.should_save:
-                drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+                checkpoint.drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
             return TrainOutput(state.global_step, math.nan, {})
-        return super().train(str(checkpoint), *args, **kwargs)
+        return super().train(str(source), *args, **kwargs)
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter to `folder` in adapter_dtype, as a whole or not at all."""
         barrier = self.accelerator.wait_for_everyone
-        with whole_folder(folder, is_writer=self.args.should_save, barrier=barrier) as staging:
+        with checkpoint.whole_folder(folder, is_writer=self.args.should_save, barrier=barrier) as staging:
             self.save_model(str(staging))
             if self.args.should_save and self.args.adapter_dtype != "float32":
                 store_as(staging, self.args.adapter_dtype)
@@ -380,7 +371,7 @@ class RetentionTrainer(Trainer):
             if best == target or best.exists():
                 state.best_model_checkpoint = str(best)
         barrier = self.accelerator.wait_for_everyone
-        with whole_folder(target, is_writer=self.args.should_save, barrier=barrier) as staging:
+        with checkpoint.whole_folder(target, is_writer=self.args.should_save, barrier=barrier) as staging:
             folder = str(staging)
             self.save_model(folder, _internal_call=True)
             self._save_optimizer_and_scheduler(folder)
@@ -394,9 +385,9 @@ class RetentionTrainer(Trainer):
                 state.save_to_json(str(staging / TRAINER_STATE_NAME))
             barrier()
             if self.args.should_save:
-                write_manifest(staging, self._run_facts())
+                checkpoint.write_manifest(staging, self._run_facts())
         if self.args.should_save:
-            drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            checkpoint.drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _run_facts(self) -> dict[str, Any]:
         return run_facts(self.args, self.model.peft_config[self.model.active_adapter].base_model_name_or_path)

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, TaskType
 from transformers.activations import ACT2FN
@@ -145,7 +146,7 @@ class RetentionGateConfig(PeftConfig):
             )
 
     @classmethod
-    def check_kwargs(cls, **kwargs):
+    def check_kwargs(cls, **kwargs: Any) -> Any:
         """Refuses another method's adapter, and keys this version does not know: it would read the weights wrongly."""
         if kwargs.get("peft_type") != PEFT_TYPE:
             raise ValueError(
@@ -164,7 +165,7 @@ class RetentionGateConfig(PeftConfig):
         return super().check_kwargs(**kwargs)
 
     @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs):
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Reads a config; refuses a file that holds no JSON object."""
         way_out = "save or download the adapter again."
         check_config_size(path_json_file)
@@ -179,7 +180,7 @@ class RetentionGateConfig(PeftConfig):
         return content
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Reads the config of a folder or of the Hub, and checks the weights beside it before a model is touched."""
         source = os.fspath(pretrained_model_name_or_path)
         hub, _, _ = cls._split_kwargs(kwargs | ({} if subfolder is None else {"subfolder": subfolder}))
@@ -189,7 +190,7 @@ class RetentionGateConfig(PeftConfig):
         config.awaits_weights = True
         return config
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, with the digest of the weights that lie in the folder already."""
         written = copy.copy(self)
         weights = os.path.join(save_directory, WEIGHTS_NAME)

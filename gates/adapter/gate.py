@@ -1,6 +1,7 @@
 """The gate: hidden states in, log of a token's retention coefficient out."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class RetentionGate(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             return F.logsigmoid(self.logits(hidden_states)).transpose(1, 2)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RetentionGate":
         def keep_fp32(tensor: torch.Tensor) -> torch.Tensor:
             out = fn(tensor)
             return out if out.dtype == tensor.dtype else tensor.to(out.device)

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from retention_gates.gates.adapter.config import RetentionGateConfig
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -16,3 +18,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def budget_shares(config: RetentionGateConfig, shares: list[list[float]] | None) -> Iterator[None]:
+    """Inside the block the adapter has these shares, which calibrated budgets follow; afterwards its own."""
+    before, config.budget_shares = config.budget_shares, shares
+    try:
+        yield
+    finally:
+        config.budget_shares = before

@@ -166,14 +166,14 @@ class EvictingCache(Cache):
         self.protected = protected
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_batch(key_states)
         if not torch.compiler.is_compiling():
             self._check_passes(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._check_batch(conv_states)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 

@@ -81,7 +81,7 @@ def distill_loss(
             student, targets, mask = student.index_select(0, kept), targets[kept], mask[kept]
             teacher = None if teacher is None else teacher.detach().index_select(0, kept)
     form = naive.distill_loss
-    if all([use_fused("distill_loss", shard) for shard in weights]):
+    if all([use_fused("distill_loss", shard) for shard in weights]):  # noqa: C419  each says which form runs
         from retention_gates.kernels.distill_loss.fused import distill_loss as form
     return form(
         student,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +93,8 @@ class _DistillLoss(torch.autograd.Function):
     """Makes the gradient during forward, so that logits live for one chunk and are computed once."""
 
     @staticmethod
-    def forward(
-        ctx, student, teacher, head, targets, mask, has_target, kl_weight, next_token_weight, chunk_size, differentiate
-    ):
+    def forward(ctx: Any, student: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        teacher, head, targets, mask, has_target, kl_weight, next_token_weight, chunk_size, differentiate = given
         dtype = torch.promote_types(torch.promote_types(student.dtype, head.weights[0].dtype), torch.float32)
         kl_sum, next_token_sum = torch.zeros(2, dtype=dtype, device=head.device)
         kl_count, target_count = (counted.sum().clamp(min=1).to(dtype) for counted in (mask, has_target))
@@ -137,6 +136,6 @@ class _DistillLoss(torch.autograd.Function):
         return total, forward_kl, next_token_loss
 
     @staticmethod
-    def backward(ctx, grad_total, *_):
+    def backward(ctx: Any, grad_total: torch.Tensor, *_: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradient * (grad_total / gradient.shape[0]), *[None] * 9

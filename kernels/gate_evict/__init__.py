@@ -1,5 +1,6 @@
 """New tokens take the places of evicted ones, in place. See README.md in this folder."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -189,7 +190,7 @@ def _check_state(
     keys, values, score, positions = state[:4]
     batch, heads, tokens, head_dim = new_key.shape
     slots = head_offsets[-1]
-    sizes = [stop - start for start, stop in zip(head_offsets, head_offsets[1:], strict=False)]
+    sizes = [stop - start for start, stop in itertools.pairwise(head_offsets)]
     if len(sizes) != heads or head_offsets[0] != 0:
         raise ValueError(f"head_offsets must be 0 and where each of the {heads} heads ends, not {head_offsets}.")
     if buffer_size < 1 or min(sizes) <= buffer_size:

@@ -51,7 +51,7 @@ def ragged_decode_attention(
     heads, slots = len(head_offsets) - 1, head_offsets[-1]
     if query.ndim != 4 or (run is None and query.shape[2] != 1):
         raise ValueError(f"query must be one token, [B, HQ, 1, D], not {list(query.shape)}, or come with its run.")
-    batch, query_heads, tokens, head_dim = query.shape
+    batch, query_heads, _tokens, head_dim = query.shape
     if heads < 1 or query_heads == 0 or query_heads % heads:
         raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} KV heads.")
     check_shape("keys", keys, (batch, slots, head_dim), "[B, N, D]")

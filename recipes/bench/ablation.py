@@ -76,7 +76,7 @@ class Ablation:
 
 
 def read_ablation(path: Path) -> Ablation:
-    given = read(path, [f for f in Ablation.__dataclass_fields__])
+    given = read(path, list(Ablation.__dataclass_fields__))
     given["evaluation"] = build(Evaluation, given.get("evaluation") or {}, "evaluation", what=WHAT)
     ablation = build(Ablation, given, "ablation", what=WHAT)
     ablation.recipe = str(path.parent / ablation.recipe)

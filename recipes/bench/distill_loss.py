@@ -8,7 +8,9 @@ of the three products with the head at the measured rate of matrix products.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,9 @@ def make_inputs(positions: int, vocabulary: int, hidden_size: int) -> tuple[torc
     return student, teacher, weight, torch.randint(vocabulary, (positions,), device="cuda")
 
 
-def whole_logits(student, teacher, weight, targets) -> torch.Tensor:
+def whole_logits(
+    student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """The rival: forward KL plus cross entropy from fp32 logits of all positions."""
     with torch.no_grad():
         teacher_log = F.linear(teacher, weight).to(torch.promote_types(weight.dtype, torch.float32)).log_softmax(-1)
@@ -51,10 +55,12 @@ def whole_logits(student, teacher, weight, targets) -> torch.Tensor:
     return divergence + F.nll_loss(student_log, targets)
 
 
-def with_gradient(form, student, *arguments, **options):
+def with_gradient(
+    form: Callable[..., Any], student: torch.Tensor, *arguments: Any, **options: Any
+) -> Callable[[], torch.Tensor]:
     """One call of `form` and its backward pass, to be timed."""
 
-    def step():
+    def step() -> torch.Tensor:
         loss = form(student, *arguments, **options)
         return torch.autograd.grad(loss if isinstance(loss, torch.Tensor) else loss.total, student)[0]
 
@@ -84,7 +90,7 @@ def compare(options: argparse.Namespace) -> None:
 
     rows = []
 
-    def measure(contender: str, step, error: float | None = None, repeats: int = 10) -> None:
+    def measure(contender: str, step: Callable[[], Any], error: float | None = None, repeats: int = 10) -> None:
         peak = peak_mib(step)
         milliseconds, spread = time_ms(step, warmup=1, repeats=repeats)
         rows.append(Measurement(case, contender, milliseconds, "ms", spread, limit, peak, error))
@@ -139,7 +145,7 @@ def sweep(options: argparse.Namespace) -> None:
     print(f"best setting of the passes: {best[1]} words, {best[2]} warps")
 
 
-def passes(inputs: tuple[torch.Tensor, ...], rows: int):
+def passes(inputs: tuple[torch.Tensor, ...], rows: int) -> Callable[[], Any]:
     """The passes over the logits of `rows` positions, as the loss makes them, without the products."""
     student, teacher, weight, targets = (tensor.detach() for tensor in inputs)
     block = logits.block_of([weight])

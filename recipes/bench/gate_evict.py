@@ -11,7 +11,7 @@ script fails. The limit is the state's traffic at the measured bandwidth; what a
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ STEP = 32_768
 
 
 @triton.jit
-def nothing():
+def nothing() -> None:
     pass
 
 
@@ -115,7 +115,7 @@ def full_state(batch: int, offsets: tuple[int, ...], dim: int) -> SlotState:
     """A layer in the midst of decoding: every head is full and its last slot is pending."""
     shape = (batch, offsets[-1])
     positions = torch.empty(shape, dtype=torch.int64, device="cuda")
-    for start, stop in zip(offsets, offsets[1:], strict=False):
+    for start, stop in pairwise(offsets):
         for row in range(batch):
             positions[row, start:stop] = torch.randperm(STEP, device="cuda")[: stop - start]
     pending = torch.zeros(shape, dtype=torch.bool, device="cuda")

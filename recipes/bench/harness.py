@@ -113,8 +113,7 @@ def report(bench: str, measurements: Sequence[Measurement], results: Path = RESU
     machine |= {"triton": _triton(), "commit": commit(), "time": stamp}
     results.mkdir(parents=True, exist_ok=True)
     with open(results / f"{bench}.jsonl", "a", encoding="utf-8") as lines:
-        for each in measurements:
-            lines.write(json.dumps({"bench": bench} | asdict(each) | machine) + "\n")
+        lines.writelines(json.dumps({"bench": bench} | asdict(each) | machine) + "\n" for each in measurements)
     if bench not in _begun:
         _begun.add(bench)
         print(f"{bench} on {machine['gpu'] or 'CPU'}, torch {machine['torch']}, triton {machine['triton']}")

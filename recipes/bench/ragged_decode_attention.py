@@ -74,7 +74,7 @@ class Layers:
         self.positions = torch.zeros(batch, slots, dtype=torch.int64, device="cuda")
         self.scale = dim**-0.5
 
-    def ours(self, layer: int = 0, query: torch.Tensor | None = None, **more) -> torch.Tensor:
+    def ours(self, layer: int = 0, query: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
         query = self.query if query is None else query
         return fused.ragged_decode_attention(
             query, *self.slots[layer], self.positions, self.offsets, Softmax(self.scale), **more

@@ -66,7 +66,7 @@ def flex_attention(inputs: dict[str, Any]) -> Callable[[], Tensor]:
     group, tokens = query.shape[1] // key.shape[1], query.shape[2]
     mask = create_block_mask(lambda b, h, t, i: t >= i, None, None, tokens, tokens)
 
-    def decayed(score, b, h, t, i):
+    def decayed(score: Any, b: Any, h: Any, t: Any, i: Any) -> Any:
         return score + (t - i) * log_beta[b, h // group, i]
 
     compiled = torch.compile(flex_attention)

@@ -104,9 +104,14 @@ def errors(log_beta: torch.Tensor, expected: Expected, linear: bool, settings: S
 
 
 def both_passes(
-    log_beta: torch.Tensor, linear: bool, settings: Settings, *, documents=None, over_heads=False
+    log_beta: torch.Tensor,
+    linear: bool,
+    settings: Settings,
+    *,
+    documents: torch.Tensor | None = None,
+    over_heads: bool = False,
 ) -> Callable[[], object]:
-    batch, heads, tokens = log_beta.shape
+    batch, _heads, tokens = log_beta.shape
     gradient = torch.randn((batch, tokens) if over_heads else log_beta.shape, device=log_beta.device)
 
     def run() -> None:

@@ -16,6 +16,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from retention_gates.recipes.bench.harness import Measurement, report
 
@@ -58,7 +59,7 @@ def ask(url: str, index: int, most_tokens: int) -> Answer:
     return answer
 
 
-def _read_stream(response, answer: Answer, began: float) -> None:
+def _read_stream(response: Any, answer: Answer, began: float) -> None:
     last = b""
     for line in response:
         if not line.startswith(b"data: "):

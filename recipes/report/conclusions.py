@@ -47,9 +47,11 @@ def _on_text(met: list[Duel], summaries: "list[Summary]") -> list[str]:
             f"Text: the trained gates stay closest to the full cache at {sizes}. The lead is largest at "
             f"{most.memory_size} entries per head, {less:.0%} less lost: {_duel(most)}."
         )
-    for duel in met:
-        if duel not in won:
-            said.append(f"Text: at {duel.memory_size} entries per head a rival is ahead of the gates: {_duel(duel)}.")
+    said += [
+        f"Text: at {duel.memory_size} entries per head a rival is ahead of the gates: {_duel(duel)}."
+        for duel in met
+        if duel not in won
+    ]
     return said
 
 

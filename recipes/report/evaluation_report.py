@@ -78,7 +78,7 @@ def markdown(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
     for model in models:
         for task, length, summaries in model.panels():
             lines += [f"## {model.title}: {panel_title(task, length)}", ""]
-            lines += _overview(summaries, metric_of(task)) + [""]
+            lines += [*_overview(summaries, metric_of(task)), ""]
             lines += ["<details><summary>all scores</summary>", "", *_table(model, summaries, task), "", "</details>"]
             lines += [""]
     lines += ["## How to read this", "", *(f"- {line}" for line in legend(models))]

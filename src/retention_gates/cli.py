@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 # command -> (the module with its add_arguments and main, one line of help)
 COMMANDS = {
@@ -88,19 +89,19 @@ def _is_users_mistake(error: Exception) -> bool:
 
 
 class _BesideProgress(logging.Handler):
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
         tqdm.write(f"{PROGRAM}: {self.format(record)}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{PROGRAM}: error: {message}; {self.prog} --help shows what is allowed\n")
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         from retention_gates import __version__
 
         print(f"{PROGRAM} {__version__}")

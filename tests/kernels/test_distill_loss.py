@@ -1,5 +1,6 @@
 """Distillation loss against a case worked by hand and the losses that torch makes from whole logits."""
 
+import itertools
 import math
 
 import pytest
@@ -219,7 +220,7 @@ def test_positions_without_a_term_need_no_logits(counted, monkeypatch):
 
 
 def shard(tensor, cuts=(0, 1, 5, 11)):
-    return [tensor[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [tensor[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

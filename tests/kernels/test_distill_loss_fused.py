@@ -10,7 +10,7 @@ from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.kernels.distill_loss import distill_loss, naive
 
 pytest.importorskip("triton")
-from retention_gates.kernels.distill_loss import fused, logits  # noqa: E402
+from retention_gates.kernels.distill_loss import fused, logits
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 HEADS = {
@@ -188,7 +188,7 @@ SIZES += [(torch.float32, 1, 151_937)]  # one rounding to 16 bits may be lucky i
 @pytest.mark.parametrize(("dtype", "positions", "vocabulary"), SIZES)
 def test_sizes_of_real_heads(head, positions, vocabulary, dtype):
     inputs = make_inputs(positions, 256, vocabulary, dtype=dtype, device="cuda")
-    student, _, weight, _ = inputs
+    _student, _, weight, _ = inputs
     weight.mul_(0.2)  # logits of the order of 3
     check_against_fp64(*inputs, head_of(head, weight), 128)
     check_against_fp64(*inputs, head_of(head, weight))

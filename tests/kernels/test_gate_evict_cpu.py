@@ -1,6 +1,6 @@
 """gate_evict on a CPU against its equation: the same state to the bit, and where the equation is not asked."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from unittest import mock
 
 import pytest
@@ -88,7 +88,7 @@ def test_a_full_memory_does_without_the_equation(offsets, monkeypatch):
             context.setenv(VARIABLE, "naive")
             gate_evict(SlotState(*states[1]), key, value, gate, offsets, linear_in_age=True, protected=protected)
         assert all(torch.equal(one.nan_to_num(1.0), other.nan_to_num(1.0)) for one, other in zip(*states, strict=True))
-    longest = max(stop - start for start, stop in zip(offsets, offsets[1:], strict=False))
+    longest = max(stop - start for start, stop in pairwise(offsets))
     assert asked == [*range(longest), 20]  # until the longest head is full, and for the protected token
 
 

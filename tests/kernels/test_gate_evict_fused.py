@@ -1,7 +1,7 @@
 """gate_evict's kernel against its equation in plain torch: the same victims in the same slots, after every token."""
 
 import os
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from unittest import mock
 
 import pytest
@@ -168,7 +168,7 @@ def test_long_runs_on_a_gpu(batch, sizes, buffer_size, dtype):
     # full from the start, of distinct positions in any order
     first = 30_000
     state[6].fill_(first)
-    for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for head, (start, stop) in enumerate(pairwise(offsets)):
         for row in range(batch):
             state[3][row, start:stop] = torch.randperm(first, generator=generator)[: sizes[head]]
     state[4][:, [start + 1 for start in offsets[:-1]]] = True

@@ -60,7 +60,7 @@ def test_writes_that_are_not_counted_forbid_it():
 
 
 def test_compiled_code_works_it_out_itself():
-    total, calls = counting()
+    total, _calls = counting()
     compiled = torch.compile(lambda tensor: total(tensor, 2), fullgraph=True, backend="eager")
     tensor = torch.arange(4)
     assert total(tensor, 2) == compiled(tensor) == 12

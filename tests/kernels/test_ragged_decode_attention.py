@@ -1,6 +1,6 @@
 """ragged_decode_attention against scaled_dot_product_attention over what each head holds, in fp64."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from unittest import mock
 
 import pytest
@@ -137,7 +137,7 @@ def test_weights_are_what_each_slot_received(softcap, with_sinks):
     queries = torch.cat([query, query.flip(3), -query], dim=2)  # [B, HQ, 3, D]
     by_head = torch.zeros(2, 4, 65, 12, dtype=torch.float64)
     visible = torch.zeros(2, 4, 3, 65, dtype=torch.bool)
-    for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for head, (start, stop) in enumerate(pairwise(offsets)):
         by_head[:, head, : stop - start] = keys[:, start:stop]
         visible[:, head, :, : stop - start] = (positions[:, start:stop] >= 0)[:, None]
     visible[:, :, 2] = False
@@ -145,7 +145,7 @@ def test_weights_are_what_each_slot_received(softcap, with_sinks):
     assert many.shape == (2, 4, 3, 65) and (many[:, :, 2] == 0).all()
     for n in (0, 1):
         ragged_decode_attention(queries[:, :, n : n + 1], keys, values, positions, offsets, softmax, received=received)
-        for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for head, (start, stop) in enumerate(pairwise(offsets)):
             torch.testing.assert_close(many[:, head, n, : stop - start], received[:, start:stop], rtol=1e-5, atol=1e-6)
 
 

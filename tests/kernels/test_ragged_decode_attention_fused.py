@@ -1,7 +1,7 @@
 """ragged_decode_attention's kernels against fp64, no further off than plain torch in the same dtype."""
 
 import os
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from unittest import mock
 
 import pytest
@@ -100,7 +100,7 @@ def _same_dtype(case, run, softmax):
     if not softmax.is_plain or run is not None:
         return naive.ragged_decode_attention(query, keys, *case[2:], softmax, run=run)
     outputs, group = [], query.shape[1] // (len(offsets) - 1)
-    for head, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for head, (start, stop) in enumerate(pairwise(offsets)):
         mask = (positions[:, start:stop] >= 0)[:, None, None]
         blind = ~mask.any(3, keepdim=True)
         own = slice(head * group, (head + 1) * group)

@@ -12,7 +12,7 @@ from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.kernels.retention_attention import naive, retention_attention
 
 pytest.importorskip("triton")
-from retention_gates.kernels.retention_attention import fused  # noqa: E402
+from retention_gates.kernels.retention_attention import fused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")

@@ -245,7 +245,7 @@ def test_fused_extreme_rates(kernels, form, device):
     log_beta = -torch.cat([rates[:, None].expand(-1, tokens), rates.repeat(tokens // len(rates))[None]]).to(device)[
         None
     ]
-    mass, gradient = check_against_fp64(retention_sum, False, log_beta, None)
+    mass, _gradient = check_against_fp64(retention_sum, False, log_beta, None)
     assert torch.equal(mass[0, -3:-1], torch.ones_like(mass[0, -3:-1]))  # nothing but the newest token is left
     torch.testing.assert_close(mass[0, 0], torch.arange(1.0, tokens + 1, device=device), rtol=1e-6, atol=0)
 

@@ -104,7 +104,7 @@ def test_the_report_says_what_the_records_say(evaluated):
     assert sizes == ["", "8", "32"]
     on_average = {row[0]: sum(float(cell.split()[0]) for cell in row[1:]) for row in rows[1:]}
     assert set(on_average) == {"full cache", *CONTENDERS} and list(on_average.values()) == sorted(on_average.values())
-    assert dict((row[0], row[2]) for row in rows[1:])["gates, calibrated"] == own[3]
+    assert {row[0]: row[2] for row in rows[1:]}["gates, calibrated"] == own[3]
     assert any(line.startswith("| all | full |  | 0.000 ± 0.000 | 1.000 ± 0.000 |") for line in lines)
     assert [line for line in lines if line.startswith("#")] == [
         "# Bounded memory against the full cache",

@@ -136,6 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             if match:
                 return getattr(self, method)(**match.groupdict())
         self.send(404, {"error": f"no such page {path}"})
+        return None
 
     def send(self, status: int, content: bytes | dict | list = b"", **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()

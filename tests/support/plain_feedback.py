@@ -198,7 +198,7 @@ def rotate(x: list[float], position: int, frequencies: list[float]) -> list[floa
 PLAIN = {f.__name__: f for f in (h2o, tova, snapkv, morphkv, raas, keydiff, rkv, lagkv, expected_attention, citrus)}
 PLAIN["merging"] = h2o
 # the share of the budget, and at most so many tokens, that the youngest entries are sure of
-RECENT = {name: (0.5, None) for name in ("h2o", "lagkv", "expected_attention", "citrus", "merging", "value_norm")}
+RECENT = dict.fromkeys(("h2o", "lagkv", "expected_attention", "citrus", "merging", "value_norm"), (0.5, None))
 RECENT |= {"snapkv": (0.5, 32), "morphkv": (0.5, 32), "rkv": (0.5, 8)}
 INTERVAL = {"rkv": 8, "expected_attention": 8}  # steps for which a priority holds
 

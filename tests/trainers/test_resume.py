@@ -34,7 +34,7 @@ SCENARIOS = {
     "late": [
         death(CHECKPOINT + "_flush", 2, "after"),  # the second save has all its files but not its name
         death(TRAINER + "compute_loss", 8),  # in step 7, from step 3
-        death("retention_gates.trainers.trainer:drop_old", 1),  # after the last save
+        death("retention_gates.trainers.checkpoint:drop_old", 1),  # after the last save
         death(TRAINER + "save_adapter", 1),
         None,
     ],

@@ -10,6 +10,7 @@ from torch import nn
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.adapter.modes import evaluating
 from retention_gates.gates.simulation.simulated_cache import SimulatedCache
 from retention_gates.trainers.evaluation.contenders import Contender
 
@@ -44,10 +45,8 @@ def hidden_states(
 ) -> Iterator[tuple[Sequence[Contender | None], Sequence[torch.Tensor]]]:
     """What lm_head would get, [B, T, C] each: from the full cache, None, and then from some contenders at a time."""
     gated = find_gated_model(model)  # passes go through what it lies in, which may put a sharded model together
-    was_training = gated.training
     caches = [_cache_of(gated, contender, pinned) for contender in chosen]  # refused before anything is computed
-    gated.eval()
-    try:
+    with evaluating(gated):
         with gates_off(gated):
             full = model(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         progress(len(ids))
@@ -64,8 +63,6 @@ def hidden_states(
             )
             progress(len(some) * len(ids))
             yield some, hidden.split(len(ids))
-    finally:
-        gated.train(was_training)
 
 
 def row_seeds(seed: int | Sequence[int], rows: Sequence[int]) -> list[int]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.adapter.modes import evaluating
 from retention_gates.gates.cache.bounded_cache import BoundedCache
 from retention_gates.trainers.evaluation.contenders import Contender, name_of
 
@@ -79,11 +80,9 @@ def compare_generations(
     longest = [max_new_tokens or question.max_new_tokens for question in questions]
     for index, (question, new_tokens) in enumerate(zip(questions, longest, strict=True)):
         _check_fits(gated, index, question, new_tokens)
-    was_training = model.training
-    model.eval()
     records = []
     rows: dict[str, int] = {}  # questions of each task so far
-    try:
+    with evaluating(model):
         for question, new_tokens in zip(questions, longest, strict=True):
             row = rows.get(question.task, 0)
             rows[question.task] = row + 1
@@ -93,8 +92,6 @@ def compare_generations(
                 record = {"task": question.task, "row": row, **name_of(contender), "score": question.score(answer)}
                 records.append(record | {"answer": answer, "new_tokens": len(ids)})
                 progress(1)
-    finally:
-        model.train(was_training)
     return records
 
 

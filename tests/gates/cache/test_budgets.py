@@ -1,5 +1,6 @@
 """Budgets add up, respect their floor and follow the shares; shares are the mean retained mass."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_calibrated_budgets_add_up_and_follow_the_shares(shares, memory_size, da
     assert sum(entries) == memory_size * len(entries)
     assert min(entries) >= floor
     ranked = sorted(zip(wanted, entries, strict=True))
-    for (less, few), (more, many) in zip(ranked, ranked[1:], strict=False):
+    for (less, few), (more, many) in itertools.pairwise(ranked):
         assert few <= many + (1 if less == more else 0)
     # those above the floor share in proportion, up to rounding
     above = [(value, entry) for value, entry in zip(wanted, entries, strict=True) if entry > floor + 1]

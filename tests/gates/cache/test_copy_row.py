@@ -15,7 +15,7 @@ def alone(model, ids, steps, buffer_size=1):
     cache = BoundedCache(model, MEMORY, buffer_size=buffer_size)
     logits = [model(input_ids=ids[None, :-steps], past_key_values=cache).logits[:, -1]]
     for token in ids[-steps:-1]:
-        logits.append(model(input_ids=token[None, None], past_key_values=cache).logits[:, -1])
+        logits += [model(input_ids=token[None, None], past_key_values=cache).logits[:, -1]]
     held = [layer.positions(head) - layer.start[:, None] for layer in cache.layers for head in range(2)]
     return torch.cat(logits), held
 

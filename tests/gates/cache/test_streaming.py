@@ -26,9 +26,10 @@ def after(shift: int, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
     layer.columns = shift
     layer.seen.fill_(shift)
     layer.start.fill_(shift)
-    outputs = []
-    for now in torch.arange(60).split([20] + [1] * 25 + [15]):
-        outputs.append(attend(layer, OWNER, *(x[:, :, now] for x in (log_beta, query, key, value))))
+    outputs = [
+        attend(layer, OWNER, *(x[:, :, now] for x in (log_beta, query, key, value)))
+        for now in torch.arange(60).split([20] + [1] * 25 + [15])
+    ]
     held = torch.cat([layer.positions(head) for head in (0, 1)], dim=1)
     return torch.cat(outputs, dim=2), held - shift * (held >= 0)
 

@@ -47,7 +47,7 @@ def test_a_mask_of_another_length(columns):
 
 def test_another_text_is_no_later_turn_and_a_reset_begins_it():
     model = gated_model()
-    cache, text = first_turn(model, return_dict_in_generate=True)
+    cache, _text = first_turn(model, return_dict_in_generate=True)
     other = token_ids(1, 60, seed=9)
     with pytest.raises(ValueError, match="first 23 of 60 input_ids are not those that the cache has read"):
         model.generate(input_ids=other, past_key_values=cache, **GREEDY)

@@ -56,7 +56,7 @@ def test_hidden_states_are_of_plain_steps(device, captures):
     model, found = on(device), []
     options = dict(output_hidden_states=True, return_dict_in_generate=True)
     for cache in caches(model):
-        found.append(model.generate(past_key_values=cache, **padded_batch(device), **options, **GREEDY).hidden_states)
+        found += [model.generate(past_key_values=cache, **padded_batch(device), **options, **GREEDY).hidden_states]
     assert not captures
     assert torch.equal(found[0][-1][-1], found[1][-1][-1])
     # transformers' own hooks are in the model from now on, and do nothing

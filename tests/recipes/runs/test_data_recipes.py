@@ -51,7 +51,7 @@ def local_copy(source: dict, folder: Path) -> dict:
     """The source as the recipe has it, but in a file, with three rows that cannot be read among 40."""
     path = folder / (source["source"].replace("/", "-") + ".jsonl")
     rows = [json.dumps(FORMS[source["source"]](i)) for i in range(40)]
-    rows[5:5] = ['{"messages": [', json.dumps({"other": 1}), json.dumps({key: 3 for key in json.loads(rows[0])})]
+    rows[5:5] = ['{"messages": [', json.dumps({"other": 1}), json.dumps(dict.fromkeys(json.loads(rows[0]), 3))]
     path.write_text("\n".join(rows), encoding="utf-8")
     hub_only = ("split", "subset", "streaming", "revision")
     kept = {key: value for key, value in source.items() if key not in hub_only}
