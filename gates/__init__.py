@@ -1,1 +1,3 @@
-"""What is in the model: the gates, the attention that uses them, and the bounded cache."""
+"""What is in the model: the PEFT method, the attention function, the cache of fixed size, its simulation."""
+
+import peft  # noqa: F401  first: right after its import the method is registered, which imports modules of this package

@@ -10,20 +10,14 @@ import argparse
 import json
 from pathlib import Path
 
-from retention_gates.recipes.loading.arguments import add_model_arguments, add_text_arguments
+from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, copy_file, write_text
 from retention_gates.recipes.loading.rows import load_rows, load_token_documents
+from retention_gates.trainers.calibration import measure_shares
+from retention_gates.trainers.evaluation.forward_passes import check_length
 
 CONFIG = "adapter_config.json"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, adapter_required=True)
-    add_text_arguments(parser, rows=8, length=1024, rows_option="--rows", training_works=True)
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write a copy of the adapter there (default: change it in place)"
-    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -35,10 +29,6 @@ def main(options: argparse.Namespace) -> None:
         )
     if options.output is not None:
         check_output(options.output)
-
-    from retention_gates.gates.adapter.model import find_gated_model
-    from retention_gates.trainers.calibration import measure_shares
-    from retention_gates.trainers.evaluation.forward_passes import check_length
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)

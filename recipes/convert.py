@@ -13,27 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-OURS, THEIRS = "adapter", "trimkv"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="folder or Hub name of what is converted")
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder that is written; it must not exist yet")
-    parser.add_argument(
-        "--to",
-        choices=(OURS, THEIRS),
-        default=OURS,
-        help="an adapter of ours, or the authors' form (default: adapter)",
-    )
-    parser.add_argument("--base-model", metavar="NAME", help="the base model (default: the one that SOURCE names)")
-    theirs = parser.add_argument_group("only with --to trimkv")
-    theirs.add_argument("--memory-size", type=int, metavar="M", help="entries per KV head, for config.json there")
-    theirs.add_argument(
-        "--global-capacity", action="store_true", help="say that the capacity loss was that of all heads together"
-    )
-    theirs.add_argument(
-        "--drop-protected-tokens", action="store_true", help="convert though the runtime there protects no tokens"
-    )
+from retention_gates.checkpoints.card import CARD_NAME
+from retention_gates.checkpoints.hub import download_adapter, split_revision
+from retention_gates.checkpoints.trimkv import (
+    THEIR_CONFIG,
+    THEIR_WEIGHTS,
+    export_gates,
+    import_card,
+    import_gates,
+    read_config,
+)
+from retention_gates.gates.adapter.files import find_file
+from retention_gates.recipes.arguments.convert import OURS, THEIRS
+from retention_gates.recipes.loading.models import adapter_config, base_name
 
 
 def main(options: argparse.Namespace) -> None:
@@ -68,10 +60,6 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _to_adapter(options: argparse.Namespace, folder: Path) -> None:
-    from retention_gates.checkpoints.card import CARD_NAME
-    from retention_gates.checkpoints.hub import split_revision
-    from retention_gates.checkpoints.trimkv import THEIR_CONFIG, THEIR_WEIGHTS, import_card, import_gates
-    from retention_gates.gates.adapter.files import find_file
 
     name, revision = (options.source, None) if Path(options.source).is_dir() else split_revision(options.source)
     config = find_file(name, THEIR_CONFIG, revision=revision)
@@ -82,10 +70,6 @@ def _to_adapter(options: argparse.Namespace, folder: Path) -> None:
 
 
 def _to_theirs(options: argparse.Namespace, folder: Path) -> None:
-    from retention_gates.checkpoints.hub import download_adapter
-    from retention_gates.checkpoints.trimkv import THEIR_CONFIG, export_gates, read_config
-    from retention_gates.gates.adapter.files import find_file
-    from retention_gates.recipes.loading.models import adapter_config, base_name
 
     adapter = download_adapter(options.source)
     config = adapter_config(str(adapter))

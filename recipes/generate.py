@@ -11,16 +11,18 @@ import sys
 import time
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from retention_gates.recipes.loading.arguments import add_model_arguments
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from retention_gates.data.tokens import document_prefix
+from retention_gates.gates.adapter import generate_arguments
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.cache.bounded_cache import BoundedCache
+from retention_gates.gates.cache.saved_cache_checks import read_memory_header
 from retention_gates.recipes.loading.models import base_name, check_gates_trained, load_model, load_tokenizer
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from retention_gates.gates.cache.bounded_cache import BoundedCache
 
 MEMORY_SIZE = 64  # entries per KV head, unless the caller says
 # The likeliest token each time, whatever the model's generation_config.json asks for.
@@ -33,49 +35,6 @@ GREEDY = {
     "num_beams": 1,
     "no_repeat_ngram_size": 0,
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, adapter_required=False)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("text", nargs="?", metavar="PROMPT", help="what to go on from")
-    prompt.add_argument("--prompt", metavar="TEXT", help="the same, for scripts")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file, UTF-8")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message, in the model's chat form")
-    parser.add_argument(
-        "--memory-size", type=int, metavar="M", help="entries kept per KV head, in the mean (default: 64)"
-    )
-    parser.add_argument(
-        "--policy", help="retention (the trained gates), streaming_llm, h2o, snapkv, ... (default: retention)"
-    )
-    parser.add_argument(
-        "--budgets",
-        help="uniform, calibrated, pyramid or adaptive (default: calibrated if the adapter has been, else uniform)",
-    )
-    parser.add_argument(
-        "--cache-dtype", metavar="KIND", help="int8 or fp8: keys and values in 8 bits (default: as the model has them)"
-    )
-    parser.add_argument(
-        "--prefill-chunk-size",
-        type=int,
-        metavar="T",
-        help="tokens of the prompt read at a time (default: all, or 4096 beyond 32768)",
-    )
-    parser.add_argument(
-        "--memory", metavar="FILE", help="a memory to go on from, of the same model and adapter; it brings its options"
-    )
-    parser.add_argument(
-        "--save-memory", metavar="FILE", help="read the prompt, write what is kept to FILE and generate nothing"
-    )
-    parser.add_argument(
-        "--compare-full-cache", action="store_true",
-        help="then the same prompt once more with gates off and a full cache, each text under a heading",
-    )  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (default: 0)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the policy random (default: 0)")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -91,15 +50,9 @@ def main(options: argparse.Namespace) -> None:
         )
     policy = options.policy or "retention"
     if options.memory is not None:
-        from retention_gates.gates.cache.saved_cache_checks import read_memory_header
-
         policy = read_memory_header(options.memory)[1].policy
     check_gates_trained([policy], options.adapter)
     prompt = _prompt(options)
-
-    import torch
-
-    from retention_gates.gates.cache.bounded_cache import BoundedCache
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
@@ -157,7 +110,6 @@ def _write_on(
     Args:
         inputs: [1, T]; `past` tokens stand before them.
     """
-    import torch
 
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY
     torch.manual_seed(options.seed)
@@ -192,7 +144,6 @@ def prompt_ids(
         goes_on: whether a text stands before it, so that no document begins here.
         is_answered: whether the model's turn begins after it in the chat template.
     """
-    from retention_gates.data.tokens import document_prefix
 
     if not prompt.strip():
         raise ValueError("The prompt is empty: give a text to go on from.")
@@ -208,11 +159,6 @@ def prompt_ids(
 
 def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_size: int | None) -> None:
     """Lets the cache read tokens [B, T], some at a time, without making any."""
-    import torch
-    from tqdm.auto import tqdm
-
-    from retention_gates.gates.adapter import generate_arguments
-    from retention_gates.gates.adapter.model import find_gated_model
 
     gated, tokens = find_gated_model(model), inputs.shape[1]
     size = generate_arguments.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
@@ -263,7 +209,6 @@ def _held(cache: "BoundedCache", tokens: int) -> str:
 
 
 def _timed_streamer(tokenizer: "PreTrainedTokenizerBase") -> Any:
-    from transformers import TextStreamer
 
     class TimedStreamer(TextStreamer):
         """Writes words to stdout as they come and notes when each token did."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
 
@@ -109,6 +110,5 @@ def _weights_file(adapter: str) -> str:
     folder = Path(adapter)
     if folder.is_dir():
         return str(folder / WEIGHTS_NAME)
-    from huggingface_hub import hf_hub_download
 
     return hf_hub_download(adapter, WEIGHTS_NAME)

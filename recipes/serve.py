@@ -7,51 +7,17 @@ import argparse
 import sys
 from importlib.util import find_spec
 
-from retention_gates.recipes.loading.arguments import add_model_arguments
+from transformers import PreTrainedTokenizerFast
+
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, adapter_required=True)
-    parser.add_argument(
-        "--memory-size",
-        type=int,
-        default=512,
-        metavar="M",
-        help="entries kept per KV head, in the mean (default: 512)",
-    )
-    parser.add_argument(
-        "--budgets", help="uniform, calibrated or pyramid (default: calibrated if the adapter has been, else uniform)"
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--max-chats", type=int, metavar="N", help="chats decoded at a time (default: 16)")
-    size.add_argument("--cache-gib", type=float, metavar="GIB", help="as many as this memory has room for instead")
-    parser.add_argument("--max-waiting", type=int, default=256, metavar="N", help="chats that may wait (default: 256)")
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="of an answer, and if it says nothing (default: 1024)",
-    )
-    parser.add_argument(
-        "--prefill-chunk-size", type=int, default=512, metavar="T", help="tokens of a prompt read at a time (512)"
-    )
-    parser.add_argument("--max-body-kib", type=int, default=1024, metavar="KIB", help="of a request (default: 1024)")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a chat (default: 600)")
-    parser.add_argument("--name", help="of the model, for clients (default: the adapter's)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+from retention_gates.recipes.serving.app import Limits, build_app
+from retention_gates.recipes.serving.engine import Engine
+from retention_gates.recipes.serving.rows import ChatRows
 
 
 def main(options: argparse.Namespace) -> None:
     _check(options)
     import uvicorn
-    from transformers import PreTrainedTokenizerFast
-
-    from retention_gates.recipes.serving.app import Limits, build_app
-    from retention_gates.recipes.serving.engine import Engine
-    from retention_gates.recipes.serving.rows import ChatRows
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)

@@ -10,18 +10,30 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+import yaml
+from peft import get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from retention_gates.data.balance import BalancedRows
+from retention_gates.data.mixture import TrainingRows
+from retention_gates.data.packing import sample_windows
+from retention_gates.data.reading import Reading, read_tokens
+from retention_gates.data.sources import split_by_work
+from retention_gates.data.tokens import TokenDocument, document_prefix
+from retention_gates.gates.adapter.base_identity import display_name
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.recipes.loading.models import check_dtype, load_base, load_base_config, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
-
-if TYPE_CHECKING:  # importing these takes seconds, which --help should not
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from retention_gates.data.reading import Reading
-    from retention_gates.data.tokens import TokenDocument
-    from retention_gates.recipes.loading.run_config import RunConfig
-    from retention_gates.trainers.trainer import RetentionTrainer
+from retention_gates.recipes.loading.run_config import RunConfig, differences, load_config
+from retention_gates.recipes.report.training_summary import SUMMARY, summarise
+from retention_gates.trainers.calibration import measure_shares
+from retention_gates.trainers.checkpoint import last_checkpoint, read_manifest
+from retention_gates.trainers.distributed.layout import check_same_run, engine_of, run_facts
+from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_row_length
+from retention_gates.trainers.evaluation.forward_passes import check_length
+from retention_gates.trainers.trainer import RetentionTrainer
 
 RUN_FILE = "run.yaml"
 ADAPTER = "adapter"
@@ -34,22 +46,7 @@ CHANGEABLE = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run: model, gate, data, training, ...")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="replaces values of the file; resume=true goes on with a run that was stopped",
-    )
-
-
 def main(options: argparse.Namespace) -> None:
-    from retention_gates.gates.adapter.base_identity import display_name
-    from retention_gates.gates.adapter.model import find_gated_model
-    from retention_gates.recipes.loading.run_config import load_config
-    from retention_gates.recipes.report.training_summary import SUMMARY, summarise
-    from retention_gates.trainers.calibration import measure_shares
 
     config = load_config(options.config, options.overrides)
     output_dir = Path(str(config.training.output_dir))
@@ -79,9 +76,6 @@ def main(options: argparse.Namespace) -> None:
 
 def check_run(output_dir: Path, config: "RunConfig") -> None:
     """Raises ValueError unless the run may write to output_dir: a new folder, or the same run with resume=true."""
-    import yaml
-
-    from retention_gates.recipes.loading.run_config import differences
 
     check_output(output_dir)
     if not (output_dir / RUN_FILE).exists():
@@ -102,8 +96,6 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
 
 def check_checkpoint(output_dir: Path, config: "RunConfig") -> None:
     """Raises ValueError, before the model is loaded, if the run cannot go on from the checkpoint that is there."""
-    from retention_gates.trainers.checkpoint import last_checkpoint, read_manifest
-    from retention_gates.trainers.distributed.layout import check_same_run, run_facts
 
     checkpoint = last_checkpoint(output_dir) if config.resume else None
     if checkpoint is not None:
@@ -111,7 +103,6 @@ def check_checkpoint(output_dir: Path, config: "RunConfig") -> None:
 
 
 def write_run(output_dir: Path, config: "RunConfig") -> None:
-    import yaml
 
     write_text(output_dir / RUN_FILE, yaml.safe_dump(config.given, sort_keys=False))
 
@@ -133,19 +124,6 @@ def build(
 
     Several runs may share `texts` and, one after the other, a `base` without gates; both are loaded if not given.
     """
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    from retention_gates.data.balance import BalancedRows
-    from retention_gates.data.mixture import TrainingRows
-    from retention_gates.data.packing import sample_windows
-    from retention_gates.data.tokens import document_prefix
-    from retention_gates.gates.adapter.model import find_gated_model
-    from retention_gates.recipes.loading.models import check_dtype, load_base, load_config
-    from retention_gates.trainers.distributed.layout import engine_of
-    from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_row_length
-    from retention_gates.trainers.evaluation.forward_passes import check_length
-    from retention_gates.trainers.trainer import RetentionTrainer
 
     args, data = config.training, config.data
     if args.max_steps < 1:
@@ -160,7 +138,7 @@ def build(
         )
     if args.ranks_per_row > 1:
         check_row_length(data.row_length, args.ranks_per_row)
-        check_heads(load_config(config.model.name, config.model.gguf_file), args.ranks_per_row)
+        check_heads(load_base_config(config.model.name, config.model.gguf_file), args.ranks_per_row)
     texts = texts or load_texts(config)
     tokenizer = texts.tokenizer
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
@@ -203,9 +181,6 @@ def build(
 
 def load_texts(config: "RunConfig") -> Texts:
     """Reads and tokenises what the run trains on, and what it sets aside."""
-    from retention_gates.data.reading import read_tokens
-    from retention_gates.data.sources import split_by_work
-    from retention_gates.recipes.loading.models import load_tokenizer
 
     assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)

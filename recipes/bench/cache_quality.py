@@ -19,8 +19,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from retention_gates import BoundedCache
 from retention_gates.data.tasks import build_task
+from retention_gates.recipes.arguments.shared import add_model_arguments, add_text_arguments
 from retention_gates.recipes.bench.harness import Measurement, report
-from retention_gates.recipes.loading.arguments import add_model_arguments, add_text_arguments
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
 from retention_gates.recipes.loading.rows import load_rows, load_token_documents
 

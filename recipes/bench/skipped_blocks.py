@@ -21,8 +21,8 @@ import torch
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.attention import interface as gated_attention
 from retention_gates.kernels.retention_attention import fused, retention_attention
+from retention_gates.recipes.arguments.shared import add_model_arguments, add_text_arguments
 from retention_gates.recipes.bench.harness import Measurement, report, time_ms
-from retention_gates.recipes.loading.arguments import add_model_arguments, add_text_arguments
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
 from retention_gates.recipes.loading.rows import load_rows, load_token_documents
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import nn
+
+from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.model import find_gated_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORING = ("answers", "contenders", "forward_passes", "text")
@@ -50,8 +52,6 @@ def of_value(value: Any) -> str:
 
 def of_model(model: "nn.Module") -> ModelDigests:
     """Of the numbers in memory, wherever they came from: a copied folder is the same model, other weights are not."""
-    from retention_gates.gates.adapter.families import text_config
-    from retention_gates.gates.adapter.model import find_gated_model
 
     gated = find_gated_model(model)
     named = [*gated.named_parameters(), *gated.named_buffers()]
@@ -72,7 +72,6 @@ def of_code() -> str:
 
 
 def _bytes(named: "Iterable[tuple[str, torch.Tensor]]") -> Iterable[bytes]:
-    import torch
 
     for name, tensor in named:
         yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()

@@ -7,9 +7,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS
+from retention_gates.data.tasks import build_tasks
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.rotary_frequencies import rotary_frequencies
+from retention_gates.gates.policies import POLICIES, FeedbackPolicy, find_policy
 from retention_gates.recipes.comparison.comparison_config import ComparisonConfig, ContenderSection, ModelEntry
 from retention_gates.recipes.comparison.result_store import ResultStore
 from retention_gates.recipes.comparison.scoring import Block, Scorer
@@ -26,13 +33,10 @@ from retention_gates.recipes.loading.rows import load_rows, load_token_documents
 from retention_gates.recipes.report import evaluation_report, html_page, plots
 from retention_gates.recipes.report.contents import ModelReport, Shown
 from retention_gates.recipes.report.differing_answers import differing_answers
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from retention_gates.trainers.evaluation.contenders import Contender
+from retention_gates.recipes.report.gate_reading import median_half_lives, read_text
+from retention_gates.trainers.evaluation.cache_bytes import memory_bytes
+from retention_gates.trainers.evaluation.contenders import Contender, contenders
+from retention_gates.trainers.evaluation.paired_statistics import aggregate
 
 SUMMARY, PAGE, PICTURE = "summary.jsonl", "report.html", "score.png"
 HALF_LIFE_ROWS = 4  # passages over which the medians of half-lives are taken
@@ -87,7 +91,6 @@ def run(config: ComparisonConfig) -> None:
 @contextmanager
 def _matmul_precision(name: str) -> Iterator[None]:
     """Of products of fp32 numbers on a GPU, until the block ends."""
-    import torch
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
@@ -99,8 +102,6 @@ def _matmul_precision(name: str) -> Iterator[None]:
 
 def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
     """Checks all that can be checked before a model is loaded."""
-    from retention_gates.data.tasks import build_tasks
-    from retention_gates.gates.policies import POLICIES
 
     name = base_name(entry.name, entry.adapter)
     chosen = config.contenders
@@ -114,7 +115,6 @@ def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
 
 
 def _contenders(policies: list[str], section: ContenderSection, budgets: list[str]) -> "list[Contender]":
-    from retention_gates.trainers.evaluation.contenders import Contender, contenders
 
     chosen = contenders(policies, section.memory_sizes, budgets)
     for name in section.extra:
@@ -128,8 +128,6 @@ def _contenders(policies: list[str], section: ContenderSection, budgets: list[st
 
 def can_run(policy: str, adapter: str | None) -> bool:
     """Whether a policy has all that it needs: gates, or something that a comparison does not give to anyone."""
-    from retention_gates.gates.policies import find_policy
-    from retention_gates.trainers.evaluation.contenders import Contender
 
     try:
         Contender(policy, memory_size=1)
@@ -139,9 +137,6 @@ def can_run(policy: str, adapter: str | None) -> bool:
 
 
 def _compare(source: Source, config: ComparisonConfig, start: int, store: ResultStore) -> ModelReport:
-    from retention_gates.gates.policies import find_policy
-    from retention_gates.trainers.evaluation.cache_bytes import memory_bytes
-    from retention_gates.trainers.evaluation.paired_statistics import aggregate
 
     entry = source.entry
     tokenizer = load_tokenizer(source.name, gguf_file=source.gguf_file)
@@ -180,9 +175,6 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
 
 def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
     """Which of the policies cannot run with a model that is loaded, and why."""
-    from retention_gates.gates.adapter.model import find_gated_model
-    from retention_gates.gates.adapter.rotary_frequencies import rotary_frequencies
-    from retention_gates.gates.policies import FeedbackPolicy, find_policy
 
     reasons = {}
     for name in policies:
@@ -197,7 +189,6 @@ def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
 
 def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", start: int) -> list[Block]:
     """Rows of text, then the examples of each task; seeds draw from the same documents."""
-    from retention_gates.data.tasks import build_tasks
 
     text, seeds = config.text, config.run.seeds
     asked = argparse.Namespace(
@@ -222,11 +213,6 @@ def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", star
 
 def _shown(model: "nn.Module", rows: "Sequence[torch.Tensor]", chosen: "Sequence[Contender]") -> Shown | None:
     """What heat maps show: half-lives over some rows, and what is kept of the first, at the middle memory size."""
-    import torch
-
-    from retention_gates.gates.adapter.model import find_gated_model
-    from retention_gates.gates.policies import find_policy
-    from retention_gates.recipes.inspect_gates import median_half_lives, read_text
 
     gated = [contender for contender in chosen if find_policy(contender.policy).needs_gates]
     if not gated:
@@ -241,7 +227,6 @@ def _shown(model: "nn.Module", rows: "Sequence[torch.Tensor]", chosen: "Sequence
 
 
 def _budgets_of(model: "nn.Module") -> list[str]:
-    from retention_gates.gates.adapter.model import find_gated_model
 
     has_shares = find_gated_model(model).active_config.budget_shares
     return ["uniform", "calibrated"] if has_shares else ["uniform"]

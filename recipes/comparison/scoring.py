@@ -6,16 +6,21 @@ once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from retention_gates.data.tasks.pitfalls import leaks
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.policies import find_policy
 from retention_gates.recipes.comparison import fingerprints
 from retention_gates.recipes.comparison.result_store import Records, ResultStore, Unit
 from retention_gates.recipes.loading.provenance import PACKAGES, machine_and_versions
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from retention_gates.trainers.evaluation.contenders import Contender
+from retention_gates.trainers.evaluation.answers import compare_answers, with_pinned
+from retention_gates.trainers.evaluation.contenders import Contender, name_of
+from retention_gates.trainers.evaluation.text import compare_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,6 @@ class Scorer:
     pin: bool = False  # of tasks with a system prompt: each contender once more with it pinned
 
     def __post_init__(self) -> None:
-        from retention_gates.gates.adapter.model import find_gated_model
 
         machine = machine_and_versions(self.model)
         self.digests = fingerprints.of_model(self.model)
@@ -64,9 +68,6 @@ class Scorer:
 
     def score(self, blocks: Sequence[Block]) -> Records:
         """Records as `compare_rows` and `compare_answers` give them, with length and seed, block after block."""
-        from tqdm.auto import tqdm
-
-        from retention_gates.data.tasks.pitfalls import leaks
 
         todo = self._missing(blocks)
         known = sum(len(block.items) * (1 + len(self._contenders(block))) for block in blocks)
@@ -90,7 +91,6 @@ class Scorer:
         return records
 
     def _contenders(self, block: Block) -> "list[Contender]":
-        from retention_gates.trainers.evaluation.answers import with_pinned
 
         return with_pinned(self.chosen, block.items) if self.pin and block.start is None else self.chosen
 
@@ -112,11 +112,6 @@ class Scorer:
         return batches
 
     def _compute(self, rows: "list[Row]", contenders: "list[Contender]", progress: Callable[[int], Any]) -> None:
-        import torch
-
-        from retention_gates.trainers.evaluation.answers import compare_answers
-        from retention_gates.trainers.evaluation.contenders import name_of
-        from retention_gates.trainers.evaluation.text import compare_rows
 
         named = {tuple(name_of(contender).values()): contender for contender in (None, *contenders)}
 
@@ -141,7 +136,6 @@ class Scorer:
 
     def _unit(self, block: Block, index: int, contender: "Contender | None") -> Unit:
         """All that the score depends on; the full cache and policies without gates don't depend on the gates."""
-        from retention_gates.gates.policies import find_policy
 
         unit = {**self.setup, "task": block.task, "tokens": block.digests[index], "seed": block.seed}
         if contender is None:

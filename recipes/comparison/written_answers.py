@@ -10,47 +10,26 @@ import argparse
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from retention_gates.checkpoints.evaluation_files import without_folders
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS, without_folders
+from retention_gates.data.suites import EncodedQuestion, encode_questions, load_suite
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.recipes.comparison.lm_eval_model import check_installed, run_lm_eval
 from retention_gates.recipes.loading.models import base_name, check_gates_trained, load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
 from retention_gates.recipes.loading.provenance import machine_and_versions
 from retention_gates.recipes.report import evaluation_report
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from retention_gates.data.suites import EncodedQuestion
-    from retention_gates.trainers.evaluation.contenders import Contender
-    from retention_gates.trainers.evaluation.paired_statistics import Summary
+from retention_gates.trainers.evaluation.contenders import Contender, contenders
+from retention_gates.trainers.evaluation.paired_statistics import Summary, aggregate
+from retention_gates.trainers.evaluation.written import compare_generations
 
 POLICIES = ("retention", "streaming_llm", "random", "key_norm")
 REFERENCE = "streaming_llm"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("written answers, instead of text and tasks")
-    group.add_argument(
-        "--suites", nargs="+", default=[], metavar="NAME",
-        help="suites of the Hub, such as gsm8k, math500, aime24, longbench/hotpotqa, ruler/4096; NAME=FILE reads a "
-        "local copy (default: none)",
-    )  # fmt: skip
-    group.add_argument(
-        "--lm-eval", metavar="NAMES", help="tasks of the package lm-eval, with commas between them (default: none)"
-    )
-    group.add_argument("--include-path", metavar="DIR", help="folder with more tasks in lm-eval's YAML form")
-    group.add_argument("--limit", type=int, metavar="N", help="records of each, the first ones (default: all)")
-    group.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question of lm-eval")
-    group.add_argument(
-        "--chat", action="store_true", help="put lm-eval's questions into the model's chat form, as suites are"
-    )
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer (default: as each asks for)")
-    group.add_argument(
-        "--longest-prompt", type=int, metavar="T",
-        help="tokens; of a suite's longer prompts the middle is left out (default: none is left out)",
-    )  # fmt: skip
 
 
 def wanted(options: argparse.Namespace) -> bool:
@@ -66,12 +45,6 @@ def main(options: argparse.Namespace) -> None:
     check_output(options.output)
     policies = options.policies or [name for name in POLICIES if name != "retention" or options.adapter]
     _check(options, policies)
-
-    from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS
-    from retention_gates.data.suites import encode_questions, load_suite
-    from retention_gates.gates.adapter.model import find_gated_model
-    from retention_gates.trainers.evaluation.contenders import contenders
-    from retention_gates.trainers.evaluation.paired_statistics import aggregate
 
     contenders(policies, options.memory_size, options.budgets or ["uniform"])  # a misspelt name should not wait
     questions = []
@@ -156,8 +129,6 @@ def _check(options: argparse.Namespace, policies: Sequence[str]) -> None:
     if min(options.memory_size) < 1:
         raise ValueError(f"--memory-size {min(options.memory_size)} must be 1 or more.")
     if options.lm_eval:  # before anything is loaded
-        from retention_gates.recipes.comparison.lm_eval_model import check_installed
-
         check_installed()
     check_gates_trained(list(policies), options.adapter)
 
@@ -169,9 +140,6 @@ def _answer(
     chosen: "Sequence[Contender]",
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    from tqdm.auto import tqdm
-
-    from retention_gates.trainers.evaluation.written import compare_generations
 
     records: list[dict[str, Any]] = []
     if questions:
@@ -186,8 +154,6 @@ def _answer(
                 progress=bar.update,
             )
     if options.lm_eval:
-        from retention_gates.recipes.comparison.lm_eval_model import run_lm_eval
-
         records += run_lm_eval(
             model,  # type: ignore[arg-type]
             tokenizer,

@@ -2,17 +2,26 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-    from retention_gates.gates.adapter.config import RetentionGateConfig
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
+from retention_gates.checkpoints.hub import download_adapter
+from retention_gates.gates.adapter.config import RetentionGateConfig
+from retention_gates.gates.policies import POLICIES, find_policy
+from retention_gates.recipes.arguments.shared import DTYPES
 
 QUANTIZATIONS = ("8bit", "4bit")
 
@@ -38,8 +47,6 @@ def load_base(
         stay: leave the weights where they are loaded, for an engine that gives each device its part.
         quantization: "8bit" or "4bit": linear layers as bitsandbytes holds them, made from whole weights.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose among {', '.join(DTYPES)}.")
@@ -54,8 +61,6 @@ def load_base(
     if gguf_file is not None:  # weights left in their blocks could not be trained through
         options["quantization_config"] = GgufConfig(dequantize=True)
     if quantization is not None:
-        from transformers import BitsAndBytesConfig
-
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",
             load_in_4bit=quantization == "4bit",
@@ -88,7 +93,6 @@ def check_quantization(quantization: str | None, gguf_file: str | None) -> None:
 
 def check_dtype(dtype: str, device: "torch.device") -> None:
     """Raises ValueError for a type that the GPU has no arithmetic for, and would compute in another one."""
-    import torch
 
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
@@ -97,16 +101,14 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
         )
 
 
-def load_config(name: str, gguf_file: str | None = None) -> "PreTrainedConfig":
+def load_base_config(name: str, gguf_file: str | None = None) -> "PreTrainedConfig":
     """The config of the decoder in a base model, without its weights."""
-    from transformers import AutoConfig
 
     options = _model_options(name, gguf_file)
     return AutoConfig.from_pretrained(name, trust_remote_code=False, **options).get_text_config(decoder=True)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_model_options(name, gguf_file))
 
@@ -120,10 +122,6 @@ def load_model(
     dtype: str = "auto",
 ) -> "PeftModel":
     """A base model with the adapter's gates; without an adapter, untrained gates, for policies that ignore them."""
-    from peft import PeftModel, get_peft_model
-
-    from retention_gates.checkpoints.hub import download_adapter
-    from retention_gates.gates.adapter.config import RetentionGateConfig
 
     where = base_name(name, adapter)  # a wrong adapter should not wait for the base model
     if adapter is None:
@@ -160,15 +158,12 @@ def adapter_config(adapter: str) -> "RetentionGateConfig":
     Raises:
         ValueError: for a folder that is missing, unreadable, incomplete, or holds another method's adapter.
     """
-    from retention_gates.checkpoints.hub import download_adapter
-    from retention_gates.gates.adapter.config import RetentionGateConfig
 
     return RetentionGateConfig.from_pretrained(str(download_adapter(adapter)))
 
 
 def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
     """Raises ValueError if a policy needs trained gates and there is no adapter."""
-    from retention_gates.gates.policies import POLICIES, find_policy
 
     needy = [name for name in policies if find_policy(name).needs_gates]
     if needy and adapter is None:
@@ -180,7 +175,6 @@ def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
 
 def _commit_in_cache(name: str, revision: str | None) -> str | None:
     """The commit that was just loaded of a model of the Hub; None for a folder."""
-    from huggingface_hub import try_to_load_from_cache
 
     if Path(name).is_dir():
         return None
@@ -189,7 +183,6 @@ def _commit_in_cache(name: str, revision: str | None) -> str | None:
 
 
 def _device(device: "str | torch.device | None") -> "torch.device":
-    import torch
 
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

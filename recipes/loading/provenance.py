@@ -4,19 +4,18 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
+
+from retention_gates import __version__
 
 PACKAGES = ("torch", "transformers", "peft")
 
 
 def machine_and_versions(model: "nn.Module") -> dict[str, Any]:
     """Versions of what computes, the commit if this is a checkout, and where and how precisely the model runs."""
-    import torch
-
-    from retention_gates import __version__
 
     parameter = next(model.parameters())
     on_gpu = parameter.device.type == "cuda"

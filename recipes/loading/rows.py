@@ -1,13 +1,13 @@
 """Rows of text for the commands, as their arguments say."""
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
-    import torch
-    from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedTokenizerBase
 
-    from retention_gates.data.tokens import TokenDocument
+from retention_gates.data.packing import sample_windows
+from retention_gates.data.sources import load_documents, split_by_work
+from retention_gates.data.tokens import TokenDocument, document_prefix, tokenize_documents
 
 DOCUMENTS_AT_A_TIME, PASSAGES_TO_CHOOSE_FROM = 64, 4
 
@@ -20,8 +20,6 @@ def load_token_documents(
     Args:
         training_works: take the works that --test-fraction or --test-works leaves for training, not the others.
     """
-    from retention_gates.data.sources import load_documents, split_by_work
-    from retention_gates.data.tokens import tokenize_documents
 
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed} must be 0 or more.")
@@ -53,8 +51,6 @@ def load_rows(
     options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", documents: "list[TokenDocument]"
 ) -> "torch.Tensor":
     """Token ids [rows, length] of passages that don't overlap, works taking turns."""
-    from retention_gates.data.packing import sample_windows
-    from retention_gates.data.tokens import document_prefix
 
     prefix = document_prefix(tokenizer)
     return sample_windows(documents, options.length, options.rows, seed=options.seed, prefix_ids=prefix)

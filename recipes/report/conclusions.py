@@ -1,7 +1,5 @@
 """The main findings of a comparison in a few plain sentences, also where a rival wins."""
 
-from typing import TYPE_CHECKING
-
 from retention_gates.recipes.report.contents import (
     TEXT,
     Duel,
@@ -14,9 +12,7 @@ from retention_gates.recipes.report.contents import (
     metric_of,
     panel_title,
 )
-
-if TYPE_CHECKING:
-    from retention_gates.trainers.evaluation.paired_statistics import Summary
+from retention_gates.trainers.evaluation.paired_statistics import Summary
 
 CLEAR = 0.05  # p below which a difference is called clear
 

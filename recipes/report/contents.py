@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importing these takes seconds, which a command's --help should not
-    import torch
+import torch
 
-    from retention_gates.recipes.inspect_gates import Reading
+from retention_gates.recipes.report.gate_reading import Reading
+from retention_gates.trainers.evaluation.paired_statistics import LOWER_IS_BETTER as LOWER
+from retention_gates.trainers.evaluation.paired_statistics import Pairing, Summary, pair
+
+if TYPE_CHECKING:  # it imports this module
     from retention_gates.recipes.report.differing_answers import Answers
-    from retention_gates.trainers.evaluation.paired_statistics import Pairing, Summary
+
 
 FULL_CACHE, TEXT = "full", "text"
 METRICS = {  # metric -> heading and digits after the point
@@ -143,8 +146,6 @@ def duels(model: ModelReport, task: str, summaries: "list[Summary]") -> list[Due
     Both are chosen by the scores that they are then compared by. Of many rivals, the one that looks best is partly
     lucky, which works against the gates.
     """
-    from retention_gates.trainers.evaluation.paired_statistics import LOWER_IS_BETTER as LOWER
-    from retention_gates.trainers.evaluation.paired_statistics import pair
 
     metric = metric_of(task)
     sign = 1 if metric in LOWER_IS_BETTER else -1

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from retention_gates.recipes.comparison.scoring import Block
 from retention_gates.recipes.report.contents import FULL_CACHE, contender_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from retention_gates.recipes.comparison.scoring import Block
 
 QUESTION_TOKENS = 60  # of the prompt's end that are shown
 EACH = 2  # examples of each task and length

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retention_gates.checkpoints.evaluation_files import without_folders
 from retention_gates.recipes.report.conclusions import findings
@@ -19,9 +19,7 @@ from retention_gates.recipes.report.contents import (
     metric_of,
     panel_title,
 )
-
-if TYPE_CHECKING:  # importing it takes seconds, which a command's --help should not
-    from retention_gates.trainers.evaluation.paired_statistics import Score, Summary
+from retention_gates.trainers.evaluation.paired_statistics import Score, Summary, holm
 
 
 def json_lines(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
@@ -185,7 +183,6 @@ def _table(model: ModelReport, summaries: "list[Summary]", task: str) -> list[st
 
 def corrected_p(summaries: "list[Summary]", metric: str) -> dict[int, float]:
     """p of the mean difference, corrected over all of a table's contenders, by the summary's id."""
-    from retention_gates.trainers.evaluation.paired_statistics import holm
 
     paired = [(summary, summary.scores[metric].pairing) for summary in summaries]
     known = [(summary, pairing.p_mean) for summary, pairing in paired if pairing is not None]

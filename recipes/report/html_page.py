@@ -5,7 +5,9 @@ import html
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from retention_gates.recipes.report import plots
 from retention_gates.recipes.report.conclusions import findings
@@ -23,12 +25,10 @@ from retention_gates.recipes.report.contents import (
     panel_title,
     pareto_front,
 )
+from retention_gates.recipes.report.differing_answers import Answers
 from retention_gates.recipes.report.evaluation_report import corrected_p, facts, legend, pairing_cells
 from retention_gates.recipes.report.page_template import PAGE
-
-if TYPE_CHECKING:
-    from retention_gates.recipes.report.differing_answers import Answers
-    from retention_gates.trainers.evaluation.paired_statistics import Score, Summary
+from retention_gates.trainers.evaluation.paired_statistics import Score, Summary
 
 
 def page(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
@@ -164,7 +164,6 @@ def _answers(answers: "Answers") -> str:
 
 
 def _heat_maps(model: ModelReport) -> str:
-    import torch
 
     shown, reading = model.shown, model.shown.reading if model.shown else None
     assert shown is not None and reading is not None

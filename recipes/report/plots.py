@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+import torch
+
+from retention_gates.gates.policies import POLICIES
 from retention_gates.recipes.report.contents import (
     FULL_CACHE,
     METRICS,
@@ -18,11 +21,7 @@ from retention_gates.recipes.report.contents import (
     panel_title,
     pareto_front,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from retention_gates.trainers.evaluation.paired_statistics import Summary
+from retention_gates.trainers.evaluation.paired_statistics import Summary
 
 # Okabe and Ito's colours: told apart with any colour vision. Markers differ as well, for print and where colours
 # recur.
@@ -52,7 +51,6 @@ def require_matplotlib() -> None:
 
 def style_of(policy: str, budgets: str | None) -> Style:
     """The same policy looks the same everywhere: gates by a colour of their own, others by their place in the list."""
-    from retention_gates.gates.policies import POLICIES
 
     name, plus, _ = policy.partition("+")
     dashes = (0, (1, 1)) if plus else DASHES.get(budgets or "", "-")  # finely dotted with something added to it

@@ -4,10 +4,8 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 PAGE = """<!doctype html>
 <html lang="en">

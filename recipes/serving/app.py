@@ -5,18 +5,18 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastapi import FastAPI
+from starlette.requests import Request
+from transformers import PreTrainedTokenizerFast
+
+from retention_gates.data.tokens import document_prefix
 from retention_gates.recipes.serving.chat import Chat, Ended, Refused
 from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.metrics import metrics_text
 from retention_gates.recipes.serving.protocol import Wish, bad, read_wish
 from retention_gates.recipes.serving.responses import Form, error_object, event
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.requests import Request
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,6 @@ async def _read_body(request: "Request", limit: int) -> Any:
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerFast", wish: Wish) -> list[int]:
-    from retention_gates.data.tokens import document_prefix
 
     if wish.messages is not None:
         if not tokenizer.chat_template:

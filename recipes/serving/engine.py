@@ -6,16 +6,14 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerFast
 
 from retention_gates.gates.policies.eviction_rule import MOST_TOKENS
 from retention_gates.recipes.serving.chat import Chat, Refused
 from retention_gates.recipes.serving.rows import ChatRows
 from retention_gates.recipes.serving.sampling import Sampler, next_tokens
 from retention_gates.recipes.serving.text import TextStream
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 UNHEALTHY = 3  # steps that fail in a row

@@ -1,16 +1,13 @@
 """Text out of tokens as they come, up to a stop string."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
 
 
 class TextStream:
     """Gives text as soon as it is certain: whole characters, and nothing that may be the start of a stop string."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: tuple[str, ...]):
-        from tokenizers.decoders import DecodeStream
 
         self.tokenizer = tokenizer.backend_tokenizer
         self.stream = DecodeStream(skip_special_tokens=True)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 CONFIG, WEIGHTS, CANARY = "adapter_config.json", "adapter_model.safetensors", "canary"
 Mutation = Callable[[random.Random, Path], None]
 PATH_TRICKS = (
@@ -122,8 +125,6 @@ def _wrong_dtype(rng: random.Random, folder: Path) -> None:
 
 
 def _saved_as_another_dtype(rng: random.Random, folder: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / WEIGHTS)
     chosen = rng.sample(sorted(tensors), rng.choice([1, len(tensors)]))
@@ -170,8 +171,6 @@ def _offsets(rng: random.Random, folder: Path) -> None:
 
 
 def _unknown_tensor(rng: random.Random, folder: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / WEIGHTS)
     like = rng.choice(sorted(tensors))
@@ -182,7 +181,6 @@ def _unknown_tensor(rng: random.Random, folder: Path) -> None:
 
 
 def _missing_tensor(rng: random.Random, folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / WEIGHTS)
     for key in rng.sample(sorted(tensors), rng.choice([1, 3, len(tensors)])):

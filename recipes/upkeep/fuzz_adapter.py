@@ -22,6 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from retention_gates.gates.adapter.config import RetentionGateConfig
+from retention_gates.gates.adapter.model import RetentionGateModel
+from retention_gates.recipes.loading.models import adapter_config
 from retention_gates.recipes.upkeep.adapter_mutations import CANARY, CONFIG, MUTATIONS, WEIGHTS
 
 SLACK_MIB = 12  # of Python's objects and what allocators keep; a config of the largest size allowed parses into 11
@@ -39,11 +47,6 @@ class Outcome:
 
 def make_adapter(folder: Path, hidden_size: int = 512, width: int = 1024) -> Any:
     """Saves an untrained adapter for a small random model, and gives the model without it."""
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from retention_gates.gates.adapter.config import RetentionGateConfig
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
@@ -82,10 +85,6 @@ def try_mutation(name: str, seed: int, adapter: Path, base: Any, loader: str, wo
 
 
 def _load(folder: Path, adapter: Path, base: Any, loader: str) -> tuple[str, str | None]:
-    from peft import PeftModel
-
-    from retention_gates.gates.adapter.model import RetentionGateModel
-    from retention_gates.recipes.loading.models import adapter_config
 
     state = _state(base)
     try:
@@ -121,9 +120,6 @@ def _raised_before_ours(error: BaseException) -> bool:
 
 
 def _difference(model: Any, adapter: Path) -> str | None:
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     expected, got = load_file(adapter / WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
     if expected.keys() != got.keys():

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-# command -> (the module with its add_arguments and main, one line of help)
+# command -> (its module in recipes, whose arguments are in recipes/arguments, and one line of help)
 COMMANDS = {
     "train": ("train", "train gates on a base model, as a YAML file says"),
     "evaluate": ("evaluate", "compare policies and memory sizes with the full cache"),
@@ -24,7 +24,7 @@ PROGRAM = "retention-gates"
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser; only the given command's recipe is imported, so that help costs nothing."""
+    """The parser; of recipes, only the given command's arguments are imported, so that help costs nothing."""
     parser = _Parser(
         prog=PROGRAM, description="A KV cache of fixed size for any Hugging Face decoder.", allow_abbrev=False
     )
@@ -32,12 +32,10 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, help_line) in COMMANDS.items():
         subparser = commands.add_parser(
-            name, help=help_line, description=help_line.capitalize() + ".", allow_abbrev=False
+            name, help=help_line, description=help_line[:1].upper() + help_line[1:] + ".", allow_abbrev=False
         )
         if name == command:
-            recipe = importlib.import_module(f"retention_gates.recipes.{module}")
-            recipe.add_arguments(subparser)
-            subparser.set_defaults(main=recipe.main)
+            importlib.import_module(f"retention_gates.recipes.arguments.{module}").add_arguments(subparser)
     return parser
 
 
@@ -55,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("error", BaseMismatchWarning)
             if os.environ.get("RANK", "0") == "0":
                 _show_log("retention_gates.kernels")
-            options.main(options)
+            importlib.import_module(f"retention_gates.recipes.{COMMANDS[options.command][0]}").main(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

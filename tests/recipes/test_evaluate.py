@@ -187,8 +187,8 @@ def test_policies_that_a_model_cannot_have(files, tmp_path, monkeypatch, capsys)
     def refuse(model, policy):
         raise ValueError(f"no {policy} here")
 
-    for place in ("adapter.rotary_frequencies", "cache.evicting_cache"):
-        monkeypatch.setattr(f"retention_gates.gates.{place}.rotary_frequencies", refuse)
+    for place in ("gates.adapter.rotary_frequencies", "gates.cache.evicting_cache", "recipes.comparison.run"):
+        monkeypatch.setattr(f"retention_gates.{place}.rotary_frequencies", refuse)
     arguments = ["--model", str(files.model), "--text", str(files.texts), "--length", "40", "--memory-size", "16"]
     arguments += ["--documents", "1", "--output", str(tmp_path / "out")]
     assert main(["evaluate", *arguments, "--policies", "tova", "expected_attention"]) == 2

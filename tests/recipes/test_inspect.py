@@ -12,8 +12,8 @@ from tiny_adapter import Files, make_files
 from retention_gates import record
 from retention_gates.cli import main
 from retention_gates.gates.cache import BoundedCache
-from retention_gates.recipes.inspect_gates import median_half_lives, read_text
 from retention_gates.recipes.report import plots
+from retention_gates.recipes.report.gate_reading import median_half_lives, read_text
 from retention_gates.recipes.report.token_page import token_page
 
 

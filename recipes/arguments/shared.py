@@ -2,7 +2,7 @@
 
 import argparse
 
-from retention_gates.recipes.loading.models import DTYPES
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, adapter_required: bool) -> None:
