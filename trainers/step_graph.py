@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from retention_gates import compat
 from retention_gates.kernels.capture import capture
 
 Batch = dict[str, torch.Tensor]
@@ -48,7 +49,7 @@ class StepGraph:
         for name, tensor in self._batch.items():
             tensor.copy_(batch[name], non_blocking=True)
         self._graph.replay()
-        gradients = torch._foreach_mul(self._gradients, share)  # new memory: the next replay overwrites the old
+        gradients = compat.foreach_mul(self._gradients, share)  # new memory: the next replay overwrites the old
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         loss, *terms = self._numbers.clone().unbind()

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from retention_gates.compat import attention_implementation
 from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.adapter.gate import GATES, RetentionGate
 from retention_gates.gates.adapter.gate_outputs import Recording
@@ -184,7 +185,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         return log_beta.masked_fill((offsets < protected)[:, None], 0.0)
 
     def _check_implementation(self) -> None:
-        name = self.base_layer.config._attn_implementation
+        name = attention_implementation(self.base_layer.config) or ""
         if not name.startswith(PREFIX):
             raise ValueError(
                 f"The attention implementation was set to {name!r} after the gates were added and would ignore them. "

@@ -11,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from retention_gates.compat import attention_implementation, set_attention_implementation
 from retention_gates.gates.adapter.base_identity import check_same, identity, warn_if_another_base
 from retention_gates.gates.adapter.checks import check_digest, check_state_dict, digest
 from retention_gates.gates.adapter.config import PEFT_TYPE, RetentionGateConfig
@@ -310,7 +311,7 @@ class RetentionGateModel(BaseTuner):
 
     @property
     def _gates_on(self) -> bool:
-        return text_config(self.model)._attn_implementation.startswith(PREFIX)
+        return (attention_implementation(text_config(self.model)) or "").startswith(PREFIX)
 
     def _follow_state(self) -> None:
         disabled = any(layer.disable_adapters for layer in self._wrappers)
@@ -321,11 +322,11 @@ class RetentionGateModel(BaseTuner):
         """Lets the configs name our attention implementation or the base's."""
         configs = [text_config(self.model), *(layer.base_layer.config for layer in self._wrappers)]
         for config in {id(config): config for config in configs}.values():
-            current = config._attn_implementation
-            if gated and not (current or "").startswith(PREFIX):
-                config._attn_implementation = gated_implementation(current)
-            elif not gated and (current or "").startswith(PREFIX):
-                config._attn_implementation = base_implementation_of(current)
+            current = attention_implementation(config) or ""
+            if gated and not current.startswith(PREFIX):
+                set_attention_implementation(config, gated_implementation(current or None))
+            elif not gated and current.startswith(PREFIX):
+                set_attention_implementation(config, base_implementation_of(current))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

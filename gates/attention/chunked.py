@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
+from retention_gates import compat
 from retention_gates.gates.attention.masked import masked_attention
 from retention_gates.kernels.gate_evict import slot_table
 from retention_gates.kernels.softmax import Softmax
 
 QUERIES = 512  # of a chunk that have a mask at a time, QUERIES x (slots + chunk) bytes per row and head
-flash_attention = torch.ops.aten._flash_attention_forward  # the one that takes sequences of different lengths
+flash_attention = compat.flash_attention_forward  # the one that takes sequences of different lengths
 
 
 def attend_chunk(

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from retention_gates.compat import attention_implementation
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.attention.documents import document_ids_from
 from retention_gates.gates.attention.sequence_parallel import RowGroup, attend_by_heads
@@ -174,7 +175,7 @@ def base_causal_mask(
         position_ids: [B, T] or [1, T]; where there is neither mask nor cache they show packed documents.
         length: T, if hidden_states are only a part of the rows.
     """
-    base = base_implementation_of(module.config._attn_implementation)
+    base = base_implementation_of(attention_implementation(module.config) or "")
     batch, layer = hidden_states.shape[0], module.layer_idx
     length = hidden_states.shape[1] if length is None else length
     kv_length, kv_offset = (length, 0) if cache is None else cache.get_mask_sizes(length, layer)

@@ -12,9 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from retention_gates.compat import (
+    TorchDispatchMode,
+    disabled_torch_function,
+    make_wrapper_subclass,
+    tree_leaves,
+    tree_map_only,
+)
 from retention_gates.kernels.rms_norm import rms_norm
 from retention_gates.kernels.small_batch_linear import small_batch_linear
 
@@ -94,11 +99,11 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, work: Work, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> "Deferred":
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made = make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.work = work
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, *call: Any, **options: Any) -> Any:

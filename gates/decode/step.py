@@ -27,6 +27,7 @@ from torch import nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import ModelOutput, logging
 
+from retention_gates.compat import attention_implementation, forward_hooks, is_compiled
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.attention.cache_argument import NAMES, find_cache, named_for
 from retention_gates.gates.attention.cache_layer import EvictingLayer
@@ -325,17 +326,17 @@ def _why_not(model: nn.Module, cache: Cache) -> str | None:
     device = next(model.parameters()).device
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
-    if model._compiled_call_impl is not None:
+    if is_compiled(model):
         return "the model is compiled already, by model.compile()"
     for name, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        for hook in forward_hooks(module):
             # transformers' own listen only while hidden states or attentions are asked for
             if module is not model and not (getattr(hook, "__module__", None) or "").startswith("transformers."):
                 return f"{name} has a forward hook, which a replay would not call"
     windows = {layer.sliding_window for layer in cache.layers if isinstance(layer, WindowLayer)}
     if len(windows) > 1:
         return f"the windows of its layers differ: {sorted(windows)} tokens"
-    attention = text_config(model)._attn_implementation
+    attention = attention_implementation(text_config(model)) or ""
     if windows and attention.startswith(PREFIX) and base_implementation_of(attention) not in MASKS:
         return f"its sliding windows are known with attention by {' and '.join(MASKS)} only"
     for index, layer in enumerate(cache.layers):
@@ -361,5 +362,5 @@ def _weights(model: nn.Module) -> tuple[tuple, list[torch.Tensor]]:
         if isinstance(module, BaseTunerLayer)
     ]
     config: Any = model.config
-    switches = (model.training, config._attn_implementation)
+    switches = (model.training, attention_implementation(config))
     return (tuple((t.data_ptr(), t.dtype, t.shape) for t in tensors), tuple(adapters), switches), tensors

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from retention_gates.compat import TorchDispatchMode, tree_leaves
 from retention_gates.gates.decode.deferred import AFTER_NORMS, AFTER_PRODUCTS
 from retention_gates.gates.decode.fused_layers import (
     ROTARY,

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from retention_gates.checkpoints.hub import download_adapter
+from retention_gates.compat import note_commit
 from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.policies import POLICIES, find_policy
 from retention_gates.recipes.arguments.shared import DTYPES
@@ -69,7 +70,7 @@ def load_base(
         )
         options["device_map"] = {"": place}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
-    model.config._commit_hash = _commit_in_cache(name, revision)  # as older transformers note it: adapters record it
+    note_commit(model.config, _commit_in_cache(name, revision))  # as older transformers note it: adapters record it
     placed = stay or quantization is not None
     return (model if placed else model.to(place)).eval()  # type: ignore[arg-type]
 

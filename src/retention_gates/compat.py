@@ -1,8 +1,10 @@
-"""The releases of torch, transformers and PEFT that this package was tested with."""
+"""What this package needs to know of other packages: the releases it was tested with, and their private names."""
 
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -52,3 +54,74 @@ def _installed(packages: Sequence[str]) -> str:
 
 def _install(packages: Sequence[str]) -> str:
     return "Install tested releases: pip install " + " ".join(f"'{requirement(name)}'" for name in packages)
+
+
+# ---- private names of other packages; tests/packaging/test_compat.py says which one is gone ----
+
+# our name -> where it is, and what it is used for; imported when it is first asked for
+PRIVATE = {
+    "TorchDispatchMode": ("torch.utils._python_dispatch:TorchDispatchMode", "seeing which operators read a tensor"),
+    "disabled_torch_function": ("torch._C:_disabled_torch_function_impl", "results of layers that are computed later"),
+    "flash_attention_forward": ("torch:ops.aten._flash_attention_forward", "flash attention of unequal sequences"),
+    "foreach_mul": ("torch:_foreach_mul", "gradients of a captured training step"),
+    "make_wrapper_subclass": ("torch:Tensor._make_wrapper_subclass", "results of layers that are computed later"),
+    "tree_leaves": ("torch.utils._pytree:tree_leaves", "tensors inside of arguments"),
+    "tree_map_only": ("torch.utils._pytree:tree_map_only", "tensors inside of arguments"),
+}
+# class -> its private attributes and methods that are read, called or overridden
+PRIVATE_MEMBERS = {
+    "torch.nn:Module": ("_apply", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks"),
+    "transformers:PreTrainedConfig": ("_attn_implementation",),
+    "transformers:Trainer": (
+        *("_load_best_model", "_load_from_checkpoint", "_prepare_inputs", "_save", "_save_checkpoint"),
+        *("_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler"),
+    ),
+    "peft:PeftConfig": ("_split_kwargs",),
+    "peft.tuners.tuners_utils:BaseTuner": (
+        *("_create_and_replace", "_enable_adapter_layers", "_get_adapter_state_dict", "_prepare_adapter_config"),
+        *("_prepare_model", "_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key", "_replace_module"),
+    ),
+    "peft.tuners.tuners_utils:BaseTunerLayer": (
+        *("_active_adapter", "_disable_adapters", "_move_adapter_to_device_of_base_layer"),
+    ),
+}
+
+
+def find_private(place: str) -> Any:
+    """Returns what lies at "module:name.name"."""
+    module, _, path = place.partition(":")
+    found: Any = import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PRIVATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = find_private(PRIVATE[name][0])
+    return found
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Returns the name of the attention that transformers' layers of this config call."""
+    return config._attn_implementation
+
+
+def set_attention_implementation(config: Any, name: str | None) -> None:
+    config._attn_implementation = name
+
+
+def note_commit(config: Any, commit: str | None) -> None:
+    """Notes the Hub's commit that a model was loaded from, where older transformers keep it."""
+    config._commit_hash = commit
+
+
+def forward_hooks(module: Any) -> list[Any]:
+    """Returns the hooks that are called before and after a module's forward pass."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether `model.compile()` was called."""
+    return model._compiled_call_impl is not None
