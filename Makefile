@@ -7,7 +7,7 @@ DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: help demo compare test test-gpu check
+.PHONY: help demo compare test test-gpu fuzz check
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
@@ -16,6 +16,10 @@ demo: $(DEMO_INSTALLED) ## train gates on a small real model, bound its memory, 
 
 test: $(INSTALLED) ## the tests that need neither a GPU nor a network, on all cores; ARGS=... goes to pytest
 	$(BIN)/pytest -n auto $(ARGS)
+
+MINUTES ?= 10
+fuzz: $(INSTALLED) ## random caches, damaged files and killed runs for MINUTES=10; ARGS="--only cache --seed 3"
+	PYTHONSAFEPATH=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
 
 # With the Python that is active, not .venv: the pinned torch has no CUDA. The package need not be installed.
 test-gpu: ## the tests that need a GPU, with whatever torch and Triton `python` has; ARGS=... goes to pytest
