@@ -60,7 +60,6 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _to_adapter(options: argparse.Namespace, folder: Path) -> None:
-
     name, revision = (options.source, None) if Path(options.source).is_dir() else split_revision(options.source)
     config = find_file(name, THEIR_CONFIG, revision=revision)
     commit = None if Path(name).is_dir() else config.parent.name
@@ -70,7 +69,6 @@ def _to_adapter(options: argparse.Namespace, folder: Path) -> None:
 
 
 def _to_theirs(options: argparse.Namespace, folder: Path) -> None:
-
     adapter = download_adapter(options.source)
     config = adapter_config(str(adapter))
     base_model = base_name(options.base_model, options.source)

@@ -159,7 +159,6 @@ def prompt_ids(
 
 def read_text(model: Any, cache: "BoundedCache", inputs: "torch.Tensor", chunk_size: int | None) -> None:
     """Lets the cache read tokens [B, T], some at a time, without making any."""
-
     gated, tokens = find_gated_model(model), inputs.shape[1]
     size = generate_arguments.chunk_size(chunk_size, tokens, seen=0) or tokens  # the model goes on where the cache is
     with (
@@ -209,7 +208,6 @@ def _held(cache: "BoundedCache", tokens: int) -> str:
 
 
 def _timed_streamer(tokenizer: "PreTrainedTokenizerBase") -> Any:
-
     class TimedStreamer(TextStreamer):
         """Writes words to stdout as they come and notes when each token did."""
 

@@ -76,7 +76,6 @@ def main(options: argparse.Namespace) -> None:
 
 def _tokens_of(file: Path, tokenizer: "PreTrainedTokenizerBase", length: int) -> "torch.Tensor":
     """The first `length` tokens of a text file, opened as the model's documents are."""
-
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

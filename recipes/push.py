@@ -14,7 +14,6 @@ from retention_gates.gates.adapter.config import RetentionGateConfig
 
 
 def main(options: argparse.Namespace) -> None:
-
     if not options.adapter.is_dir():
         raise ValueError(f"There is no folder {options.adapter}: name the folder of an adapter.")
     RetentionGateConfig.from_pretrained(str(options.adapter))

@@ -24,6 +24,7 @@ from retention_gates.data.sources import split_by_work
 from retention_gates.data.tokens import TokenDocument, document_prefix
 from retention_gates.gates.adapter.base_identity import display_name
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.recipes.loading import config_file
 from retention_gates.recipes.loading.models import check_dtype, load_base, load_base_config, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
 from retention_gates.recipes.loading.run_config import RunConfig, differences, load_config
@@ -47,7 +48,6 @@ CHANGEABLE = (
 
 
 def main(options: argparse.Namespace) -> None:
-
     config = load_config(options.config, options.overrides)
     output_dir = Path(str(config.training.output_dir))
     if config.training.process_index == 0:  # before another rank could have written there
@@ -76,7 +76,6 @@ def main(options: argparse.Namespace) -> None:
 
 def check_run(output_dir: Path, config: "RunConfig") -> None:
     """Raises ValueError unless the run may write to output_dir: a new folder, or the same run with resume=true."""
-
     check_output(output_dir)
     if not (output_dir / RUN_FILE).exists():
         return
@@ -85,7 +84,7 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
             f"{output_dir} holds a training run already: resume=true goes on with it, another training.output_dir "
             "starts a new one."
         )
-    before = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    before = config_file.read(output_dir / RUN_FILE, ("model", "data", "training"))
     changed = [key for key in differences(before, config.given) if key not in [f"training.{c}" for c in CHANGEABLE]]
     if changed:
         raise ValueError(
@@ -96,14 +95,12 @@ def check_run(output_dir: Path, config: "RunConfig") -> None:
 
 def check_checkpoint(output_dir: Path, config: "RunConfig") -> None:
     """Raises ValueError, before the model is loaded, if the run cannot go on from the checkpoint that is there."""
-
     checkpoint = last_checkpoint(output_dir) if config.resume else None
     if checkpoint is not None:
         check_same_run(checkpoint, read_manifest(checkpoint), run_facts(config.training, config.model.name))
 
 
 def write_run(output_dir: Path, config: "RunConfig") -> None:
-
     write_text(output_dir / RUN_FILE, yaml.safe_dump(config.given, sort_keys=False))
 
 
@@ -181,7 +178,6 @@ def build(
 
 def load_texts(config: "RunConfig") -> Texts:
     """Reads and tokenises what the run trains on, and what it sets aside."""
-
     assert config.model.name is not None
     tokenizer = load_tokenizer(config.model.name, gguf_file=config.model.gguf_file)
     data, is_first = config.data, config.training.process_index == 0

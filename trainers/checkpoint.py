@@ -79,6 +79,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in paths}
     manifest = {"version": MANIFEST_VERSION, "files": files, **facts}
+    manifest["digest"] = _digest_of(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
@@ -90,13 +91,20 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{checkpoint} is no checkpoint of ours: it has no readable {MANIFEST} ({error}).") from error
+    if not isinstance(manifest, dict):
+        kind = type(manifest).__name__
+        raise ValueError(f"{checkpoint} is damaged: its {MANIFEST} holds a {kind} and no object of keys.")
     if manifest.get("version") != MANIFEST_VERSION:
         raise ValueError(
             f"{checkpoint} is of version {manifest.get('version')!r}, this trainer reads version {MANIFEST_VERSION}: "
             "go on with the retention-gates that wrote it."
         )
+    if not _is_file_list(manifest.get("files")):
+        raise ValueError(f"{checkpoint} is damaged: its {MANIFEST} does not say which files belong to it.")
+    if manifest.get("digest", _digest_of(manifest)) != _digest_of(manifest):
+        raise ValueError(f"{checkpoint} is damaged: its {MANIFEST} was changed after it was written.")
     for name, written in manifest["files"].items():
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else "none"
@@ -153,6 +161,18 @@ def drop_old(output_dir: Path, limit: int | None, best: str | None) -> None:
     surplus = len(checkpoints) - max(limit or len(checkpoints), len(kept))
     for checkpoint in [c for c in checkpoints if str(c) not in kept][: max(0, surplus)]:
         remove_folder(checkpoint)
+
+
+def _is_file_list(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
+    )
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own digest."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -52,7 +52,6 @@ def of_value(value: Any) -> str:
 
 def of_model(model: "nn.Module") -> ModelDigests:
     """Of the numbers in memory, wherever they came from: a copied folder is the same model, other weights are not."""
-
     gated = find_gated_model(model)
     named = [*gated.named_parameters(), *gated.named_buffers()]
     base = [(name, tensor) for name, tensor in named if gated.prefix not in name]
@@ -72,7 +71,6 @@ def of_code() -> str:
 
 
 def _bytes(named: "Iterable[tuple[str, torch.Tensor]]") -> Iterable[bytes]:
-
     for name, tensor in named:
         yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

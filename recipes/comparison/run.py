@@ -91,7 +91,6 @@ def run(config: ComparisonConfig) -> None:
 @contextmanager
 def _matmul_precision(name: str) -> Iterator[None]:
     """Of products of fp32 numbers on a GPU, until the block ends."""
-
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -102,7 +101,6 @@ def _matmul_precision(name: str) -> Iterator[None]:
 
 def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
     """Checks all that can be checked before a model is loaded."""
-
     name = base_name(entry.name, entry.adapter)
     chosen = config.contenders
     policies = chosen.policies or [p for p in POLICIES if can_run(p, entry.adapter)]
@@ -115,7 +113,6 @@ def _settle(title: str, entry: ModelEntry, config: ComparisonConfig) -> Source:
 
 
 def _contenders(policies: list[str], section: ContenderSection, budgets: list[str]) -> "list[Contender]":
-
     chosen = contenders(policies, section.memory_sizes, budgets)
     for name in section.extra:
         policy, _, division = name.partition("/")
@@ -128,7 +125,6 @@ def _contenders(policies: list[str], section: ContenderSection, budgets: list[st
 
 def can_run(policy: str, adapter: str | None) -> bool:
     """Whether a policy has all that it needs: gates, or something that a comparison does not give to anyone."""
-
     try:
         Contender(policy, memory_size=1)
     except ValueError:
@@ -137,7 +133,6 @@ def can_run(policy: str, adapter: str | None) -> bool:
 
 
 def _compare(source: Source, config: ComparisonConfig, start: int, store: ResultStore) -> ModelReport:
-
     entry = source.entry
     tokenizer = load_tokenizer(source.name, gguf_file=source.gguf_file)
     blocks = _blocks(config, tokenizer, start)
@@ -175,7 +170,6 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
 
 def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
     """Which of the policies cannot run with a model that is loaded, and why."""
-
     reasons = {}
     for name in policies:
         policy = find_policy(name)
@@ -189,7 +183,6 @@ def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
 
 def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", start: int) -> list[Block]:
     """Rows of text, then the examples of each task; seeds draw from the same documents."""
-
     text, seeds = config.text, config.run.seeds
     asked = argparse.Namespace(
         **{name: getattr(text, name) for name in ("split", "subset", "text_field", "work_field")},
@@ -213,7 +206,6 @@ def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", star
 
 def _shown(model: "nn.Module", rows: "Sequence[torch.Tensor]", chosen: "Sequence[Contender]") -> Shown | None:
     """What heat maps show: half-lives over some rows, and what is kept of the first, at the middle memory size."""
-
     gated = [contender for contender in chosen if find_policy(contender.policy).needs_gates]
     if not gated:
         return None
@@ -227,6 +219,5 @@ def _shown(model: "nn.Module", rows: "Sequence[torch.Tensor]", chosen: "Sequence
 
 
 def _budgets_of(model: "nn.Module") -> list[str]:
-
     has_shares = find_gated_model(model).active_config.budget_shares
     return ["uniform", "calibrated"] if has_shares else ["uniform"]

@@ -57,7 +57,6 @@ class Scorer:
     pin: bool = False  # of tasks with a system prompt: each contender once more with it pinned
 
     def __post_init__(self) -> None:
-
         machine = machine_and_versions(self.model)
         self.digests = fingerprints.of_model(self.model)
         self.setup = {name: machine[name] for name in (*PACKAGES, "dtype")}
@@ -68,7 +67,6 @@ class Scorer:
 
     def score(self, blocks: Sequence[Block]) -> Records:
         """Records as `compare_rows` and `compare_answers` give them, with length and seed, block after block."""
-
         todo = self._missing(blocks)
         known = sum(len(block.items) * (1 + len(self._contenders(block))) for block in blocks)
         new = sum(len(rows) * (1 + len(contenders)) for rows, contenders in todo)
@@ -91,7 +89,6 @@ class Scorer:
         return records
 
     def _contenders(self, block: Block) -> "list[Contender]":
-
         return with_pinned(self.chosen, block.items) if self.pin and block.start is None else self.chosen
 
     def _missing(self, blocks: Sequence[Block]) -> "list[tuple[list[Row], list[Contender]]]":
@@ -112,7 +109,6 @@ class Scorer:
         return batches
 
     def _compute(self, rows: "list[Row]", contenders: "list[Contender]", progress: Callable[[int], Any]) -> None:
-
         named = {tuple(name_of(contender).values()): contender for contender in (None, *contenders)}
 
         def found(records: Records) -> None:
@@ -136,7 +132,6 @@ class Scorer:
 
     def _unit(self, block: Block, index: int, contender: "Contender | None") -> Unit:
         """All that the score depends on; the full cache and policies without gates don't depend on the gates."""
-
         unit = {**self.setup, "task": block.task, "tokens": block.digests[index], "seed": block.seed}
         if contender is None:
             return unit

@@ -1,6 +1,7 @@
 """YAML files with sections, and overrides on the command line: read, checked, and turned into dataclasses."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -9,18 +10,54 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+DEEPEST = 50
+
 
 def read(path: str | Path, sections: Iterable[str]) -> dict[str, Any]:
     """The file's mapping; `sections` are named if it is none."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"The run's file {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections ({', '.join(sections)}), not {type(content).__name__}.")
     return content
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """As YAML's own, but a key that stands twice in a mapping is an error and does not replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"the key {key.value!r} stands in line {lines[key.value]} and again in line {line}: keep one."
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def parse(text: str) -> Any:
+    """Returns what a YAML text holds, a key at most once in each mapping.
+
+    Raises:
+        ValueError: for a key that stands twice, and for more than DEEPEST levels of brackets.
+        yaml.YAMLError: for text that is no YAML.
+    """
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > DEEPEST:
+            raise ValueError(f"it has more than {DEEPEST} levels of brackets, where a run's file has a few.")
+    return yaml.load(text, UniqueKeyLoader)  # which is a SafeLoader
 
 
 def override(given: dict[str, Any], path: Sequence[str], text: str) -> None:
@@ -30,7 +67,7 @@ def override(given: dict[str, Any], path: Sequence[str], text: str) -> None:
         ValueError: for text that is no YAML, and where a key on the way holds no mapping.
     """
     try:
-        value = yaml.safe_load(text)
+        value = parse(text)
     except yaml.YAMLError as error:
         raise ValueError(f"The value of '{'.'.join(path)}={text}' is no YAML: {error}") from error
     for depth, key in enumerate(path[:-1], start=1):

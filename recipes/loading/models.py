@@ -94,7 +94,6 @@ def check_quantization(quantization: str | None, gguf_file: str | None) -> None:
 
 def check_dtype(dtype: str, device: "torch.device") -> None:
     """Raises ValueError for a type that the GPU has no arithmetic for, and would compute in another one."""
-
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
             f"model.dtype=bfloat16 is not for {torch.cuda.get_device_name(device)}, which has no bf16 arithmetic: use "
@@ -104,13 +103,11 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
 
 def load_base_config(name: str, gguf_file: str | None = None) -> "PreTrainedConfig":
     """The config of the decoder in a base model, without its weights."""
-
     options = _model_options(name, gguf_file)
     return AutoConfig.from_pretrained(name, trust_remote_code=False, **options).get_text_config(decoder=True)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
-
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_model_options(name, gguf_file))
 
 
@@ -159,13 +156,11 @@ def adapter_config(adapter: str) -> "RetentionGateConfig":
     Raises:
         ValueError: for a folder that is missing, unreadable, incomplete, or holds another method's adapter.
     """
-
     return RetentionGateConfig.from_pretrained(str(download_adapter(adapter)))
 
 
 def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
     """Raises ValueError if a policy needs trained gates and there is no adapter."""
-
     needy = [name for name in policies if find_policy(name).needs_gates]
     if needy and adapter is None:
         others = ", ".join(name for name, policy in POLICIES.items() if not policy.needs_gates)
@@ -176,7 +171,6 @@ def check_gates_trained(policies: "list[str]", adapter: str | None) -> None:
 
 def _commit_in_cache(name: str, revision: str | None) -> str | None:
     """The commit that was just loaded of a model of the Hub; None for a folder."""
-
     if Path(name).is_dir():
         return None
     config = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -184,7 +178,6 @@ def _commit_in_cache(name: str, revision: str | None) -> str | None:
 
 
 def _device(device: "str | torch.device | None") -> "torch.device":
-
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,7 +16,6 @@ PACKAGES = ("torch", "transformers", "peft")
 
 def machine_and_versions(model: "nn.Module") -> dict[str, Any]:
     """Versions of what computes, the commit if this is a checkout, and where and how precisely the model runs."""
-
     parameter = next(model.parameters())
     on_gpu = parameter.device.type == "cuda"
     is_rounded = on_gpu and parameter.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"

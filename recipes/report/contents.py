@@ -146,7 +146,6 @@ def duels(model: ModelReport, task: str, summaries: "list[Summary]") -> list[Due
     Both are chosen by the scores that they are then compared by. Of many rivals, the one that looks best is partly
     lucky, which works against the gates.
     """
-
     metric = metric_of(task)
     sign = 1 if metric in LOWER_IS_BETTER else -1
     found = []

@@ -183,7 +183,6 @@ def _table(model: ModelReport, summaries: "list[Summary]", task: str) -> list[st
 
 def corrected_p(summaries: "list[Summary]", metric: str) -> dict[int, float]:
     """p of the mean difference, corrected over all of a table's contenders, by the summary's id."""
-
     paired = [(summary, summary.scores[metric].pairing) for summary in summaries]
     known = [(summary, pairing.p_mean) for summary, pairing in paired if pairing is not None]
     corrected = holm([p for _, p in known])

@@ -33,7 +33,6 @@ def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budg
     Raises:
         ValueError: for a text too short to evict anything, or longer than the model's positions.
     """
-
     gated = find_gated_model(model)
     check_length(gated, len(ids))
     cache = SimulatedCache(gated, memory_size, budgets=budgets)
@@ -64,7 +63,6 @@ def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budg
 
 def median_half_lives(model: "nn.Module", rows: "torch.Tensor") -> "torch.Tensor":
     """Median half-life in tokens of unprotected tokens of the rows [R, T], as in training: [layers, H]."""
-
     gated = find_gated_model(model)
     protected = gated.active_config.protected_tokens
     found = []  # [layers, H, T] of each row

@@ -164,7 +164,6 @@ def _answers(answers: "Answers") -> str:
 
 
 def _heat_maps(model: ModelReport) -> str:
-
     shown, reading = model.shown, model.shown.reading if model.shown else None
     assert shown is not None and reading is not None
     title = f"Half-life of a token's retention, median over {shown.rows} passages"

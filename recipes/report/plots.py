@@ -51,7 +51,6 @@ def require_matplotlib() -> None:
 
 def style_of(policy: str, budgets: str | None) -> Style:
     """The same policy looks the same everywhere: gates by a colour of their own, others by their place in the list."""
-
     name, plus, _ = policy.partition("+")
     dashes = (0, (1, 1)) if plus else DASHES.get(budgets or "", "-")  # finely dotted with something added to it
     if name in POLICIES and POLICIES[name].needs_gates:

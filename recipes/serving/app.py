@@ -204,7 +204,6 @@ async def _read_body(request: "Request", limit: int) -> Any:
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerFast", wish: Wish) -> list[int]:
-
     if wish.messages is not None:
         if not tokenizer.chat_template:
             raise bad("messages", "The model's tokenizer has no chat template: use /v1/completions.")

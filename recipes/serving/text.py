@@ -8,7 +8,6 @@ class TextStream:
     """Gives text as soon as it is certain: whole characters, and nothing that may be the start of a stop string."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: tuple[str, ...]):
-
         self.tokenizer = tokenizer.backend_tokenizer
         self.stream = DecodeStream(skip_special_tokens=True)
         self.stop = stop

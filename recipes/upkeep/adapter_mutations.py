@@ -125,7 +125,6 @@ def _wrong_dtype(rng: random.Random, folder: Path) -> None:
 
 
 def _saved_as_another_dtype(rng: random.Random, folder: Path) -> None:
-
     tensors = load_file(folder / WEIGHTS)
     chosen = rng.sample(sorted(tensors), rng.choice([1, len(tensors)]))
     dtype = rng.choice([torch.float64, torch.int32, torch.bool, torch.complex64, torch.int8])
@@ -171,7 +170,6 @@ def _offsets(rng: random.Random, folder: Path) -> None:
 
 
 def _unknown_tensor(rng: random.Random, folder: Path) -> None:
-
     tensors = load_file(folder / WEIGHTS)
     like = rng.choice(sorted(tensors))
     name = rng.choice(
@@ -181,7 +179,6 @@ def _unknown_tensor(rng: random.Random, folder: Path) -> None:
 
 
 def _missing_tensor(rng: random.Random, folder: Path) -> None:
-
     tensors = load_file(folder / WEIGHTS)
     for key in rng.sample(sorted(tensors), rng.choice([1, 3, len(tensors)])):
         del tensors[key]

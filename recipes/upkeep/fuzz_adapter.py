@@ -47,7 +47,6 @@ class Outcome:
 
 def make_adapter(folder: Path, hidden_size: int = 512, width: int = 1024) -> Any:
     """Saves an untrained adapter for a small random model, and gives the model without it."""
-
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "num_hidden_layers": 4,
@@ -85,7 +84,6 @@ def try_mutation(name: str, seed: int, adapter: Path, base: Any, loader: str, wo
 
 
 def _load(folder: Path, adapter: Path, base: Any, loader: str) -> tuple[str, str | None]:
-
     state = _state(base)
     try:
         with warnings.catch_warnings():
@@ -120,7 +118,6 @@ def _raised_before_ours(error: BaseException) -> bool:
 
 
 def _difference(model: Any, adapter: Path) -> str | None:
-
     expected, got = load_file(adapter / WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
     if expected.keys() != got.keys():
         return "other weights were loaded: names"

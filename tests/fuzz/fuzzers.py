@@ -51,7 +51,7 @@ def simulation(folder: Path) -> Case:
             for head, rows in enumerate(heads):
                 for row, positions in enumerate(rows):  # what the last token sees
                     seen = (layer.eviction_times[row, head] >= tokens).nonzero().flatten().tolist()
-                    assert sorted(p for p in positions if p >= 0) + [tokens - 1] == seen, (options, head, row)
+                    assert [*sorted(p for p in positions if p >= 0), tokens - 1] == seen, (options, head, row)
 
     return case
 

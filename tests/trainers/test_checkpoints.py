@@ -129,3 +129,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
     with pytest.raises(ValueError, match="no checkpoint of ours.*There is no other checkpoint to go on from"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
     assert len(checkpoints_in(output_dir)) == 2  # left as they are
+
+
+MANIFESTS = ["[]", "null", "3", "{}", '{"version": 2}', '{"version": 2, "files": []}', "[" * 100_000, "", "\x00"]
+MANIFESTS += [
+    '{"version": 2, "files": {"optimizer.pt": 7}}',
+    '{"version": 2, "files": {"optimizer.pt": {"bytes": 1}}}',
+]
+
+
+def test_a_damaged_manifest_sets_its_checkpoint_aside(tmp_path: Path, caplog):
+    trainer_of(tmp_path).train()
+    output_dir = tmp_path / "out"
+    manifest = output_dir / "checkpoint-6" / "manifest.json"
+    written = manifest.read_text()
+    for damaged in [*MANIFESTS, written.replace('"global_step"', '"step"', 1).replace("rows_per_step", "rows")]:
+        manifest.write_text(damaged)
+        with pytest.raises(ValueError, match="checkpoint-6 is (no checkpoint of ours|damaged|of version)"):
+            read_manifest(manifest.parent)
+    assert last_checkpoint(output_dir) == output_dir / "checkpoint-3"
+    assert (output_dir / "checkpoint-6.damaged" / "manifest.json").is_file()
