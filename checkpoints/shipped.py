@@ -18,13 +18,15 @@ def shipped_adapters(folder: Path = FOLDER) -> dict[str, Path]:
     return found
 
 
-def shipped_adapter(base_model: str, folder: Path = FOLDER) -> Path:
-    """The folder of the adapter for a base model.
+def shipped_adapter(base_model: str | None = None, folder: Path = FOLDER) -> Path:
+    """The folder of the adapter for a base model, or of the only one there is if none is named.
 
     Raises:
         ValueError: if none is here, as for another model, or where the package was installed without its weights.
     """
     found = shipped_adapters(folder)
+    if base_model is None and len(found) == 1:
+        return next(iter(found.values()))
     if base_model not in found:
         here = f"There are some for {', '.join(found)}" if found else f"{folder} has none: they are in the repository"
         raise ValueError(f"No gates for {base_model!r} come with retention-gates. {here}. Train them: see README.md.")

@@ -4,6 +4,7 @@ retention-gates serve --adapter user/adapter --memory-size 512 --max-chats 32 --
 """
 
 import argparse
+import socket
 import sys
 from importlib.util import find_spec
 
@@ -61,5 +62,20 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0, and finite.")
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port} must be from 0 to 65535.")
+    check_address(options.host, options.port)
     if missing := [package for package in ("fastapi", "uvicorn", "prometheus_client") if find_spec(package) is None]:
         raise ValueError(f"Serving needs {', '.join(missing)}: pip install 'retention-gates[serve]'.")
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ValueError if nothing can listen there, before minutes are spent on loading a model."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            trial.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"--host {host} --port {port}: nothing can listen there ({error.strerror or error}). Choose another port, "
+            "or --port 0 for a free one."
+        ) from error

@@ -47,6 +47,7 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         self.fading = Fading()
         self.row_group: RowGroup | None = None  # while rows are split over ranks, which hold T / P tokens each
         self._disable_adapters = False
+        self._trained: set[nn.Parameter] = set()  # those that learn, while the adapter is off
         self.merged_adapters: list[str] = []
 
     def __getattr__(self, name: str) -> Any:  # decoder layers may read attributes of their attention module
@@ -69,6 +70,16 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         gate = self.retention_gate[adapter_name]
         if device.type != "meta" and not any(p.is_meta for p in gate.parameters()):
             gate.to(device)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's, but gates that were not trained before they were off are not trained after it either."""
+        was_off = self.disable_adapters
+        if not enabled and not was_off:
+            self._trained = {p for p in self.retention_gate.parameters() if p.requires_grad}
+        super().enable_adapters(enabled)
+        if enabled and was_off:
+            for parameter in self.retention_gate.parameters():
+                parameter.requires_grad_(parameter in self._trained)
 
     @property
     def active_gate_name(self) -> str | None:

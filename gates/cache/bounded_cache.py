@@ -12,6 +12,7 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.attention.cache_layer import EvictingLayer, storage_bytes
 from retention_gates.gates.cache.checks import (
+    check_room,
     check_rows,
 )
 from retention_gates.gates.cache.evicting_cache import EvictingCache
@@ -76,6 +77,7 @@ class BoundedCache(EvictingCache):
         if compile and not graph:
             raise ValueError("compile=True compiles the step that the graph captures: it needs graph=True.")
         super().__init__(model, memory_size, **options)
+        check_room(find_gated_model(model).model, self.slots, memory_size)
         self.decode_step = DecodeStep(compile) if graph else None
         kinds = getattr(text_config(find_gated_model(model).model), "layer_types", None) or ()
         for index, layer in enumerate(self.layers):

@@ -1,8 +1,13 @@
 """What the arguments of a cache must be."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
+from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.cache.budgets import Budgets
 from retention_gates.gates.policies import FeedbackPolicy, ScoredPolicy
@@ -75,3 +80,28 @@ def check_rows(layers: Sequence[Any], other_layers: Sequence[Any], row: int, oth
             rows = cache_layer.batch_size if cache_layer.is_initialized else 0
             if not 0 <= index < rows:
                 raise ValueError(f"{name}={index} must be one of the cache's {rows} rows, from 0.")
+
+
+def device_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has in all, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_room(model: nn.Module, slots: int, memory_size: int) -> None:
+    """Raises ValueError for a cache of which a single row would not fit the memory that the device has in all.
+
+    Args:
+        slots: entries of one row, over all layers and heads.
+    """
+    config, weight = text_config(model), next(model.parameters())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # key and value, and score, position and mark
+    wanted, there = slots * (2 * head_dim * weight.dtype.itemsize + 13), device_bytes(weight.device)
+    if wanted > there:
+        raise ValueError(
+            f"memory_size={memory_size} takes {wanted / 2**30:,.0f} GiB for one row of text ({slots:,} entries in all "
+            f"layers and heads), and {weight.device} has {there / 2**30:,.0f} GiB: choose at most "
+            f"{int(memory_size * there / wanted):,}."
+        )

@@ -24,7 +24,15 @@ from retention_gates.gates.cache.budgets import (
 from retention_gates.gates.cache.checks import check_heads, check_integer, checked_budgets, checked_reserves
 from retention_gates.gates.cache.pool import Pool
 from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, as_feedback, find_policy
-from retention_gates.gates.policies.eviction_rule import EvictionRule, Reserve, Span, count_offsets, count_reserved
+from retention_gates.gates.policies.eviction_rule import (
+    MOST_SPANS,
+    EvictionRule,
+    Reserve,
+    Span,
+    count_offsets,
+    count_reserved,
+    merged_spans,
+)
 
 
 class EvictingCache(Cache):
@@ -96,6 +104,15 @@ class EvictingCache(Cache):
         self.text_digest: tuple[int, str] | None = None  # of the tokens that were read, as far as `generate` knows it
         self.gated_layers = [layers[layer] for layer in owners]  # those that evict, in order
 
+    def __repr__(self) -> str:
+        rule, first = self.gated_layers[0].rule, self.gated_layers[0]
+        budgets = self.budgets_from if isinstance(self.budgets_from, str) else "lists"
+        rows = f"{first.batch_size} rows, {first.columns} tokens read" if first.is_initialized else "nothing read"
+        return (
+            f"{type(self).__name__}(memory_size={self.memory_size}, policy={rule.policy.name!r}, budgets={budgets!r}, "
+            f"{len(self.gated_layers)} of {len(self.layers)} layers evict; {rows})"
+        )
+
     @property
     def budgets(self) -> Budgets:
         """Entries that every gated layer and KV head keeps."""
@@ -146,7 +163,12 @@ class EvictingCache(Cache):
         """
         check_integer("start", start, least=0)
         check_integer("stop", stop, least=start + 1)
-        protected = (*self.protected, (start, stop))
+        protected = (self.protected[0], *merged_spans([*self.protected[1:], (start, stop)]))
+        if len(protected) > MOST_SPANS:
+            raise ValueError(
+                f"pin({start}, {stop}): {len(protected)} spans that do not touch would be protected, and at most "
+                f"{MOST_SPANS} may be: every token is compared with each. Pin fewer, longer spans."
+            )
         budgets = self._budgets(protected) if self.is_empty else self.budgets
         least = count_offsets(protected) + count_reserved(self.reserved) + 1
         smallest = min(min(row) for row in budgets)

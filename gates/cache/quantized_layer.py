@@ -21,7 +21,10 @@ def pack(x: torch.Tensor, cache_dtype: str) -> torch.Tensor:
     """
     dtype, largest = STORED[cache_dtype]
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / largest
+    most = x.abs().amax(-1, keepdim=True)
+    # an entry that 8 bits cannot hold is NaN throughout, as attention to it would be
+    most = most.where(most.isfinite(), float("nan")).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = most / largest
     scaled = (x / scale).clamp(-largest, largest)
     numbers = scaled.round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
     return torch.cat([numbers.view(torch.uint8), scale.view(torch.uint8)], dim=-1)

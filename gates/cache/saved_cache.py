@@ -47,6 +47,8 @@ def save_memory(cache: "BoundedCache", gated: RetentionGateModel, path: str | os
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{path} cannot be written: name a file in a folder that exists.")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is a device, a pipe or a socket and not a file, and would be replaced: name a file.")
     description = _describe(cache, gated)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor, _ in _state(cache)}
     problems = [problem for key, tensor in tensors.items() for problem in check_numbers(key, tensor)]

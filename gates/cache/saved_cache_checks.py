@@ -16,7 +16,7 @@ import torch
 from retention_gates.gates.adapter.checks import HEADER_BYTES_PER_TENSOR, MOST_CONFIG_BYTES, shown
 from retention_gates.gates.adapter.safetensors_header import read_header
 from retention_gates.gates.cache.pool import Pool
-from retention_gates.gates.policies.eviction_rule import MOST_TOKENS
+from retention_gates.gates.policies.eviction_rule import MOST_SPANS, MOST_TOKENS
 
 FORMAT = 1
 METADATA_KEY = "retention_gates_memory"
@@ -80,6 +80,8 @@ class Description:
                 problems.append(f"has rows={said.rows}, which must be at least 1")
             if not 1 <= said.tokens <= MOST_TOKENS:
                 problems.append(f"has tokens={said.tokens}, where a cache counts from 1 to {MOST_TOKENS}")
+            if len(said.protected) > MOST_SPANS or len(said.reserved) > MOST_SPANS:
+                problems.append(f"has more than {MOST_SPANS} protected or reserved spans")
             if not said.protected or said.protected[0][:1] != [0] or any(len(span) != 2 for span in said.protected):
                 problems.append("has protected spans that are not [start, stop], the first from 0")
         if problems:

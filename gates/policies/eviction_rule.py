@@ -1,5 +1,6 @@
 """What one layer of a cache keeps: the policy, with everything that a run chooses."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from retention_gates.gates.policies import FeedbackPolicy, NewTokens, Policy, Se
 SURE_SHARE = 0.2  # of its budget that a head keeps when the heads share them, alpha in AdaKV, arXiv 2407.11550
 # ages become fp32 when they are multiplied with scores, which holds every whole number up to here
 MOST_TOKENS = 2**24
+MOST_SPANS = 256  # protected ones that do not touch
 Reserve = tuple[int, int, int]  # start, stop, and the entries of the span that each head keeps at least
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token
 
@@ -114,6 +116,17 @@ class EvictionRule:
 def count_reserved(reserved: tuple[Reserve, ...]) -> int:
     """Entries that are reserved in each head, spans that overlap counted twice."""
     return sum(min(entries, stop - start) for start, stop, entries in reserved)
+
+
+def merged_spans(spans: Iterable[Span]) -> list[Span]:
+    """Returns the spans in order, those that overlap or touch made one."""
+    merged: list[Span] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
 
 
 def count_offsets(spans: tuple[Span, ...]) -> int:

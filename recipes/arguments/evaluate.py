@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", nargs="?", metavar="CONFIG.yaml", help="a comparison: models, text, tasks, contenders, run"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replaces values of the file: text.rows=4"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="replaces values of the file: text.rows=4",
     )
     add_model_arguments(parser, adapter_required=False)
     add_text_arguments(parser, rows=8, length=1024, rows_option="--documents")

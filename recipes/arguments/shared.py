@@ -13,7 +13,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter_required: bo
         "--adapter",
         required=adapter_required,
         metavar="NAME",
-        help="trained gates: folder or Hub name, user/adapter or user/adapter@revision"
+        help="trained gates: folder, user/adapter or user/adapter@revision on the Hub, or shipped: those that we ship"
         + ("" if adapter_required else " (default: none, for policies that need no gates)"),
     )
     parser.add_argument(

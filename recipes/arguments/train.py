@@ -8,6 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="section.key=value",
         help="replaces values of the file; resume=true goes on with a run that was stopped",
     )

@@ -83,7 +83,7 @@ def metric_of(task: str) -> str:
 
 
 def panel_title(task: str, length: int | None) -> str:
-    name = "Text" if task == TEXT else task.replace("_", " ").capitalize()
+    name = "Text" if task == TEXT else task[:1].upper() + task[1:].replace("_", " ")
     return name if length is None else f"{name}, {length:,} tokens"
 
 

@@ -143,7 +143,7 @@ def _overview(summaries: "list[Summary]", metric: str) -> list[str]:
     sizes = memory_sizes(summaries)
     winners = {size: best(metric, [s for s in summaries if s.memory_size == size]) for size in sizes}
     arrow = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
-    lines = [f"{heading.capitalize() if metric != 'kl' else heading} ({arrow}), by entries per head:", ""]
+    lines = [f"{heading[:1].upper() + heading[1:]} ({arrow}), by entries per head:", ""]
     lines += ["| | " + " | ".join(map(str, sizes)) + " |", "|---|" + "---:|" * len(sizes)]
     for name, by_size in by_contender(summaries, metric):
         cells = []

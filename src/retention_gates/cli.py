@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("convert", "turn the authors' released gates into an adapter, or an adapter into their form"),
 }
 PROGRAM = "retention-gates"
+SHIPPED = "shipped"  # the adapter that comes with the package for the base model
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from retention_gates.gates.adapter.base_identity import BaseMismatchWarning
 
                 warnings.simplefilter("error", BaseMismatchWarning)
+            if getattr(options, "adapter", None) == SHIPPED:
+                shipped = importlib.import_module("retention_gates.checkpoints.shipped")
+                options.adapter = str(shipped.shipped_adapter(getattr(options, "model", None)))
             if os.environ.get("RANK", "0") == "0":
                 _show_log("retention_gates.kernels")
             importlib.import_module(f"retention_gates.recipes.{COMMANDS[options.command][0]}").main(options)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -274,3 +275,28 @@ def test_a_closed_pipe_is_no_error(files):
     call = f"{COMMAND} generate --adapter {files.adapter} --prompt 'the ship' --memory-size 8 | true"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", call], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_command_without_its_file_asks_for_that_alone(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert "required: CONFIG.yaml;" in capsys.readouterr().err
+
+
+def test_the_shipped_adapter_by_its_word(monkeypatch):
+    asked = []
+    monkeypatch.setattr("retention_gates.recipes.calibrate.main", asked.append)
+    assert cli.main(["calibrate", "--adapter", "shipped"]) == 0
+    assert asked[0].adapter.endswith("smollm2_135m_instruct")
+    assert cli.main(["calibrate", "--adapter", "shipped", "--model", "no/such"]) == 2
+
+
+def test_a_taken_port_is_seen_before_a_model_is_loaded(monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr("retention_gates.recipes.serve.load_tokenizer", loaded.append)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "--adapter", "shipped", "--port", port]) == 2
+    assert f"--port {port}: nothing can listen there" in capsys.readouterr().err and not loaded
