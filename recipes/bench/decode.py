@@ -110,11 +110,12 @@ def fill(model: PeftModel, cache: Cache, batch: int, context: int) -> None:
 def generate_seconds(model: PeftModel, cache: Any, batch: int, context: int, tokens: int, **options: Any) -> float:
     """Seconds of one `generate` whose last prompt token comes after the context."""
     past = int(cache.get_seq_length())
-    ids = torch.randint(model.config.vocab_size, (batch, past + 1), device=model.device)
+    ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)  # after all that was read
+    mask = torch.ones(batch, past + 1, dtype=torch.int64, device=model.device)
     synchronize(model)
     begin = time.perf_counter()
     model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False,
+        input_ids=ids, attention_mask=mask, past_key_values=cache, do_sample=False,
         max_new_tokens=tokens, **options,
     )  # fmt: skip
     synchronize(model)

@@ -5,10 +5,8 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
-from starlette.requests import Request
 from transformers import PreTrainedTokenizerFast
 
 from retention_gates.data.tokens import document_prefix
@@ -17,6 +15,10 @@ from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.metrics import metrics_text
 from retention_gates.recipes.serving.protocol import Wish, bad, read_wish
 from retention_gates.recipes.serving.responses import Form, error_object, event
+
+if TYPE_CHECKING:  # of the extra "serve"
+    from fastapi import FastAPI
+    from starlette.requests import Request
 
 
 @dataclass(frozen=True)

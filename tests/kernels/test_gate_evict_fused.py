@@ -209,7 +209,7 @@ def test_compiles_without_a_break(monkeypatch):
     tokens = list(random_tokens(8, 1, 2, generator))
     expected = run_both("cpu", tokens, state, offsets, linear_in_age=True)
     for token in tokens:
-        compiled(*state, *token, offsets, linear_in_age=True)
+        compiled(SlotState(*state), *token, offsets, linear_in_age=True)
     check_same(expected, state)
 
 
