@@ -8,7 +8,9 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import record
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.adapter.modes import evaluating
+from retention_gates.gates.adapter.placement import check_trainable_placement
 from retention_gates.trainers.config import RetentionTrainingArguments
+from retention_gates.trainers.distributed.layout import engine_of
 from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_layers
 
 
@@ -19,6 +21,9 @@ def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
         raise ValueError(f"The model must be a PeftModel, as get_peft_model gives it, not a {type(model).__name__}.")
     gates = {f"{layer.base_layer.layer_idx}": layer.active_gate for layer in gated.gated_layers}
     parameters = {f"the gate of layer {i}: {n}": p for i, g in gates.items() if g for n, p in g.named_parameters()}
+    if engine_of(args) == "replicated":  # a sharding engine places weights itself
+        ends = {"the embedding": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+        check_trainable_placement(gated.model, parameters, {name: end for name, end in ends.items() if end})
     for name, parameter in parameters.items():
         if parameter.dtype != torch.float32:
             raise ValueError(

@@ -6,7 +6,6 @@ and tensors are looked at one at a time in the mapped file: a wrong adapter cost
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from retention_gates.gates.adapter.safetensors_header import not_safetensors, read_header
 
+MOST_SHARE = 1e12  # tokens of retained mass
 MOST_CONFIG_BYTES = 512 * 1024  # a config with budget shares of 128 layers of 64 heads has 250 KiB
 
 
@@ -120,7 +120,14 @@ def check_digest(found: str, config: dict[str, Any]) -> None:
 
 
 def is_budget_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST_SHARE
+
+
+def number(value: object) -> str:
+    """A value as an error may show it, also an integer with more digits than Python writes."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"{'-' * (value < 0)}2^{value.bit_length() - 1}..."
+    return shown(repr(value))
 
 
 def shown(name: str) -> str:

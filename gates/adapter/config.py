@@ -2,8 +2,6 @@
 
 import copy
 import difflib
-import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -14,21 +12,42 @@ from peft import PeftConfig, TaskType
 from transformers.activations import ACT2FN
 
 from retention_gates.gates.adapter.checks import (
+    MOST_SHARE,
     check_config_size,
     check_digest,
     check_weights,
     file_digest,
     is_budget_share,
+    number,
     shown,
 )
 from retention_gates.gates.adapter.files import CONFIG_NAME, WEIGHTS_NAME, find_file
 
-PEFT_TYPE = "RETENTION_GATE"
+
+def is_module_pattern(text: str) -> bool:
+    """Whether `families.module_pattern` could have made the text."""
+    return len(text) <= MOST_PATTERN and re.fullmatch(MODULE_PATTERN, text) is not None
+
+
+class _Method(str):
+    """A name of a method with the `value` that a member of PEFT's closed enumeration of them has."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+PEFT_TYPE = _Method("RETENTION_GATE")
 GATE_TYPES = ("mlp", "linear", "tied_mlp")
 TEXTS = ("base_model_name_or_path", "revision", "peft_version", "target_modules", "weights_sha256")
-# what module_pattern makes; no repetition, so that no pattern out of a file takes long to match
-PLAIN_PATTERN = r"[\w.|()\\]*"
+# What module_pattern makes, and nothing else: no pattern out of a file is wrong, or takes long to match.
+_NAME = r"(?:\w|\\\.)"  # of a module, dots escaped
+_LAYERS = rf"{_NAME}+\\\.\(\d+(?:\|\d+)*\)\\\.{_NAME}*"
+MODULE_PATTERN = rf"{_LAYERS}(?:\|{_LAYERS})*"
+MOST_PATTERN = 100_000  # characters
 MOST_LAYERS = 10_000
+MOST_INTEGER = 2**31 - 1
+MOST_TOKENS_ALIVE = 1e30
 
 
 @dataclass
@@ -96,7 +115,7 @@ class RetentionGateConfig(PeftConfig):
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(f"task_type={self.task_type!r}: gates are for models that write text, CAUSAL_LM.")
-        if self.target_modules is not None and not re.fullmatch(PLAIN_PATTERN, self.target_modules):
+        if self.target_modules is not None and not is_module_pattern(self.target_modules):
             raise ValueError(
                 f"target_modules={shown(self.target_modules)!r} is not of the kind that gates fill in: leave it out, "
                 "and choose layers with layers_to_transform."
@@ -114,8 +133,11 @@ class RetentionGateConfig(PeftConfig):
         half_life = self.initial_half_life
         if isinstance(half_life, bool) or not isinstance(half_life, (int, float)) or not half_life > 0:
             raise ValueError(f"initial_half_life={half_life!r} must be a positive number of tokens, such as 2000.")
-        if not math.isfinite(half_life):
-            raise ValueError(f"initial_half_life={half_life!r} must be finite; 1e9 tokens is as good as for ever.")
+        if half_life > MOST_TOKENS_ALIVE:
+            raise ValueError(
+                f"initial_half_life={number(half_life)} must be finite, and at most {MOST_TOKENS_ALIVE:g}; 1e9 tokens "
+                "is as good as for ever."
+            )
         if self.exclude_modules is not None or self.modules_to_save is not None:
             raise ValueError(
                 "Retention gates know neither exclude_modules nor modules_to_save: the base model stays frozen. "
@@ -141,8 +163,8 @@ class RetentionGateConfig(PeftConfig):
             )
         if shares is not None and not all(is_budget_share(share) for row in shares for share in row):
             raise ValueError(
-                "budget_shares must be finite numbers of at least 0: take them out of adapter_config.json and run "
-                "retention-gates calibrate."
+                f"budget_shares must be finite numbers from 0 to {MOST_SHARE:g}: take them out of adapter_config.json "
+                "and run retention-gates calibrate."
             )
 
     @classmethod
@@ -171,7 +193,7 @@ class RetentionGateConfig(PeftConfig):
         check_config_size(path_json_file)
         try:
             content = super().from_json_file(path_json_file, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # also of a number with more digits than Python reads
             raise ValueError(f"{path_json_file} is not JSON ({error}): {way_out}") from error
         except (RecursionError, TypeError) as error:  # TypeError: PEFT looks for keys in what may be a number
             raise ValueError(f"{path_json_file} holds no object of keys ({error}): {way_out}") from error
@@ -216,5 +238,8 @@ class RetentionGateConfig(PeftConfig):
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}, as a Python int.")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_INTEGER:
+        raise ValueError(
+            f"{name}={number(value)} must be an integer of at least {least} and at most {MOST_INTEGER}, as a Python "
+            "int."
+        )

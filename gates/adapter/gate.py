@@ -45,8 +45,8 @@ class RetentionGate(nn.Module):
 
     @property
     def can_be_finished_elsewhere(self) -> bool:
-        """Whether the output layer can be read; ZeRO-3 shows a partitioned one in its own call only."""
-        return self.output.weight.ndim == 2
+        """Whether the output layer can be read; ZeRO-3 and accelerate show what is elsewhere in its call only."""
+        return self.output.weight.ndim == 2 and not self.output.weight.is_meta
 
     def unfinished(self, hidden_states: torch.Tensor) -> GateOutput:
         """All but the output layer for one token per row [B, 1, C]: a cache's kernel can do the rest."""
@@ -117,6 +117,8 @@ class TiedMLPGate(RetentionGate):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         x = self.features(x)
         output = self.output  # on the device of one layer, where the layers are on several
+        if output.weight.is_meta:  # offloaded: accelerate brings it when it is called
+            return output(x)
         return F.linear(x, output.weight.to(x.device), output.bias.to(x.device))
 
 

@@ -9,6 +9,7 @@ from packaging.version import Version
 from transformers import PreTrainedConfig
 
 from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.placement import check_weights_are_there
 from retention_gates.gates.attention.cache_argument import find_cache, named_for
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 
@@ -71,6 +72,7 @@ def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool)
     Raises:
         ValueError: for what cannot work with a cache that evicts.
     """
+    check_weights_are_there(model)
     configs = [kwargs.get("generation_config", *args[1:2]), model.generation_config]  # its second argument
 
     def option(name: str) -> Any:

@@ -47,7 +47,6 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         self.fading = Fading()
         self.row_group: RowGroup | None = None  # while rows are split over ranks, which hold T / P tokens each
         self._disable_adapters = False
-        self._trained: set[nn.Parameter] = set()  # those that learn, while the adapter is off
         self.merged_adapters: list[str] = []
 
     def __getattr__(self, name: str) -> Any:  # decoder layers may read attributes of their attention module
@@ -72,14 +71,8 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             gate.to(device)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's, but gates that were not trained before they were off are not trained after it either."""
-        was_off = self.disable_adapters
-        if not enabled and not was_off:
-            self._trained = {p for p in self.retention_gate.parameters() if p.requires_grad}
-        super().enable_adapters(enabled)
-        if enabled and was_off:
-            for parameter in self.retention_gate.parameters():
-                parameter.requires_grad_(parameter in self._trained)
+        """Turns the gates on or off, and leaves to the model which parameters learn: layers may share some."""
+        self._disable_adapters = not enabled
 
     @property
     def active_gate_name(self) -> str | None:

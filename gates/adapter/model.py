@@ -25,6 +25,8 @@ from retention_gates.gates.adapter.generate_arguments import (
 )
 from retention_gates.gates.adapter.layer import RetentionGatedAttention
 from retention_gates.gates.adapter.modes import evaluating
+from retention_gates.gates.adapter.peft_habits import GatesOnly, is_loading_files, refuse_injection
+from retention_gates.gates.adapter.placement import check_placement
 from retention_gates.gates.attention.cache_argument import named_for
 from retention_gates.gates.attention.fading import Fading
 from retention_gates.gates.attention.interface import PREFIX, base_implementation_of, gated_implementation
@@ -44,6 +46,8 @@ class RetentionGateModel(BaseTuner):
     _row_group: RowGroup | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        refuse_injection(peft_config)
+        self._learning: list[nn.Parameter] = []  # those that learn when the gates are on again
         # a LoRA in the base's linear layers keeps its configs: PEFT would mix them with ours, by name
         beside = model.__dict__.get("peft_config", {})
         if beside and not any(isinstance(config, RetentionGateConfig) for config in beside.values()):
@@ -176,7 +180,7 @@ class RetentionGateModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, RetentionGateConfig)
-        _check_placement(model, loads_weights=peft_config.awaits_weights)
+        check_placement(model, loads_weights=peft_config.awaits_weights)
         full = full_attention_layers(model)
         config = text_config(model)
         wanted = peft_config.gated_layers if peft_config.gated_layers is not None else peft_config.layers_to_transform
@@ -254,7 +258,9 @@ class RetentionGateModel(BaseTuner):
             self._name_implementation(gated=False)  # unload: the base's attention again
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, *args, **kwargs)
+        learning = list(self._learning)
+        super().inject_adapter(model, *args, **kwargs)  # which chooses the active adapter once more
+        self._learning = learning
         # full-attention layers without a gate are wrapped too: they need their mask back (attention/interface.py)
         for name in full_attention_layers(model).values():
             if not isinstance(module := model.get_submodule(name), RetentionGatedAttention):
@@ -269,8 +275,16 @@ class RetentionGateModel(BaseTuner):
         return layer
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for layer in self._wrappers:  # PEFT's own version would switch a LoRA in the base as well
+        """Turns gates on or off, but no LoRA in the base, as PEFT would; gates that are frozen stay frozen."""
+        for layer in self._wrappers:
             layer.enable_adapters(enabled)
+        gates = nn.ModuleList(layer.retention_gate for layer in self._wrappers)
+        if not enabled:
+            self._learning += [p for p in gates.parameters() if p.requires_grad]  # once each, if layers share it
+        for parameter in self._learning:
+            parameter.requires_grad_(enabled)
+        if enabled:
+            self._learning.clear()
         self._follow_state()
 
     def unload(self) -> nn.Module:
@@ -285,10 +299,11 @@ class RetentionGateModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(*args, **kwargs)
-        return {key: tensor for key, tensor in found.items() if f".{cls.prefix}." in key}  # not a LoRA's
+        return GatesOnly({key: tensor for key, tensor in found.items() if f".{cls.prefix}." in key})  # not a LoRA's
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._learning.clear()  # it has said which parameters learn
         self._follow_state()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -338,7 +353,7 @@ class RetentionGateModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         assert isinstance(config, RetentionGateConfig)
-        if config.has_loaded_weights and config.inference_mode:
+        if config.has_loaded_weights and config.inference_mode and is_loading_files():
             raise ValueError(
                 f"An adapter called {adapter_name!r} is loaded already, and would be overwritten: give the other one "
                 f"another adapter_name, or call model.delete_adapter({adapter_name!r}) first."
@@ -377,21 +392,6 @@ def find_gated_model(model: nn.Module) -> RetentionGateModel:
         f"{type(model).__name__} has no retention gates: PeftModel.from_pretrained(base, adapter) loads trained ones, "
         "get_peft_model(base, RetentionGateConfig()) adds untrained ones (enough for policies that need none)."
     )
-
-
-def _check_placement(model: nn.Module, *, loads_weights: bool) -> None:
-    """Raises ValueError for a base model that lies where gates cannot follow."""
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise ValueError(
-            f"{type(model).__name__} is tensor parallel over {model.tp_size} processes (tp_plan), each of which has "
-            "some of the heads, while gates, budgets and caches are of all heads: load it without tp_plan and, if one "
-            'GPU is too small, with device_map="auto".'
-        )
-    if loads_weights and "disk" in getattr(model, "hf_device_map", {}).values():
-        raise ValueError(
-            f"Parts of {type(model).__name__} are offloaded to the disk (hf_device_map), and PEFT cannot load gates "
-            "beside those: give device_map more memory (max_memory=), or a smaller or quantised base model."
-        )
 
 
 # plain strings: PEFT's own enumeration of methods is closed

@@ -21,6 +21,7 @@ from retention_gates.gates.adapter.base_identity import fingerprint, identity
 from retention_gates.gates.adapter.checks import digest
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.adapter.placement import BACK, device_of
 from retention_gates.gates.adapter.safetensors_header import not_safetensors
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.cache.saved_cache_checks import (
@@ -44,7 +45,7 @@ OF_TRANSFORMERS = (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer, LinearA
 
 def save_memory(cache: "BoundedCache", gated: RetentionGateModel, path: str | os.PathLike) -> None:
     """Writes what the cache holds; the file is whole or it is not there."""
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # what a link points to is replaced, and not the link
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{path} cannot be written: name a file in a folder that exists.")
     if target.exists() and not target.is_file():
@@ -52,6 +53,8 @@ def save_memory(cache: "BoundedCache", gated: RetentionGateModel, path: str | os
     description = _describe(cache, gated)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor, _ in _state(cache)}
     problems = [problem for key, tensor in tensors.items() for problem in check_numbers(key, tensor)]
+    for layer in cache.gated_layers:  # numbers of 8 bits are looked at as they are read back
+        problems += layer.check_saved(f"layers.{layer.rule.layer}", layer.saved_state(), description.tokens)
     if problems:
         raise ValueError(
             f"The memory cannot be saved: {'; '.join(problems[:5])}. The model made numbers that its dtype cannot "
@@ -205,8 +208,7 @@ def _empty_like(
 @torch.no_grad()
 def _learn_shapes(cache: "BoundedCache", gated: RetentionGateModel) -> None:
     """Reads one token, which leaves the state of every layer in the shape, the dtype and the place that it has."""
-    device = next(gated.parameters()).device
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device_of(gated))
     gated(input_ids=token, past_key_values=cache, use_cache=True, last_hidden_state_only=True)
 
 
@@ -275,6 +277,11 @@ def gates_digest(gated: RetentionGateModel, adapter: str) -> str:
         for layer in gated.gated_layers
         for name, tensor in layer.retention_gate[adapter].state_dict().items()
     }
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError(
+            "The gates are offloaded (accelerate's cpu_offload, disk_offload or dispatch_model), and a memory file "
+            f"must say which they are: {BACK}."
+        )
     return digest(sorted(tensors.items()), asdict(gated.peft_config[adapter]))
 
 

@@ -24,6 +24,8 @@ JSON_VALUES: tuple[Any, ...] = (
     -1,
     1.5,
     10**30,
+    10**400,
+    -(10**400),
     "",
     "\x00",
     "x" * 10000,
@@ -225,6 +227,12 @@ def _huge_gate(rng: random.Random, folder: Path) -> None:
     write_config(folder, {**read_config(folder), key: rng.choice([2**20, 2**31, 2**62, 10**30])})
 
 
+def _hostile_pattern(rng: random.Random, folder: Path) -> None:
+    """What PEFT would match with the names of all modules."""
+    pattern = rng.choice(["(", "\\", "(a|a)" * 40 + "b", r"(\w|\w)" * 4000, "[", "a|" * 40_000, r"a\.(0)\.b" * 9000])
+    write_config(folder, {**read_config(folder), "target_modules": pattern})
+
+
 def _another_gate(rng: random.Random, folder: Path) -> None:
     change: dict[str, Any] = rng.choice(
         [{"gate_type": "linear"}, {"gate_type": "tied_mlp"}, {"activation": "relu"}, {"gated_layers": [0, 1, 2]},
@@ -292,6 +300,7 @@ MUTATIONS: dict[str, Mutation] = {
     "unknown key": _unknown_key,
     "any value": _any_value,
     "huge gate": _huge_gate,
+    "hostile pattern": _hostile_pattern,
     "another gate": _another_gate,
     "another method": _another_method,
     "pickle": _pickled,

@@ -122,6 +122,11 @@ def forward_hooks(module: Any) -> list[Any]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
+def has_offload_hook(module: Any) -> bool:
+    """Whether accelerate brings the module's weights when it is called."""
+    return hasattr(module, "_hf_hook")
+
+
 def is_compiled(model: Any) -> bool:
     """Whether `model.compile()` was called."""
     return model._compiled_call_impl is not None

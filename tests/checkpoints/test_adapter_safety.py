@@ -14,6 +14,7 @@ from retention_gates import BaseMismatchWarning, RetentionGateConfig, RetentionG
 from retention_gates.cli import main as command
 from retention_gates.gates.adapter.base_identity import display_name
 from retention_gates.gates.adapter.checks import check_weights
+from retention_gates.gates.adapter.families import module_pattern
 from retention_gates.gates.adapter.gate import GATES
 from retention_gates.recipes.upkeep import fuzz_adapter
 from retention_gates.recipes.upkeep.adapter_mutations import MUTATIONS, read_config, write_config
@@ -271,6 +272,17 @@ def test_the_folder_where_one_is_has_a_name_too(tmp_path, monkeypatch):
         ({"revision": 7}, "revision=7 must be a text"),
         ({"base_model_name_or_path": "a\nb"}, "must be a text"),
         ({"target_modules": "(a+)+$"}, "target_modules='.* is not of the kind"),
+        ({"target_modules": "("}, "target_modules='.' is not of the kind"),
+        ({"target_modules": "\\"}, "target_modules='..' is not of the kind"),
+        ({"target_modules": "(a|a)" * 40 + "b"}, "target_modules='.* is not of the kind"),
+        ({"target_modules": r"a\.(0)\.b|" * 20_000 + r"a\.(0)\.b"}, "target_modules='.* is not of the kind"),
+        ({"initial_half_life": 10**400}, r"initial_half_life=2\^1328... must be finite"),
+        ({"budget_shares": [[10**400, 1]] * 4}, "budget_shares must be finite numbers from 0 to 1e"),
+        ({"budget_shares": [[1e308, 1]] * 4}, "budget_shares must be finite numbers from 0 to 1e"),
+        ({"gate_width": 10**400}, r"gate_width=2\^1328... must be an integer .* at most 2147483647"),
+        ({"protected_tokens": -(10**400)}, r"protected_tokens=-2\^1328... must be an integer"),
+        ({"hidden_size": 10**400}, r"hidden_size=2\^1328... must be an integer"),
+        ({"gated_layers": [10**400]}, r"gated_layers=2\^1328... must be an integer"),
         ({"budget_shares": [["a", "b"]]}, "budget_shares must be finite numbers"),
         ({"gated_layers": list(range(20_000))}, "lists 20000 layers"),
         ({"gated_layers": None}, "lacks gated_layers"),
@@ -283,6 +295,28 @@ def test_configs_that_are_refused(tmp_path, change, message):
     config.write_text(json.dumps(read_config(folder) | change))
     with pytest.raises(ValueError, match=message):
         RetentionGateConfig.from_pretrained(folder)
+
+
+def test_a_number_with_more_digits_than_python_reads(tmp_path):
+    folder = save_adapter(tmp_path)
+    text = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(text.replace('"gate_width": 8', '"gate_width": 8' + "0" * 5000))
+    with pytest.raises(ValueError, match=r"adapter_config.json is not JSON .*digits.*: save or download"):
+        RetentionGateConfig.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"gate_width=2\^16609... must be an integer"):
+        RetentionGateConfig(gate_width=10**5000)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {layer: f"model.layers.{layer}.self_attn" for layer in range(9_999)},
+        {0: "transformer.h.0.attn", 7: "model.language_model.layers.7.mixer", 8: "head"},
+    ],
+)
+def test_patterns_that_gates_fill_in_are_taken(names):
+    pattern = module_pattern(names)
+    assert RetentionGateConfig(target_modules=pattern).target_modules == pattern
 
 
 def test_a_deeply_nested_config_is_one_line(tmp_path, capsys):

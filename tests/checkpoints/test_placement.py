@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from gated_models import gated_model
 from peft import PeftModel, get_peft_model
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from retention_gates import BoundedCache, RetentionGateConfig, find_gated_model
+from retention_gates import (
+    BoundedCache,
+    RetentionGateConfig,
+    RetentionTrainer,
+    RetentionTrainingArguments,
+    find_gated_model,
+)
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
 CONFIG = {"gate_width": 16, "initial_half_life": 5.0}
@@ -60,6 +68,84 @@ def test_a_base_with_layers_on_the_disk(files, tmp_path):
         assert {p.device.type for p in layer.active_gate.parameters()} == {"cpu"}
         layer.active_gate.load_state_dict(other.active_gate.state_dict())
     torch.testing.assert_close(generate(model), generate(trained), rtol=1e-4, atol=1e-4)
+
+
+def offload(model, how: str, folder) -> None:
+    """Offloads the base model with its gates, the whole or the second half, as accelerate's users do."""
+    base = model.get_base_model()
+    if how == "cpu":
+        cpu_offload(model, execution_device="cpu")
+    elif how == "disk":
+        disk_offload(base, str(folder), execution_device="cpu")
+    else:
+        dispatch_model(base, spread("cpu", "disk"), main_device="cpu", offload_dir=str(folder))
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "half"])
+@pytest.mark.parametrize("gate_type", ["mlp", "tied_mlp"])
+def test_gates_that_were_offloaded_with_their_base(how, gate_type, tmp_path):
+    def load():
+        torch.manual_seed(0)
+        config = RetentionGateConfig(**CONFIG, gate_type=gate_type)
+        return get_peft_model(tiny_model(eos_token_id=None), config).eval()
+
+    expected, model = generate(load()), load()
+    offload(model, how, tmp_path / "weights")
+    assert find_gated_model(model).gated_layers[-1].active_gate.output.weight.is_meta
+    torch.testing.assert_close(generate(model), expected)
+
+    cache = BoundedCache(model, 8)
+    with torch.no_grad():
+        model(input_ids=IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"gates are offloaded .*remove_hook_from_submodules"):
+        cache.save(tmp_path / "memory")
+    with pytest.raises(ValueError, match=r"gates are offloaded .*nothing to save"):
+        model.save_pretrained(tmp_path / "gates")
+    rows = [{name: torch.arange(3, 19) for name in ("input_ids", "position_ids", "labels")}]
+    arguments = RetentionTrainingArguments(
+        output_dir=str(tmp_path / "run"), memory_size=8, max_steps=1, use_cpu=True, report_to=[]
+    )
+    with pytest.raises(ValueError, match=r"the gate of layer \d: .* is offloaded .*nothing would be trained"):
+        RetentionTrainer(model, arguments, rows)
+    assert not list(tmp_path.glob("memory*")) and not list(tmp_path.glob("gates/*.safetensors"))
+
+    remove_hook_from_submodules(model.get_base_model())  # the way that the errors name
+    assert not any(p.is_meta for p in model.parameters())
+    cache.save(tmp_path / "memory")
+    torch.testing.assert_close(generate(model), expected)
+
+
+def test_a_whole_base_that_is_offloaded_is_not_trained_on(tmp_path):
+    base = tiny_model(eos_token_id=None)
+    cpu_offload(base, execution_device="cpu")
+    model = get_peft_model(base, RetentionGateConfig(**CONFIG))
+    rows = [{name: torch.arange(3, 19) for name in ("input_ids", "position_ids", "labels")}]
+    arguments = RetentionTrainingArguments(
+        output_dir=str(tmp_path), memory_size=8, max_steps=1, use_cpu=True, report_to=[]
+    )
+    with pytest.raises(ValueError, match="the embedding is offloaded"):
+        RetentionTrainer(model, arguments, rows)
+
+
+def test_a_memory_of_a_base_with_layers_on_the_disk(files, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(
+        files / "base", device_map=spread("cpu", "disk"), offload_folder=tmp_path / "weights"
+    )
+    model = get_peft_model(base, RetentionGateConfig(**CONFIG)).eval()
+    cache = BoundedCache(model, 8)
+    with torch.no_grad():
+        model(input_ids=IDS, past_key_values=cache)
+    cache.save(tmp_path / "memory")
+    loaded = BoundedCache.load(model, tmp_path / "memory")
+    with torch.no_grad():
+        more = [model(input_ids=IDS[:, :5], past_key_values=one).logits for one in (cache, loaded)]
+    assert torch.equal(*more)
+
+
+def test_a_model_without_numbers_generates_nothing():
+    model = gated_model().to("meta")
+    with pytest.raises(ValueError, match="embed_tokens.weight is on the meta device, which holds no numbers"):
+        generate(model)
 
 
 @pytest.mark.multi_gpu

@@ -56,6 +56,42 @@ def test_a_memory_replaces_no_pipe_or_device(tmp_path):
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_memory_is_written_through_a_link(tmp_path):
+    model = gated_model(num_hidden_layers=2)
+    cache = BoundedCache(model, memory_size=8)
+    with torch.no_grad():
+        model(input_ids=token_ids(1, 12), past_key_values=cache)
+    (tmp_path / "elsewhere").mkdir()
+    for there in (tmp_path / "elsewhere" / "memory", tmp_path / "elsewhere" / "not yet"):
+        link = tmp_path / f"link to {there.name}"
+        link.symlink_to(there)
+        for _ in range(2):
+            cache.save(link)
+            assert link.is_symlink() and there.is_file() and not there.is_symlink()
+        assert BoundedCache.load(model, link).protected == cache.protected
+    device = tmp_path / "link to a device"
+    device.symlink_to("/dev/null")
+    with pytest.raises(ValueError, match="is a device, a pipe or a socket"):
+        cache.save(device)
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_memory_of_8_bits_with_what_is_no_number_is_not_saved(cache_dtype, value, tmp_path):
+    """As in other dtypes; of the last layer, so that nothing after it tells."""
+    model = gated_model(num_hidden_layers=2)
+    cache = BoundedCache(model, memory_size=8, cache_dtype=cache_dtype)
+    ids = token_ids(1, 12)
+    broken = model.get_base_model().model.layers[1].self_attn.k_proj
+    hook = broken.register_forward_hook(lambda module, given, keys: keys.index_fill(-1, torch.tensor([3]), value))
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="layers.1.keys has NaN or infinite values"):
+        cache.save(tmp_path / "memory")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_what_8_bits_cannot_hold_is_not_a_number(cache_dtype, bad):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from gated_models import gated_model, step_by_step, token_ids
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from retention_gates.gates.cache import BoundedCache
 from retention_gates.gates.cache.quantized_layer import pack, unpack
@@ -75,8 +77,15 @@ def test_generate_beams_save_and_load(tmp_path):
         BoundedCache.load(model, tmp_path / "memory", cache_dtype="fp8")
     more = token_ids(2, 15, seed=1)
     assert torch.equal(step_by_step(model, more, loaded), step_by_step(model, more, cache))
-    cache.layers[1].keys[0, 0, -4:] = torch.tensor([float("nan")]).view(torch.uint8)
-    cache.save(tmp_path / "damaged")
+    nan = torch.tensor([float("nan")]).view(torch.uint8)
+    cache.layers[1].keys[0, 0, -4:] = nan
+    with pytest.raises(ValueError, match="layers.1.keys has NaN .* another dtype"):
+        cache.save(tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+    tensors = load_file(tmp_path / "memory")
+    tensors["layers.1.keys"][0, 0, -4:] = nan
+    with safe_open(tmp_path / "memory", framework="pt") as file:
+        save_file(tensors, tmp_path / "damaged", metadata=file.metadata())
     with pytest.raises(ValueError, match="layers.1.keys has NaN"):
         BoundedCache.load(model, tmp_path / "damaged")
 
