@@ -9,7 +9,7 @@ from typing import cast, get_args
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from retention_gates.gates.adapter.storage import DTYPES
+from retention_gates.trainers.adapter_dtype import DTYPES
 from retention_gates.trainers.distributed.layout import accumulation_steps, check_devices, check_launch, started_ranks
 from retention_gates.trainers.distributed.sequence_parallel import ranks_per_row
 from retention_gates.trainers.losses import CapacityNormalisation, CapacityScope

@@ -21,10 +21,10 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import Recording, record
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.adapter.modes import budget_shares
-from retention_gates.gates.adapter.storage import store_as
 from retention_gates.gates.attention.fading import Fading
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers import checkpoint
+from retention_gates.trainers.adapter_dtype import store_as
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import Averages, JsonLinesLog, LogWhenSaving, ProgressLine, describe
 from retention_gates.trainers.checks import check_model, check_packing, keep_differentiable

@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
-from retention_gates.gates.adapter.rotary_frequencies import rotary_frequencies
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.cache.budgets import (
     BUDGETS,
@@ -23,6 +22,7 @@ from retention_gates.gates.cache.budgets import (
 )
 from retention_gates.gates.cache.checks import check_heads, check_integer, checked_budgets, checked_reserves
 from retention_gates.gates.cache.pool import Pool
+from retention_gates.gates.cache.rotary_frequencies import rotary_frequencies
 from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, as_feedback, find_policy
 from retention_gates.gates.policies.eviction_rule import (
     MOST_SPANS,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS
 from retention_gates.data.tasks import build_tasks
 from retention_gates.gates.adapter.model import find_gated_model
-from retention_gates.gates.adapter.rotary_frequencies import rotary_frequencies
+from retention_gates.gates.cache.rotary_frequencies import rotary_frequencies
 from retention_gates.gates.policies import POLICIES, FeedbackPolicy, find_policy
 from retention_gates.recipes.comparison.comparison_config import ComparisonConfig, ContenderSection, ModelEntry
 from retention_gates.recipes.comparison.result_store import ResultStore

@@ -1,13 +1,10 @@
 """The HTML around a report: styles, and the script that singles out policies."""
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$TITLE</title>
-<style>
-:root { --ink: #1a1a1a; --soft: #555; --line: #ccc; --gates: #d55e00; }
+from retention_gates.recipes.report.page_head import HEAD
+
+PAGE = (
+    HEAD
+    + """:root { --ink: #1a1a1a; --soft: #555; --line: #ccc; --gates: #d55e00; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: #fff;
   max-width: 80rem; margin: 0 auto; padding: 1rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: .8rem 0 .3rem; }
@@ -79,3 +76,4 @@ for (const section of document.querySelectorAll("section[data-model]")) {
 </body>
 </html>
 """
+)

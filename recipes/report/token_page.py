@@ -7,15 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$TITLE</title>
-<style>
-body { font: 16px/1.9 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 0 auto;
-  padding: 0 1rem 3rem; }
+from retention_gates.recipes.report.page_head import HEAD
+
+PAGE = (
+    HEAD
+    + """body { font: 16px/1.9 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem;
+  margin: 0 auto; padding: 0 1rem 3rem; }
 header { position: sticky; top: 0; background: #fff; padding: .6rem 0; border-bottom: 1px solid #ccc;
   line-height: 1.5; }
 h1 { font-size: 1.15rem; margin: 0 0 .4rem; }
@@ -73,6 +70,7 @@ draw();
 </body>
 </html>
 """
+)
 
 
 def token_page(

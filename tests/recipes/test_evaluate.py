@@ -187,7 +187,7 @@ def test_policies_that_a_model_cannot_have(files, tmp_path, monkeypatch, capsys)
     def refuse(model, policy):
         raise ValueError(f"no {policy} here")
 
-    for place in ("gates.adapter.rotary_frequencies", "gates.cache.evicting_cache", "recipes.comparison.run"):
+    for place in ("gates.cache.rotary_frequencies", "gates.cache.evicting_cache", "recipes.comparison.run"):
         monkeypatch.setattr(f"retention_gates.{place}.rotary_frequencies", refuse)
     arguments = ["--model", str(files.model), "--text", str(files.texts), "--length", "40", "--memory-size", "16"]
     arguments += ["--documents", "1", "--output", str(tmp_path / "out")]

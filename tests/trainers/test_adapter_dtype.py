@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from retention_gates import find_gated_model
 from retention_gates.gates.adapter.files import WEIGHTS_NAME
 from retention_gates.gates.adapter.gate_outputs import record
-from retention_gates.gates.adapter.storage import store_as
+from retention_gates.trainers.adapter_dtype import store_as
 
 
 @pytest.fixture
