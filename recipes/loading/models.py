@@ -17,12 +17,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from retention_gates.checkpoints.hub import download_adapter
 from retention_gates.compat import note_commit
 from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.policies import POLICIES, find_policy
 from retention_gates.recipes.arguments.shared import DTYPES
+from retention_gates.recipes.loading.gguf_header import check_gguf
 
 QUANTIZATIONS = ("8bit", "4bit")
 
@@ -59,7 +61,11 @@ def load_base(
     options: dict[str, Any] = {**_model_options(name, gguf_file), "trust_remote_code": False}
     if revision is not None and not Path(name).is_dir():
         options["revision"] = revision
-    if gguf_file is not None:  # weights left in their blocks could not be trained through
+    if gguf_file is not None:
+        commit = options.get("revision")
+        path = str(cached_file(name, gguf_file, revision=commit))
+        check_gguf(path, lambda: load_base_config(name, gguf_file, commit))
+        # weights left in their blocks could not be trained through
         options["quantization_config"] = GgufConfig(dequantize=True)
     if quantization is not None:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -101,9 +107,9 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
         )
 
 
-def load_base_config(name: str, gguf_file: str | None = None) -> "PreTrainedConfig":
+def load_base_config(name: str, gguf_file: str | None = None, revision: str | None = None) -> "PreTrainedConfig":
     """The config of the decoder in a base model, without its weights."""
-    options = _model_options(name, gguf_file)
+    options = _model_options(name, gguf_file) | ({} if revision is None else {"revision": revision})
     return AutoConfig.from_pretrained(name, trust_remote_code=False, **options).get_text_config(decoder=True)
 
 
