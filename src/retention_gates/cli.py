@@ -54,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("error", BaseMismatchWarning)
             if getattr(options, "adapter", None) == SHIPPED:
                 shipped = importlib.import_module("retention_gates.checkpoints.shipped")
-                options.adapter = str(shipped.shipped_adapter(getattr(options, "model", None)))
+                model = getattr(options, "model", None)
+                is_copy = model is not None and os.path.isdir(
+                    model
+                )  # whose name is a path; weights are compared later
+                options.adapter = str(shipped.shipped_adapter(None if is_copy else model))
             if os.environ.get("RANK", "0") == "0":
                 _show_log("retention_gates.kernels")
             importlib.import_module(f"retention_gates.recipes.{COMMANDS[options.command][0]}").main(options)

@@ -289,6 +289,8 @@ def test_the_shipped_adapter_by_its_word(monkeypatch):
     assert cli.main(["calibrate", "--adapter", "shipped"]) == 0
     assert asked[0].adapter.endswith("smollm2_135m_instruct")
     assert cli.main(["calibrate", "--adapter", "shipped", "--model", "no/such"]) == 2
+    assert cli.main(["calibrate", "--adapter", "shipped", "--model", str(ROOT)]) == 0  # a copy of the base, say
+    assert asked[1].adapter == asked[0].adapter
 
 
 def test_a_taken_port_is_seen_before_a_model_is_loaded(monkeypatch, capsys):
