@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import Recording, record
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
-from retention_gates.gates.adapter.modes import budget_shares
+from retention_gates.gates.adapter.modes import temporarily
 from retention_gates.gates.attention.fading import Fading
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers import checkpoint
@@ -155,7 +155,8 @@ class RetentionTrainer(Trainer):
         try:
             gated = find_gated_model(model)
             split, fading = gated.rows_split_over(self._row_groups.own), gated.fading_as(self._fading)
-            with self._clock.phase("forward_and_backward"), split, fading:
+            dropouts = temporarily(self._dropouts, training=False)  # off in each pass, and as before when it ends
+            with self._clock.phase("forward_and_backward"), split, fading, dropouts:
                 return self._pass(model, inputs, num_items_in_batch)
         except ValueError as error:
             if all(gate.isfinite().all() for gate in model.parameters() if gate.requires_grad):
@@ -282,7 +283,7 @@ class RetentionTrainer(Trainer):
         contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
         config = find_gated_model(self.model).active_config
         measured = measure_shares(self.model, rows) if self.args.eval_budgets == "calibrated" else None
-        with budget_shares(config, measured or config.budget_shares):
+        with temporarily([config], budget_shares=measured or config.budget_shares):
             records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
         portrait = portray(self.model, rows[0])
         if self.args.should_save:

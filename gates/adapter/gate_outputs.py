@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from retention_gates.gates.adapter.modes import temporarily
+
 
 @dataclass
 class Recording:
@@ -32,10 +34,5 @@ def record(model: nn.Module, layerwise: bool = False) -> Iterator[Recording]:
 
     recording = Recording(layerwise)
     layers = find_gated_model(model).gated_layers
-    for layer in layers:
-        layer.recording = recording
-    try:
+    with temporarily(layers, recording=recording):
         yield recording
-    finally:
-        for layer in layers:
-            layer.recording = None

@@ -1,7 +1,7 @@
 """Retention gates as a PEFT tuner."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from retention_gates.gates.adapter.generate_arguments import (
     prompt_columns,
 )
 from retention_gates.gates.adapter.layer import RetentionGatedAttention
-from retention_gates.gates.adapter.modes import evaluating
+from retention_gates.gates.adapter.modes import evaluating, temporarily
 from retention_gates.gates.adapter.peft_habits import GatesOnly, is_loading_files, refuse_injection
 from retention_gates.gates.adapter.placement import check_placement
 from retention_gates.gates.attention.cache_argument import named_for
@@ -99,23 +99,15 @@ class RetentionGateModel(BaseTuner):
         if group is before:
             yield
             return
-        self._split(group)
         try:
+            self._split(group)
             yield
         finally:
             self._split(before)
 
-    @contextmanager
-    def fading_as(self, fading: Fading) -> Iterator[None]:
+    def fading_as(self, fading: Fading) -> AbstractContextManager[None]:
         """Inside the block, backward passes included, keys fade so where gates are trained."""
-        before = [layer.fading for layer in self._wrappers]
-        for layer in self._wrappers:
-            layer.fading = fading
-        try:
-            yield
-        finally:
-            for layer, its_own in zip(self._wrappers, before, strict=True):
-                layer.fading = its_own
+        return temporarily(self._wrappers, fading=fading)
 
     def _split(self, group: RowGroup | None) -> None:
         self._row_group = group

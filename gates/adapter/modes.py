@@ -1,30 +1,35 @@
-"""States of a model that are changed for a while and put back, whatever happens meanwhile."""
+"""States that hold inside a block and are put back when it ends, whatever happens meanwhile."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-from retention_gates.gates.adapter.config import RetentionGateConfig
+
+@contextmanager
+def temporarily(holders: Iterable[Any], **values: Any) -> Iterator[None]:
+    """Inside the block these attributes of all holders have these values; afterwards each holder has its own again."""
+    before = [(holder, name, getattr(holder, name)) for holder in holders for name in values]
+    done = []
+    try:
+        for holder, name, own in before:
+            setattr(holder, name, values[name])
+            done.append((holder, name, own))
+        yield
+    finally:
+        for holder, name, own in reversed(done):
+            setattr(holder, name, own)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in evaluation mode; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    before = [(module, module.training) for module in model.modules()]
     try:
+        model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def budget_shares(config: RetentionGateConfig, shares: list[list[float]] | None) -> Iterator[None]:
-    """Inside the block the adapter has these shares, which calibrated budgets follow; afterwards its own."""
-    before, config.budget_shares = config.budget_shares, shares
-    try:
-        yield
-    finally:
-        config.budget_shares = before
+        for module, was_training in before:
+            if module.training != was_training:  # what has not changed is not written, for other threads' sake
+                module.training = was_training

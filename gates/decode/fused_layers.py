@@ -173,6 +173,7 @@ def replaced_forwards(
 ) -> Iterator[None]:
     with _lock:
         before = {module: getattr(module, ROTARY) for module in rotations}
+        own = [(layer, vars(layer).get("forward")) for layer, _ in forwards]  # Accelerate gives layers one
         for layer, forward in forwards:
             layer.__dict__["forward"] = forward
         for module, rotation in rotations.items():
@@ -184,5 +185,8 @@ def replaced_forwards(
             _here.replaces = False
             for module, rotation in before.items():
                 setattr(module, ROTARY, rotation)
-            for layer, _ in forwards:
-                del layer.__dict__["forward"]
+            for layer, its_own in own:
+                if its_own is None:
+                    del layer.__dict__["forward"]
+                else:
+                    layer.__dict__["forward"] = its_own

@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput, logging
 
 from retention_gates.compat import attention_implementation, forward_hooks, is_compiled
 from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.modes import temporarily
 from retention_gates.gates.attention.cache_argument import NAMES, find_cache, named_for
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.attention.interface import MASKS, PREFIX, base_implementation_of
@@ -151,14 +152,12 @@ class DecodeStep:
         weights, kept = _weights(model)
         if weights != self.weights:
             self.forget()
-        self.weights, self.prompt_columns, self.refusal = weights, prompt_columns, None
-        self.recorder = recorder and recorder(device)
-        self.is_open, self.is_in_turn = True, False
-        try:
+        self.weights, self.refusal, self.is_in_turn = weights, None, False
+        own = recorder and recorder(device)
+        # the block may lie inside another one of this step: `generate` with a cache whose step is open
+        with temporarily([self], recorder=own, prompt_columns=prompt_columns, is_open=True):
             yield self
-        finally:
-            self.recorder, self.is_open = None, False
-            del kept  # until here no weight that the capture reads could be freed
+        del kept  # until here no weight that the capture reads could be freed
 
     @contextmanager
     def in_generate(self, model: nn.Module, cache: Cache, prompt_columns: int) -> Iterator[None]:

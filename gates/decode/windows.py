@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from retention_gates.gates.adapter.modes import temporarily
 from retention_gates.gates.cache.window_layer import WindowLayer
 
 
@@ -36,13 +37,8 @@ class Windows:
     def one_token(self) -> Iterator[None]:
         """Inside of it one token enters, and sees what is in the window."""
         self.visible.index_fill_(1, (self.layers[0].seen % self.window)[None], True)
-        for layer in self.layers:
-            layer.visible = self.visible
-        try:
+        with temporarily(self.layers, visible=self.visible):
             yield
-        finally:
-            for layer in self.layers:
-                layer.visible = None
         self.count()
 
     def count(self) -> None:

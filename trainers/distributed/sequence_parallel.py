@@ -6,8 +6,7 @@ Accelerate these are ranks like any others, which average gradients.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from accelerate import Accelerator, ParallelismConfig
 from torch import nn
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedConfig
 
 from retention_gates.gates.adapter.families import full_attention_layers, key_value_heads, text_config
+from retention_gates.gates.adapter.modes import temporarily
 from retention_gates.gates.attention.sequence_parallel import RowGroup
 
 GIVEN, OTHERS = ("sp_size", "dp_replicate_size"), ("cp_size", "tp_size", "dp_shard_size")
@@ -106,16 +106,10 @@ class RowGroups:
             self.mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("dp_replicate", "tp"))
             self.own = RowGroup(self.mesh.get_group("tp"))
 
-    @contextmanager
-    def dealt_rows(self) -> Iterator[None]:
+    def dealt_rows(self) -> AbstractContextManager[None]:
         """Data loaders that are prepared inside the block deal their batches to groups, not to ranks."""
         state = self.accelerator.state
-        before = state.device_mesh
-        state.device_mesh = self.mesh or before
-        try:
-            yield
-        finally:
-            state.device_mesh = before
+        return temporarily([state], device_mesh=self.mesh or state.device_mesh)
 
 
 def _listed(*counts: int) -> str:

@@ -107,8 +107,13 @@ def _cache_of(gated: RetentionGateModel, contender: Contender, pinned: Sequence[
 
 @contextmanager
 def gates_off(gated: RetentionGateModel) -> Iterator[None]:
-    gated.disable_adapter_layers()
+    """Inside the block the model is the base model; afterwards the gates are on again, unless they were off before."""
+    layers = gated.gated_layers
+    if layers and all(layer.disable_adapters for layer in layers):
+        yield
+        return
     try:
+        gated.disable_adapter_layers()
         yield
     finally:
         gated.enable_adapter_layers()
