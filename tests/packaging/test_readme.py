@@ -1,0 +1,36 @@
+"""README's Python blocks run in their order as they are written, on a small model that has the named one's place."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_run import make_model
+
+from retention_gates import RetentionGateConfig, RetentionTrainingArguments
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("the old ship sings over the sea and the storm " * 90, encoding="utf-8")
+    folder = make_model(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct", layers=2)
+    untrained = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), RetentionGateConfig(gate_width=16))
+    untrained.save_pretrained("checkpoints/smollm2_135m_instruct")
+    shorten = RetentionTrainingArguments.__init__
+    monkeypatch.setattr(
+        RetentionTrainingArguments,
+        "__init__",
+        lambda self, *args, **options: shorten(self, *args, **options | {"max_steps": 2, "use_cpu": True}),
+    )
+    names: dict[str, object] = {}
+    with torch.random.fork_rng():
+        for block in BLOCKS:
+            exec(compile(block, "README.md", "exec"), names)
+    assert len(BLOCKS) == 3 and (tmp_path / "book.memory.safetensors").is_file()
+    assert (tmp_path / "out" / "run").is_dir() and capsys.readouterr().out.strip()
