@@ -23,8 +23,8 @@ def checked_budgets(budgets: Any, layers: int, heads: int, memory_size: int, lea
         )
     if sum(entries) != memory_size * len(entries):
         raise ValueError(
-            f"budgets have {sum(entries) / len(entries):g} entries per head in the mean, which must be memory_size, "
-            f"not {memory_size}."
+            f"budgets have {sum(entries)} entries in all, which must be memory_size={memory_size} for each of the "
+            f"{len(entries)} heads: {memory_size * len(entries)}."
         )
     return [list(row) for row in budgets]
 
@@ -101,7 +101,7 @@ def check_room(model: nn.Module, slots: int, memory_size: int) -> None:
     wanted, there = slots * (2 * head_dim * weight.dtype.itemsize + 13), device_bytes(weight.device)
     if wanted > there:
         raise ValueError(
-            f"memory_size={memory_size} takes {wanted / 2**30:,.0f} GiB for one row of text ({slots:,} entries in all "
-            f"layers and heads), and {weight.device} has {there / 2**30:,.0f} GiB: choose at most "
-            f"{int(memory_size * there / wanted):,}."
+            f"memory_size={memory_size} takes {wanted // 2**30:,} GiB for one row of text ({slots:,} entries in all "
+            f"layers and heads), and {weight.device} has {there // 2**30:,} GiB: choose at most "
+            f"{memory_size * there // wanted:,}."
         )
