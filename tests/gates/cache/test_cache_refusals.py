@@ -40,7 +40,10 @@ from retention_gates.gates.simulation.simulated_cache import SimulatedCache
         (dict(memory_size=8, budgets=[[8, 8]]), r"\[4 gated layers\]\[2 KV heads\]"),
         (dict(memory_size=8, budgets=[[2, 14]] * 4), "at least 3"),
         (dict(memory_size=8, budgets=[[8.0, 8.0]] * 4), "integers"),
-        (dict(memory_size=9, budgets=[[8, 8]] * 4), "in the mean"),
+        (
+            dict(memory_size=9, budgets=[[8, 8]] * 4),
+            "64 entries in all, which must be memory_size=9 for each of the 8 heads: 72",
+        ),
         (dict(memory_size=8, buffer_size=0), "buffer_size=0"),
         (dict(memory_size=8, reserved=[(3, 9, 6)]), "memory_size=8 must be at least 9"),
         (dict(memory_size=8, reserved=[(3, 9)]), r"must be \(start, stop, entries\)"),

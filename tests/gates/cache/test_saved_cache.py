@@ -195,7 +195,10 @@ def put(key: str, index, value):
         (lambda t, s: s.update(tokens=2**24 + 1), "tokens=16777217, where a cache counts from 1 to 16777216"),
         (lambda t, s: s.update(tokens=20), "slot_positions are not all"),
         (lambda t, s: s.update(memory_size=10**12, budgets=[[10**12] * 2] * 4), "memory_size=1000000000000 takes"),
-        (lambda t, s: s.update(memory_size=13), "in the mean"),
+        (
+            lambda t, s: s.update(memory_size=13),
+            "96 entries in all, which must be memory_size=13 for each of the 8 heads: 104",
+        ),
         (lambda t, s: s.update(buffer_size=2), "slot_positions is not I64"),
         (lambda t, s: s.update(buffer_size=0), "buffer_size=0"),
         (lambda t, s: s.update(budgets=[[12, 12]] * 3), r"\[4 gated layers\]"),
