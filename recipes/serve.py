@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from transformers import PreTrainedTokenizerFast
 
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
-from retention_gates.recipes.serving.app import Limits, build_app
+from retention_gates.recipes.serving.admission import Limits
+from retention_gates.recipes.serving.app import build_app
 from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.rows import ChatRows
 
@@ -40,7 +41,13 @@ def main(options: argparse.Namespace) -> None:
     ends = model.generation_config.eos_token_id
     eos = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     engine = Engine(rows, count, tokenizer, eos=eos, most_waiting=options.max_waiting)
-    limits = Limits(rows.context, options.max_tokens, options.max_body_kib * 1024, options.timeout)
+    limits = Limits(
+        rows.context,
+        options.max_tokens,
+        body=options.max_body_kib * 1024,
+        timeout=options.timeout,
+        most_characters=options.max_characters,
+    )
     app = build_app(engine, tokenizer, options.name or options.adapter, limits)
     print(
         f"{count} chats at a time, {rows.bytes_per_row / 2**20:.2f} MiB each, however long; "
@@ -51,7 +58,8 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("memory_size", "max_chats", "max_tokens", "prefill_chunk_size", "max_body_kib", "max_waiting"):
+    whole = ("memory_size", "max_chats", "max_tokens", "prefill_chunk_size", "max_body_kib", "max_waiting")
+    for name in (*whole, "max_characters"):
         least = 0 if name == "max_waiting" else 1
         value = getattr(options, name)
         if value is not None and value < least:

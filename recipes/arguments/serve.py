@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk-size", type=int, default=512, metavar="T", help="tokens of a prompt read at a time (512)"
     )
     parser.add_argument("--max-body-kib", type=int, default=1024, metavar="KIB", help="of a request (default: 1024)")
+    parser.add_argument(
+        "--max-characters", type=int, metavar="N", help="of a prompt (default: 16 for each token of the context)"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a chat (default: 600)")
     parser.add_argument("--name", help="of the model, for clients (default: the adapter's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")

@@ -1,7 +1,7 @@
 """One request on its way through the engine, and what comes of it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from retention_gates.recipes.serving.sampling import Sampler, Sampling
@@ -34,7 +34,7 @@ class Chat:
 
     def __init__(
         self,
-        ids: list[int],
+        ids: Sequence[int],
         sampling: Sampling,
         deliver: Callable[[str | Ended], None],
         *,

@@ -5,6 +5,8 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
@@ -34,7 +36,7 @@ class Counts:
 
 
 class Engine:
-    """Decodes as many chats at a time as there are rows; `most_waiting` others wait, and the next are refused.
+    """Decodes as many chats at a time as there are rows; `most_waiting` others wait or are read, the next are refused.
 
     Between two steps at most one chunk of one prompt is read, so that a long prompt does not stop the others. An error
     ends the chats it concerns, never the thread.
@@ -50,6 +52,7 @@ class Engine:
         self.running: list[Chat | None] = [None] * count
         self.reading: Chat | None = None
         self.waiting: deque[Chat] = deque()
+        self.arriving = 0  # requests that are being read
         self.counts = Counts()
         self.failed_steps = 0  # in a row
         self._is_closed = False
@@ -68,26 +71,61 @@ class Engine:
         """Chats that have a row."""
         return sum(chat is not None for chat in self.running)
 
+    @property
+    def pending(self) -> int:
+        """Chats that wait for a row, and requests that are still being read."""
+        return len(self.waiting) + self.arriving
+
+    @contextmanager
+    def admitted(self) -> Iterator[Callable[[Chat], None]]:
+        """A place among those that wait, while a request is read; gives what hands its chat over.
+
+        Raises:
+            Refused: here or at the handing over, if the engine is closed; here, if as many wait as may.
+        """
+        with self._changed:
+            self._check_open()
+            waiting = self.pending
+            # those that a free row is there for do not wait for others
+            if waiting >= self.most_waiting + self.running.count(None):
+                self.counts.refused += 1
+                raise Refused(
+                    429,
+                    f"All {len(self.running)} places are taken and {waiting} requests wait.",
+                    code="server_busy",
+                    retry_after=self._retry_after(),
+                )
+            self.arriving += 1
+        is_arriving = True
+
+        def hand_over(chat: Chat) -> None:
+            nonlocal is_arriving
+            with self._changed:
+                self._check_open()
+                is_arriving = False
+                self.arriving -= 1
+                self.waiting.append(chat)
+                self._changed.notify()
+
+        try:
+            yield hand_over
+        finally:
+            if is_arriving:
+                with self._changed:
+                    self.arriving -= 1
+
     def submit(self, chat: Chat) -> None:
         """Takes a chat in.
 
         Raises:
             Refused: if the engine is closed or as many wait as may.
         """
-        with self._changed:
-            if self._is_closed:
-                raise Refused(503, "The server is shutting down.", code="shutting_down", retry_after=5)
-            # those that a free row is there for do not wait for others
-            if len(self.waiting) >= self.most_waiting + self.running.count(None):
-                self.counts.refused += 1
-                raise Refused(
-                    429,
-                    f"All {len(self.running)} places are taken and {len(self.waiting)} requests wait.",
-                    code="server_busy",
-                    retry_after=self._retry_after(),
-                )
-            self.waiting.append(chat)
-            self._changed.notify()
+        with self.admitted() as hand_over:
+            hand_over(chat)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise Refused(503, "The server is shutting down.", code="shutting_down", retry_after=5)
 
     def cancel(self, chat: Chat) -> None:
         """Ends a chat at the next step, wherever it is; nothing happens if it has ended."""
@@ -107,7 +145,7 @@ class Engine:
         """Seconds until the queue should be empty."""
         ended = self.counts.ended.get("stop", 0) + self.counts.ended.get("length", 0)
         each = self.counts.chat_seconds / ended if ended else 1.0
-        return min(60, max(1, math.ceil(each * len(self.waiting) / len(self.running))))
+        return min(60, max(1, math.ceil(each * self.pending / len(self.running))))
 
     # ---- in the thread ----
 
@@ -154,7 +192,7 @@ class Engine:
                 self.reading = self.waiting.popleft()
         chat = self.reading
         try:
-            chunk = chat.ids[chat.read : chat.read + self.rows.chunk_size]
+            chunk = list(chat.ids[chat.read : chat.read + self.rows.chunk_size])
             logits = self.rows.read(chunk, chat.read)
             chat.read += len(chunk)
             if chat.read < len(chat.ids):

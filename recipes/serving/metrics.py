@@ -35,7 +35,10 @@ class EngineCollector:
         yield first
         gauges = {
             "chats_running": ("Chats that have a row.", engine.active),
-            "chats_waiting": ("Chats that wait for one.", len(engine.waiting)),
+            "chats_waiting": (
+                "Chats that wait for one, those being read among them.",
+                len(engine.waiting) + engine.arriving,
+            ),
             "rows": ("Chats that can run at a time.", len(engine.running)),
             "cache_bytes": ("Held by the caches of all rows and of one prompt.", engine.rows.memory_bytes()),
             "row_bytes": ("Held by the cache of one row.", engine.rows.bytes_per_row),

@@ -43,6 +43,16 @@ class Wish:
     prompt: str | list[int] | None = None
     has_own_length: bool = True  # whether the request said max_tokens itself
 
+    @property
+    def where(self) -> str:
+        """The field that has the text."""
+        return "prompt" if self.messages is None else "messages"
+
+    @property
+    def characters(self) -> int:
+        """Of the text, or tokens if it is given as such."""
+        return len(self.prompt or ()) + sum(len(message["content"]) for message in self.messages or ())
+
 
 def bad(param: str | None, message: str) -> Refused:
     return Refused(400, message, code="invalid_value", param=param)

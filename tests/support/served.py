@@ -56,7 +56,8 @@ def served(files: Files, *, rows: int, memory_size: int = 8, most_waiting: int =
     import uvicorn
 
     from retention_gates.recipes.loading.models import load_model, load_tokenizer
-    from retention_gates.recipes.serving.app import Limits, build_app
+    from retention_gates.recipes.serving.admission import Limits
+    from retention_gates.recipes.serving.app import build_app
     from retention_gates.recipes.serving.engine import Engine
     from retention_gates.recipes.serving.rows import ChatRows
 
