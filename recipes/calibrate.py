@@ -12,7 +12,7 @@ from pathlib import Path
 
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
-from retention_gates.recipes.loading.output_folder import check_output, claim_output, copy_file, write_text
+from retention_gates.recipes.loading.output_folder import check_output, claim_output, copy_file, hold, write_text
 from retention_gates.recipes.loading.rows import load_rows, load_token_documents
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.evaluation.forward_passes import check_length
@@ -27,7 +27,9 @@ def main(options: argparse.Namespace) -> None:
             f"--adapter {adapter} is no folder with an {CONFIG}, which calibration changes. Download an adapter of "
             "the Hub first, with hf download."
         )
-    if options.output is not None:
+    if options.output is None:
+        hold(adapter)
+    else:
         check_output(options.output)
 
     name = base_name(options.model, options.adapter)

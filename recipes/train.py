@@ -31,6 +31,7 @@ from retention_gates.recipes.loading.run_config import RunConfig, differences, l
 from retention_gates.recipes.report.training_summary import SUMMARY, summarise
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.checkpoint import last_checkpoint, read_manifest
+from retention_gates.trainers.distributed.first_rank import on_first_rank
 from retention_gates.trainers.distributed.layout import check_same_run, engine_of, run_facts
 from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_row_length
 from retention_gates.trainers.evaluation.forward_passes import check_length
@@ -50,14 +51,19 @@ CHANGEABLE = (
 def main(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     output_dir = Path(str(config.training.output_dir))
-    if config.training.process_index == 0:  # before another rank could have written there
+
+    def check() -> None:
         check_run(output_dir, config)
         check_checkpoint(output_dir, config)
-    trainer, calibration_rows, readings = build(config)
-    if config.training.process_index == 0:
+
+    def begin() -> None:
         claim_output(output_dir)
+        check_run(output_dir, config)  # again: another run may have begun and ended since
         write_run(output_dir, config)
-    trainer.accelerator.wait_for_everyone()
+
+    on_first_rank(config.training, check)
+    trainer, calibration_rows, readings = build(config)
+    on_first_rank(config.training, begin)
     resuming = config.resume and any(output_dir.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resuming)
     if calibration_rows is not None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import Averages, JsonLinesLog, LogWhenSaving, ProgressLine, describe
 from retention_gates.trainers.checks import check_model, check_packing, keep_differentiable
 from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
-from retention_gates.trainers.distributed.layout import check_engine, check_same_run, engine_of, run_facts
+from retention_gates.trainers.distributed.first_rank import on_first_rank
+from retention_gates.trainers.distributed.layout import check_engine, engine_of, run_facts
 from retention_gates.trainers.distributed.sequence_parallel import RowGroups
 from retention_gates.trainers.distributed.sharding import gathered, whole
 from retention_gates.trainers.evaluation.contenders import Contender
@@ -40,6 +42,8 @@ from retention_gates.trainers.output_head import OutputHead
 from retention_gates.trainers.phases import PhaseClock, peak_memory
 from retention_gates.trainers.pictures import portray, show
 from retention_gates.trainers.rows import RowCollator, forward_arguments, set_shares
+from retention_gates.trainers.run_folder.resuming import find_start
+from retention_gates.trainers.run_folder.writing_alone import writing_alone
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
 from retention_gates.trainers.stop_if_diverged import check_progress, diverged
 
@@ -303,28 +307,19 @@ class RetentionTrainer(Trainer):
         """Trains, from the last checkpoint in output_dir with True, from the one named with a path.
 
         Raises:
-            ValueError: if there is no whole checkpoint to resume from, if it was written by another kind of run, or if
-                output_dir holds checkpoints and none was asked for.
+            ValueError: if there is no whole checkpoint to resume from, if it was written by another kind of run, if
+                output_dir holds checkpoints and none was asked for, or if another process is writing there.
         """
-        output_dir = self._output_dir
-        if self.args.should_save:
-            checkpoint.remove_unfinished(output_dir)
-        self.accelerator.wait_for_everyone()
-        if not resume_from_checkpoint:
-            if found := checkpoint.checkpoints_in(output_dir):
-                raise ValueError(
-                    f"{output_dir} holds the checkpoints of an earlier run, {found[-1].name} the last: resume with "
-                    "train(resume_from_checkpoint=True), or choose another output_dir."
-                )
-            return super().train(None, *args, **kwargs)
-        if resume_from_checkpoint is True:
-            barrier = self.accelerator.wait_for_everyone
-            source = checkpoint.last_checkpoint(output_dir, is_writer=self.args.should_save, barrier=barrier)
-        else:
-            source = Path(resume_from_checkpoint)
+        with ExitStack() as held:
+            on_first_rank(self.args, lambda: held.enter_context(writing_alone(self._output_dir)))
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        barrier = self.accelerator.wait_for_everyone
+        options: dict[str, Any] = {"is_writer": self.args.should_save, "barrier": barrier}
+        source = find_start(resume_from_checkpoint, self._output_dir, self._run_facts(), **options)
         if source is None:
-            raise ValueError(f"There is no checkpoint in {output_dir} to resume from: train without resuming.")
-        check_same_run(source, checkpoint.read_manifest(source), self._run_facts())
+            return super().train(None, *args, **kwargs)
         state = TrainerState.load_from_json(str(source / TRAINER_STATE_NAME))
         if 0 < self.args.max_steps <= state.global_step:  # transformers would train one more step
             self._load_from_checkpoint(str(source))

@@ -27,7 +27,7 @@ class ResultStore:
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / STORE
         self.found: dict[str, Records] = {}
-        self.whole = 0  # bytes of whole lines
+        self.whole = self.size = 0  # bytes of whole lines, and of the file
         if self.path.exists():
             self._read(self.path.read_bytes())
 
@@ -35,21 +35,30 @@ class ResultStore:
         return self.found.get(_key(unit))
 
     def add(self, results: Sequence[tuple[Unit, Records]]) -> None:
-        """Appends results; they are on the disk when this returns."""
+        """Appends results; they are on the disk when this returns.
+
+        Raises:
+            ValueError: if another process has written to the file.
+        """
         claim_output(self.path.parent)
         with open(self.path, "ab") as file:
+            if file.tell() != self.size:
+                raise ValueError(
+                    f"{self.path} was written by another process in the meantime: start again, to go on from its "
+                    "results, or name another folder."
+                )
             file.truncate(self.whole)
             for unit, records in results:
                 line = {"unit": unit, "records": records, "hash": of_value([unit, records])}
                 file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-            self.whole = file.tell()
+            self.whole = self.size = file.tell()
         self.found |= {_key(unit): records for unit, records in results}
 
     def _read(self, content: bytes) -> None:
         *lines, torn = content.split(b"\n")
-        self.whole = len(content) - len(torn)
+        self.whole, self.size = len(content) - len(torn), len(content)
         if torn:
             print(f"{self.path} ends in the middle of a line, as a stopped run leaves it: that result is dropped.")
         for number, text in enumerate(lines, start=1):

@@ -3,17 +3,23 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from retention_gates.trainers.run_folder.writing_alone import writing_alone
+
 MARKER = ".retention-gates"
+
+_held: dict[Path, ExitStack] = {}  # the folders of the command that runs
 
 
 def check_output(folder: str | Path) -> Path:
     """The folder, if a command may write there: it does not exist, is empty, or was written by one of our commands.
 
+    One that exists is held from now on, so that no other command writes there until this one has ended.
+
     Raises:
-        ValueError: if it is a file, or holds something that isn't ours.
+        ValueError: if it is a file, holds something that isn't ours, or another command is writing there.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -22,15 +28,37 @@ def check_output(folder: str | Path) -> Path:
         raise ValueError(
             f"The folder {folder} exists and was not written by retention-gates: name another one, or empty it first."
         )
+    if (folder / MARKER).is_file():
+        hold(folder)
     return folder
 
 
 def claim_output(folder: str | Path) -> Path:
-    """As `check_output`; then makes the folder and marks it as ours."""
+    """As `check_output`; then makes the folder, marks it as ours, and holds it."""
     folder = check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
+    hold(folder)
     return folder
+
+
+def hold(folder: Path) -> None:
+    """Keeps other commands from writing to an existing folder until this one ends.
+
+    Raises:
+        ValueError: if another one is writing there.
+    """
+    path = folder.resolve()
+    if path not in _held:
+        with ExitStack() as stack:
+            stack.enter_context(writing_alone(path))
+            _held[path] = stack.pop_all()
+
+
+def release_outputs() -> None:
+    """Lets other commands write where this one did."""
+    while _held:
+        _held.popitem()[1].close()
 
 
 @contextmanager

@@ -61,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.adapter = str(shipped.shipped_adapter(None if is_copy else model))
             if os.environ.get("RANK", "0") == "0":
                 _show_log("retention_gates.kernels")
-            importlib.import_module(f"retention_gates.recipes.{COMMANDS[options.command][0]}").main(options)
+            try:
+                importlib.import_module(f"retention_gates.recipes.{COMMANDS[options.command][0]}").main(options)
+            finally:
+                importlib.import_module("retention_gates.recipes.loading.output_folder").release_outputs()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
