@@ -4,15 +4,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from retention_gates.data.files import BadRow, check_text
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def encode_chat(
-    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, name: str = "chat"
+    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, place: str = "this chat"
 ) -> tuple[list[int], np.ndarray]:
     """Token ids of a chat in the tokenizer's template, and the mask of those that are targets: the assistant's turns.
 
@@ -23,20 +24,20 @@ def encode_chat(
     the template puts behind is no target.
 
     Args:
-        name: what the errors call this chat.
+        place: what the errors call this chat.
 
     Raises:
-        ValueError: no template, no assistant turn, a chat that the template refuses, or a template that rewrites
+        BadRow: no template, no assistant turn, a chat that the template refuses, or a template that rewrites
             earlier turns (some cut out the reasoning of all but the last).
     """
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(
-            f"{name!r} has no assistant turn (roles: {', '.join(message['role'] for message in messages)}), so it has "
+        raise BadRow(
+            f"{place} has no assistant turn (roles: {', '.join(message['role'] for message in messages)}), so it has "
             "no target to learn; drop it, or load its column as plain text"
         )
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template and can't encode {name!r}; use the "
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template and can't encode {place}; use the "
             "tokenizer of a chat model, or set tokenizer.chat_template"
         )
     try:
@@ -46,23 +47,27 @@ def encode_chat(
             )
             ids, targets = encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
         else:
-            ids, targets = _encode_by_prefixes(list(messages), tokenizer, name)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses {name!r}: {error}") from error
+            ids, targets = _encode_by_prefixes(list(messages), tokenizer, place)
+    except BadRow:
+        raise
+    except Exception as error:  # of any kind: a template is a program
+        raise BadRow(f"the tokenizer's chat template refuses {place} ({type(error).__name__}: {error})") from error
     if not targets.any():
-        raise ValueError(f"{name!r} has no target: the chat template marks none of its tokens as the assistant's")
+        raise BadRow(f"{place} has no target: the chat template marks none of its tokens as the assistant's")
     return ids, targets
 
 
 def _encode_by_prefixes(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, place: str
 ) -> tuple[list[int], np.ndarray]:
     def render(count: int, *, prompt: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+        text = str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+        check_text(text, place)
+        return text
 
     if messages[0]["role"] == "assistant":
-        raise ValueError(
-            f"{name!r} begins with an assistant turn, so nothing tells where the template's own text ends; drop that "
+        raise BadRow(
+            f"{place} begins with an assistant turn, so nothing tells where the template's own text ends; drop that "
             "turn, or use a template with {% generation %} blocks"
         )
     text = render(len(messages))
@@ -74,8 +79,8 @@ def _encode_by_prefixes(
             continue
         before, after = render(index, prompt=True), render(index + 1)
         if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
-            raise ValueError(
-                f"the chat template renders {name!r} up to turn {index} differently than inside the whole chat, so "
+            raise BadRow(
+                f"the chat template renders {place} up to turn {index} differently than inside the whole chat, so "
                 "the assistant's tokens can't be told exactly; use a template with {% generation %} blocks, or cut "
                 "the chats to a single assistant turn"
             )
@@ -88,8 +93,8 @@ def _encode_by_prefixes(
     ids, targets = ids + rest, targets + [False] * len(rest)
     whole = tokenizer.encode(text, add_special_tokens=False)
     if ids != whole and tokenizer.decode(ids) != tokenizer.decode(whole):
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} adds text when {name!r} is tokenised turn by turn; give it a "
+        raise BadRow(
+            f"the tokenizer {tokenizer.name_or_path!r} adds text when {place} is tokenised turn by turn; give it a "
             "chat template with {% generation %} blocks"
         )
     return ids, np.array(targets, dtype=bool)

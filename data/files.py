@@ -2,9 +2,11 @@
 
 import glob
 import json
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -12,9 +14,24 @@ TABLE_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = TABLE_SUFFIXES + TEXT_SUFFIXES
 
+BYTE_ORDER_MARK = "\ufeff"
+JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)  # strings, brackets and commas
+
 OnBadRow = Callable[[str], None]
-Record = tuple[str, dict[str, Any]]
-"""The name of a record, unique in its source, and its columns."""
+Row = tuple[str, Callable[[], Any]]
+"""Where a row is, and a function that gives it or raises BadRow."""
+
+
+class BadRow(ValueError):
+    """A row that cannot be read; the message says where it is, and why."""
+
+
+class Record(NamedTuple):
+    """A row of a table, or a text file."""
+
+    name: str  # unique in its source
+    columns: dict[str, Any]
+    place: str  # for messages: file and line
 
 
 def looks_local(source: str) -> bool:
@@ -64,61 +81,157 @@ def read_records(root: Path, files: list[Path], *, on_bad_row: OnBadRow | None =
     """Records of the files in order; a text file is one record whose only column is `text`.
 
     Args:
-        on_bad_row: gets what is wrong with a line of JSON lines that is none, which is then skipped. None: an error.
+        on_bad_row: gets what is wrong with a row that cannot be read, which is then skipped. None: an error.
+
+    Raises:
+        BadRow: a row that cannot be read.
+        ValueError: a file of which no further row can be read.
     """
     for file in files:
         name = file.relative_to(root).as_posix()
-        if file.suffix in TEXT_SUFFIXES:
-            yield file.relative_to(root).with_suffix("").as_posix(), {"text": _read_text(file)}
-        else:
-            rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file, on_bad_row)
-            for index, row in enumerate(rows):
-                yield f"{name}:{index}", row
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(file)!r} is not UTF-8 text ({error}); convert it first") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{str(file)!r} is not a Parquet file: {error}") from error
-    for batch in table.iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
-
-
-def _json_rows(file: Path, on_bad_row: OnBadRow | None) -> Iterator[dict[str, Any]]:
-    """Rows of JSON lines, or of one JSON list (a `.json` file that starts with a bracket)."""
-    with file.open(encoding="utf-8") as lines:
-        is_list = file.suffix == ".json" and lines.read(1) == "["
-        lines.seek(0)
-        if is_list:
-            rows: Iterator[tuple[int, Any]] = enumerate(_parse(lines.read(), file, 1), start=1)
-        else:
-            rows = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
-        for number, row in rows:
+        index = 0
+        for place, read in _rows(file):
             try:
-                row = row if is_list else _parse(row, file, number)
-                if not isinstance(row, dict):
-                    raise ValueError(
-                        f"{'entry' if is_list else 'line'} {number} of {str(file)!r} is a {type(row).__name__}; each "
-                        'must be an object such as {"text": "..."} or {"messages": [...]}'
+                columns = read()
+                if not isinstance(columns, dict):
+                    raise BadRow(
+                        f"{place} is a {type(columns).__name__}; each must be an object such as "
+                        '{"text": "..."} or {"messages": [...]}'
                     )
-            except ValueError as error:
+            except BadRow as error:
                 if on_bad_row is None:
                     raise
                 on_bad_row(str(error))
                 continue
-            yield row
+            if file.suffix in TEXT_SUFFIXES:
+                yield Record(file.relative_to(root).with_suffix("").as_posix(), columns, place)
+            else:
+                yield Record(f"{name}:{index}", columns, place)
+            index += 1
 
 
-def _parse(text: str, file: Path, line: int) -> Any:
+def check_text(text: str, place: str) -> None:
+    """Refuses a string that no tokenizer takes: one with halves of characters (lone surrogates).
+
+    Raises:
+        BadRow: naming the first of them.
+    """
     try:
-        return json.loads(text)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"{place} holds a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start + 1:,}: half "
+            "of a character, which no text can have; repair or drop the row"
+        ) from None
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    if file.suffix in TEXT_SUFFIXES:
+        yield repr(str(file)), partial(_read_text, file)
+    elif file.suffix == ".parquet":
+        yield from _parquet_rows(file)
+    else:
+        yield from _json_rows(file)
+
+
+def _read_text(file: Path) -> dict[str, str]:
+    try:
+        return {"text": file.read_text(encoding="utf-8-sig")}
+    except UnicodeDecodeError as error:
+        raise BadRow(f"{str(file)!r} is not UTF-8 text ({error}); convert it first") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{str(file)!r} is not a Parquet file: {error}") from error
+    try:
+        for batch in table.iter_batches(batch_size=1024):
+            try:
+                rows = batch.to_pylist()
+            except ValueError:  # the fault of some rows, each to be read alone
+                rows = None
+            for i in range(batch.num_rows):
+                number += 1
+                place = f"row {number:,} of {str(file)!r}"
+                read = partial(_parquet_row, batch.slice(i, 1), place) if rows is None else partial(_same, rows[i])
+                yield place, read
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{str(file)!r} is damaged behind row {number:,}: {error}") from error
+
+
+def _parquet_row(batch: pyarrow.RecordBatch, place: str) -> dict[str, Any]:
+    try:
+        (row,) = batch.to_pylist()
+    except ValueError as error:  # strings are decoded only now
+        raise BadRow(f"{place} cannot be read: {error}") from error
+    return dict(row)
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    """Rows of JSON lines, or of one JSON list (a `.json` file that starts with a bracket).
+
+    Bytes that are not UTF-8 are read as lone surrogates, so that only their row is lost.
+    """
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        is_list = file.suffix == ".json" and next((line.lstrip() for line in lines if line.strip()), "")[:1] == "["
+        lines.seek(0)
+        if is_list:
+            yield from _list_entries(lines.read(), file)
+            return
+        for number, line in enumerate(lines, start=1):
+            text = line.removeprefix(BYTE_ORDER_MARK)  # one stands inside where files were laid end to end
+            if text.strip():
+                yield f"line {number} of {str(file)!r}", partial(_parse, text, file, f"at line {number}")
+
+
+def _list_entries(text: str, file: Path) -> Iterator[Row]:
+    try:
+        text.encode()
+        entries = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{str(file)!r} is not valid JSON at line {line + error.lineno - 1}: {error.msg}") from error
+        raise ValueError(f"{str(file)!r} is not valid JSON at line {error.lineno}: {error.msg}") from error
+    except (ValueError, RecursionError):  # the fault of some entries, each to be parsed alone
+        for number, entry in enumerate(_split_list(text, file), start=1):
+            yield f"entry {number} of {str(file)!r}", partial(_parse, entry, file, f"in entry {number}")
+    else:
+        for number, entry in enumerate(entries, start=1):
+            yield f"entry {number} of {str(file)!r}", partial(_same, entry)
+
+
+def _same(entry: Any) -> Any:
+    return entry
+
+
+def _split_list(text: str, file: Path) -> Iterator[str]:
+    """The text of each entry of a JSON list."""
+    depth = start = 0
+    for token in JSON_TOKEN.finditer(text):
+        mark = token[0]
+        if mark in ("[", "{"):
+            depth += 1
+            start = token.end() if depth == 1 else start
+        elif mark in ("]", "}"):
+            depth -= 1
+        if (mark == "," and depth == 1) or depth == 0:
+            yield text[start : token.start()]
+            start = token.end()
+        if depth == 0:
+            return
+    raise ValueError(f"{str(file)!r} is not valid JSON: its list has no end")
+
+
+def _parse(text: str, file: Path, where: str) -> Any:
+    try:
+        text.encode("utf-8", "surrogateescape").decode("utf-8")
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise BadRow(f"{str(file)!r} is not UTF-8 text {where} ({error}); convert it first") from error
+    except RecursionError:
+        raise BadRow(f"{str(file)!r} is not valid JSON {where}: it is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"{str(file)!r} is not valid JSON {where}: {error.msg}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise BadRow(f"{str(file)!r} cannot be read {where}: {error}") from error

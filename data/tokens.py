@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from retention_gates.data.chat import encode_chat
-from retention_gates.data.files import OnBadRow
+from retention_gates.data.files import BadRow, OnBadRow, check_text
 from retention_gates.data.sources import Document
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -64,23 +64,39 @@ def tokenize_documents(
 def tokenize_batch(
     batch: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, on_bad_row: OnBadRow | None = None
 ) -> list[TokenDocument]:
-    """As `tokenize_documents`, all at once; `on_bad_row` gets what is wrong with a chat that is then left out."""
+    """As `tokenize_documents`, all at once; `on_bad_row` gets what is wrong with a document that is then left out."""
     prefix = document_prefix(tokenizer)
     texts = [document.text for document in batch if document.text is not None]
-    # verbose=False: a document longer than the model's positions is fine here, it is cut into rows later.
-    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    try:
+        encoded = iter(_encode(texts, tokenizer))
+    except Exception:  # the fault of some texts, each to be tokenised alone
+        encoded = None
     result = []
     for document in batch:
-        if document.text is not None:
-            result.append(TokenDocument(document.work, np.array(prefix + next(encoded), dtype=np.int32)))
-            continue
-        assert document.messages is not None
+        place = document.place or repr(document.work)
         try:
-            ids, targets = encode_chat(document.messages, tokenizer, name=document.work)
-        except ValueError as error:
+            if document.messages is None:
+                assert document.text is not None
+                ids = _encode_alone(document.text, tokenizer, place) if encoded is None else next(encoded)
+                result.append(TokenDocument(document.work, np.array(prefix + ids, dtype=np.int32)))
+            else:
+                ids, targets = encode_chat(document.messages, tokenizer, place=place)
+                result.append(TokenDocument(document.work, np.array(ids, dtype=np.int32), targets))
+        except BadRow as error:
             if on_bad_row is None:
                 raise
             on_bad_row(str(error))
-            continue
-        result.append(TokenDocument(document.work, np.array(ids, dtype=np.int32), targets))
     return result
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # verbose=False: a document longer than the model's positions is fine here, it is cut into rows later.
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
+
+
+def _encode_alone(text: str, tokenizer: PreTrainedTokenizerBase, place: str) -> list[int]:
+    check_text(text, place)
+    try:
+        return _encode([text], tokenizer)[0]
+    except Exception as error:  # of any kind, as the tokenizer pleases
+        raise BadRow(f"{place} cannot be tokenised ({type(error).__name__}: {error})") from error

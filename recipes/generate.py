@@ -130,7 +130,7 @@ def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is None:
         return options.text if options.prompt is None else options.prompt
     try:
-        return Path(options.prompt_file).read_text(encoding="utf-8")
+        return Path(options.prompt_file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt-file {options.prompt_file} cannot be read as UTF-8 text: {error}") from error
 

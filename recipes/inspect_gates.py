@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> None:
 def _tokens_of(file: Path, tokenizer: "PreTrainedTokenizerBase", length: int) -> "torch.Tensor":
     """The first `length` tokens of a text file, opened as the model's documents are."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--show {file} is not UTF-8 text ({error}): convert it first.") from error
     if not text.strip():

@@ -140,8 +140,8 @@ class Suite:
     def _local(self, source: str) -> Iterator[Record]:
         if not looks_local(source):
             raise ValueError(f"{self.name}: there is no file {source!r}; leave source out to load {self.hub_name}")
-        for name, columns in read_records(*find_files(source)):
-            yield Record(self.name, name, columns)
+        for row in read_records(*find_files(source)):
+            yield Record(self.name, row.name, row.columns)
 
     def _hub(self, subset: str) -> Iterator[Record]:
         import datasets  # 1-2 s to import

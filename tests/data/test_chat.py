@@ -1,4 +1,5 @@
 import pytest
+from chats import target_texts, with_template
 from transformers import PreTrainedTokenizerFast
 
 from retention_gates.data.chat import encode_chat
@@ -18,24 +19,6 @@ GENERATION_TEMPLATE = (
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
 )
-
-
-def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
-    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    other.chat_template = template
-    return other
-
-
-def target_texts(ids: list[int], targets, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of each run of targets."""
-    runs, previous = [], False
-    for token, is_target in zip(ids, targets.tolist(), strict=True):
-        if is_target and not previous:
-            runs.append([])
-        if is_target:
-            runs[-1].append(token)
-        previous = is_target
-    return [tokenizer.decode(run) for run in runs]
 
 
 def test_only_the_assistants_turns_are_targets(tokenizer):
@@ -74,10 +57,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [
-        (CHAT[:2], "{{ messages }}", "'m:7' has no assistant turn \\(roles: system, user\\).*no target"),
-        (CHAT[2:], CHAT_TEMPLATE, "'m:7' begins with an assistant turn"),
+        (CHAT[:2], "{{ messages }}", "line 7 has no assistant turn \\(roles: system, user\\).*no target"),
+        (CHAT[2:], CHAT_TEMPLATE, "line 7 begins with an assistant turn"),
         (CHAT, None, "has no chat template"),
-        (CHAT, "{{ raise_exception('turns must alternate') }}", "refuses 'm:7': turns must alternate"),
+        (
+            CHAT,
+            "{{ raise_exception('turns must alternate') }}",
+            "refuses line 7 \\(TemplateError: turns must alternate\\)",
+        ),
         (
             CHAT,
             "{{ messages[0]['content'] }}{% if false %}{% generation %}{% endgeneration %}{% endif %}",
@@ -87,7 +74,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 )
 def test_bad_chats_name_the_chat(tokenizer, messages, template, message):
     with pytest.raises(ValueError, match=message):
-        encode_chat(messages, with_template(tokenizer, template), name="m:7")
+        encode_chat(messages, with_template(tokenizer, template), place="line 7")
 
 
 def test_a_tokenizer_that_adds_text_to_each_part_is_refused():
@@ -102,7 +89,7 @@ def test_a_tokenizer_that_adds_text_to_each_part_is_refused():
         "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'user' %}:{% endif %}"
         "{% endfor %}"
     )
-    with pytest.raises(ValueError, match="adds text when 'chat' is tokenised turn by turn"):
+    with pytest.raises(ValueError, match="adds text when this chat is tokenised turn by turn"):
         encode_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], fast)
 
 

@@ -116,9 +116,13 @@ def test_a_hub_data_set_out_of_reach_is_a_value_error():
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"body": "x", "id": 1}], {}, "no column 'text' or 'messages' but body, id; set text_field"),
-        ([{"body": "x"}], {"text_field": "txt"}, "no column 'txt' in 'r.jsonl:0'; its columns are body"),
-        ([{"text": "x"}, {"body": "y"}], {}, "no column 'text' in 'r.jsonl:1'; its columns are body"),
+        (
+            [{"body": "x", "id": 1}],
+            {},
+            "no column 'text' or 'messages' in line 1 of '.*r.jsonl' but body, id; set text_field",
+        ),
+        ([{"body": "x"}], {"text_field": "txt"}, "no column 'txt' in line 1 of '.*r.jsonl'; its columns are body"),
+        ([{"text": "x"}, {"body": "y"}], {}, "no column 'text' in line 2 of '.*r.jsonl'; its columns are body"),
         ([{"text": "x"}], {"work_field": "book"}, "no column 'book'"),
         ([{"text": "x", "messages": CHAT}], {}, "set text_field or chat_field"),
         ([{"text": "x"}], {"text_field": "text", "chat_field": "messages"}, "exclude each other"),
