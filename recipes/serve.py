@@ -11,15 +11,14 @@ from importlib.util import find_spec
 from transformers import PreTrainedTokenizerFast
 
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
-from retention_gates.recipes.serving.admission import Limits
-from retention_gates.recipes.serving.app import build_app
+from retention_gates.recipes.serving.admission import Admission, Limits
 from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.rows import ChatRows
 
 
 def main(options: argparse.Namespace) -> None:
     _check(options)
-    import uvicorn
+    from retention_gates.recipes.serving.server import make_server
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
@@ -48,13 +47,18 @@ def main(options: argparse.Namespace) -> None:
         timeout=options.timeout,
         most_characters=options.max_characters,
     )
-    app = build_app(engine, tokenizer, options.name or options.adapter, limits)
+    admission = Admission(tokenizer, options.name or options.adapter, limits)
+    server = make_server(
+        engine, admission, host=options.host, port=options.port, shutdown_timeout=options.shutdown_timeout
+    )
     print(
         f"{count} chats at a time, {rows.bytes_per_row / 2**20:.2f} MiB each, however long; "
         f"{rows.memory_bytes() / 2**20:.1f} MiB in all",
         file=sys.stderr,
     )
-    uvicorn.run(app, host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=10)
+    server.run()
+    if not server.started:
+        raise ValueError(f"--host {options.host} --port {options.port}: the server did not start, as its log says.")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -64,7 +68,7 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be {least} or more.")
-    for name in ("timeout", "cache_gib"):
+    for name in ("timeout", "cache_gib", "shutdown_timeout"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0, and finite.")

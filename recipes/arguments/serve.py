@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-characters", type=int, metavar="N", help="of a prompt (default: 16 for each token of the context)"
     )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a chat (default: 600)")
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds in which chats that run may end after SIGTERM (default: 30)",
+    )
     parser.add_argument("--name", help="of the model, for clients (default: the adapter's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")

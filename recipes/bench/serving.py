@@ -66,8 +66,11 @@ def _read_stream(response: Any, answer: Answer, began: float) -> None:
             continue
         answer.first = answer.first or time.monotonic() - began
         last = line[6:].strip()
-        if last != b"[DONE]" and (usage := json.loads(last).get("usage")):
+        said = {} if last == b"[DONE]" else json.loads(last)
+        if usage := said.get("usage"):
             answer.tokens = usage["completion_tokens"]
+        if "error" in said:
+            answer.failure = f"the stream says {said['error']}"
     if last != b"[DONE]":
         answer.failure = f"the stream broke off after {last[:100]!r}"
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retention_gates.data.tokens import document_prefix
 from retention_gates.recipes.serving.chat import Refused
+from retention_gates.recipes.serving.engine import shutting_down
 from retention_gates.recipes.serving.protocol import Wish, bad, read_wish
 
 if TYPE_CHECKING:  # of the extra "serve"
@@ -54,9 +55,17 @@ class Admission:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self._large = asyncio.Semaphore(LARGE_AT_A_TIME)
+        self._open: set[asyncio.Timeout] = set()
+        self._is_closing = False
         self._threads = {
             is_large: ThreadPoolExecutor(1, thread_name_prefix="retention-gates-tokens") for is_large in (False, True)
         }
+
+    def interrupt(self) -> None:
+        """Refuses, from now on, what is still being read: the server shuts down."""
+        self._is_closing = True
+        for timeout in self._open:
+            timeout.reschedule(0)
 
     def close(self) -> None:
         for thread in self._threads.values():
@@ -68,7 +77,7 @@ class Admission:
         Raises:
             Refused: with what is wrong with the request, or if it takes too long.
         """
-        async with _limit(self.limits.timeout), self._body(request) as body:
+        async with self._limit(self.limits.timeout), self._body(request) as body:
             wish = read_wish(parsed(body), is_chat=is_chat, model=self.model, most_tokens=self.limits.most_tokens)
             body.clear()
             characters = wish.characters
@@ -86,17 +95,31 @@ class Admission:
         if length.isdigit() and (len(length) > 20 or int(length) > limit):
             raise _too_large(limit)
         body, parts = bytearray(), request.stream()
-        async with _limit(self.limits.body_timeout):
+        async with self._limit(self.limits.body_timeout):
             is_whole = await _append(body, parts, min(SMALL, limit))
         if is_whole:
             yield body
             return
         async with self._large:
-            async with _limit(self.limits.body_timeout):
+            async with self._limit(self.limits.body_timeout):
                 is_whole = await _append(body, parts, limit)
             if not is_whole:
                 raise _too_large(limit)
             yield body
+
+    @asynccontextmanager
+    async def _limit(self, seconds: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(seconds) as timeout:
+                self._open.add(timeout)
+                try:
+                    yield
+                finally:
+                    self._open.discard(timeout)
+        except TimeoutError:
+            if self._is_closing:
+                raise shutting_down() from None
+            raise Refused(408, f"The request was not complete after {seconds:g} s.", code="timeout") from None
 
     def _check_characters(self, wish: Wish, characters: int) -> None:
         what, most = ("characters", self.limits.characters)
@@ -191,12 +214,3 @@ async def _append(body: bytearray, parts: AsyncIterator[bytes], limit: int) -> b
 
 def _too_large(limit: int) -> Refused:
     return Refused(413, f"The body is larger than {limit} bytes.", code="body_too_large")
-
-
-@asynccontextmanager
-async def _limit(seconds: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise Refused(408, f"The request was not complete after {seconds:g} s.", code="timeout") from None

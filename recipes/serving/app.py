@@ -6,9 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-
-from retention_gates.recipes.serving.admission import Admission, Limits
+from retention_gates.recipes.serving.admission import Admission
 from retention_gates.recipes.serving.chat import Refused
 from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.metrics import metrics_text
@@ -19,7 +17,7 @@ if TYPE_CHECKING:  # of the extra "serve"
     from fastapi import FastAPI
 
 
-def build_app(engine: Engine, tokenizer: "PreTrainedTokenizerFast", model: str, limits: Limits) -> "FastAPI":
+def build_app(engine: Engine, admission: Admission) -> "FastAPI":
     """The application; it starts the engine and, when it ends, closes it."""
     from fastapi import FastAPI
     from starlette.concurrency import run_in_threadpool
@@ -27,7 +25,7 @@ def build_app(engine: Engine, tokenizer: "PreTrainedTokenizerFast", model: str, 
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
 
-    admission = Admission(tokenizer, model, limits)
+    model, limits = admission.model, admission.limits
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -90,7 +88,8 @@ def build_app(engine: Engine, tokenizer: "PreTrainedTokenizerFast", model: str, 
 
     @app.get("/health")
     async def health() -> Response:
-        state = {"status": "ok" if engine.is_healthy else "failing", "running": engine.active}
+        status = "stopping" if engine.is_draining else "ok" if engine.is_healthy else "failing"
+        state = {"status": status, "running": engine.active}
         state |= {"waiting": engine.pending, "rows": len(engine.running)}
         return JSONResponse(state, status_code=200 if engine.is_healthy else 503)
 

@@ -46,6 +46,7 @@ class Chat:
         self.arrived = time.monotonic()  # seconds
         self.deadline = self.arrived + timeout
         self.is_cancelled = False
+        self.is_waiting = True  # until its prompt begins to be read
         self.read = 0  # tokens of the prompt
         self.tokens = 0  # of the answer
         self.last = 0  # the token that enters next

@@ -55,6 +55,7 @@ class Engine:
         self.arriving = 0  # requests that are being read
         self.counts = Counts()
         self.failed_steps = 0  # in a row
+        self.is_draining = False
         self._is_closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="retention-gates-engine", daemon=True)
@@ -64,7 +65,7 @@ class Engine:
 
     @property
     def is_healthy(self) -> bool:
-        return self._thread.is_alive() and not self._is_closed and self.failed_steps < UNHEALTHY
+        return self._thread.is_alive() and not self.is_draining and self.failed_steps < UNHEALTHY
 
     @property
     def active(self) -> int:
@@ -124,8 +125,8 @@ class Engine:
             hand_over(chat)
 
     def _check_open(self) -> None:
-        if self._is_closed:
-            raise Refused(503, "The server is shutting down.", code="shutting_down", retry_after=5)
+        if self.is_draining:
+            raise shutting_down()
 
     def cancel(self, chat: Chat) -> None:
         """Ends a chat at the next step, wherever it is; nothing happens if it has ended."""
@@ -133,10 +134,21 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
+    @property
+    def unfinished(self) -> int:
+        """Chats and requests that have a place, wherever they are."""
+        return self.active + (self.reading is not None) + self.pending
+
+    def drain(self) -> None:
+        """Takes in no more chats and ends those that wait; the others go on."""
+        with self._changed:
+            self.is_draining = True
+            self._changed.notify()
+
     def close(self) -> None:
         """Ends every chat with an error and the thread with them."""
         with self._changed:
-            self._is_closed = True
+            self.is_draining = self._is_closed = True
             self._changed.notify()
         self._thread.join()
         self.rows.close()
@@ -162,8 +174,7 @@ class Engine:
                 self._decode()
             except Exception as error:  # what is not of one chat
                 self._fail_all(error)
-        closing = Refused(503, "The server is shutting down.", code="shutting_down", retry_after=5)
-        self._end_all("error", closing)
+        self._end_all("error", shutting_down())
 
     def _chats(self) -> list[Chat]:
         with self._changed:
@@ -175,6 +186,8 @@ class Engine:
         for chat in self._chats():
             if chat.is_cancelled:
                 self._end(chat, "cancelled")
+            elif self.is_draining and chat.is_waiting:
+                self._end(chat, "error", shutting_down())
             elif now > chat.deadline:
                 took = f"The answer was not complete after {now - chat.arrived:.0f} s."
                 self._end(chat, "timeout", Refused(504, took, code="timeout"))
@@ -190,6 +203,7 @@ class Engine:
                         return
                     self.rows.reset()
                 self.reading = self.waiting.popleft()
+                self.reading.is_waiting = False
         chat = self.reading
         try:
             chunk = list(chat.ids[chat.read : chat.read + self.rows.chunk_size])
@@ -273,6 +287,10 @@ class Engine:
             self.rows.reset()
         except Exception:  # a device that is lost: what comes next fails as well, and is_healthy says so
             logger.exception("The rows could not be reset")
+
+
+def shutting_down() -> Refused:
+    return Refused(503, "The server is shutting down.", code="shutting_down", retry_after=5)
 
 
 def _failure(error: Exception) -> Refused:

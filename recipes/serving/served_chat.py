@@ -66,10 +66,10 @@ class ServedChat:
                     yield event(form.piece(one))
             if self.ended.error is not None:
                 yield event(error_object(self.ended.error))
-                return
-            yield event(form.piece(None, self.ended.reason))
-            if self.wish.wants_usage:
-                yield event(form.last(self.ended))
+            else:
+                yield event(form.piece(None, self.ended.reason))
+                if self.wish.wants_usage:
+                    yield event(form.last(self.ended))
             yield event("[DONE]")
         finally:  # also if the client has left
             watcher.cancel()

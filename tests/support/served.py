@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class Reply:
 
 
 class Client:
+    server: Any = None  # behind it, if it is in this process, and its thread
+    thread: Any = None
+
     def __init__(self, port: int):
         self.port = port
 
@@ -51,30 +55,56 @@ class Client:
 
 
 @contextlib.contextmanager
-def served(files: Files, *, rows: int, memory_size: int = 8, most_waiting: int = 300, **limits: Any):
-    """Gives a client and the engine behind the endpoint."""
-    import uvicorn
+def started(client, length, sent):
+    """A request of which so many bytes have come, and no more do."""
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as line:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        line.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + b" " * sent)
+        yield line
 
+
+def wait_for(happens):
+    deadline = time.monotonic() + 10
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def served(
+    files: Files,
+    *,
+    rows: int,
+    memory_size: int = 8,
+    most_waiting: int = 300,
+    shutdown_timeout: float = 10.0,
+    **limits: Any,
+):
+    """Gives a client and the engine behind the endpoint."""
     from retention_gates.recipes.loading.models import load_model, load_tokenizer
-    from retention_gates.recipes.serving.admission import Limits
-    from retention_gates.recipes.serving.app import build_app
+    from retention_gates.recipes.serving.admission import Admission, Limits
     from retention_gates.recipes.serving.engine import Engine
     from retention_gates.recipes.serving.rows import ChatRows
+    from retention_gates.recipes.serving.server import make_server
 
     tokenizer = load_tokenizer(str(files.model))
     tokenizer.chat_template = TEMPLATE
     model = load_model(None, str(files.adapter))
     chat_rows = ChatRows(model, memory_size, rows=rows, chunk_size=16)
     engine = Engine(chat_rows, rows, tokenizer, eos=set(), most_waiting=most_waiting)
-    app = build_app(engine, tokenizer, "tiny", Limits(chat_rows.context, **({"most_tokens": 100} | limits)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    admission = Admission(tokenizer, "tiny", Limits(chat_rows.context, **({"most_tokens": 100} | limits)))
+    server = make_server(
+        engine, admission, host="127.0.0.1", port=0, shutdown_timeout=shutdown_timeout, log_level="warning"
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Client(server.servers[0].sockets[0].getsockname()[1]), engine
+        client = Client(server.servers[0].sockets[0].getsockname()[1])
+        client.server, client.thread = server, thread
+        yield client, engine
     finally:
         server.should_exit = True
         thread.join()

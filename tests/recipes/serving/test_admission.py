@@ -1,7 +1,6 @@
 """The way into the engine: places, bodies, characters and tokens, at bounded memory and in nobody's way."""
 
 import json
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import served
+from served import served, started, wait_for
 from tiny_adapter import make_files
 
 from retention_gates.recipes.serving.admission import Admission, Limits, parsed
@@ -50,22 +49,6 @@ def growth():
     finally:
         is_over.set()
         watcher.join()
-
-
-@contextmanager
-def started(client, length, sent):
-    """A request of which so many bytes have come, and no more do."""
-    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as line:
-        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        line.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + b" " * sent)
-        yield line
-
-
-def wait_for(happens):
-    deadline = time.monotonic() + 10
-    while not happens():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("most_characters, number, most_growth", [(None, 45, 60), (2 * MEBI, 12, 160)])

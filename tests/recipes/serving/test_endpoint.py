@@ -176,7 +176,7 @@ def test_an_error_of_the_model_before_and_in_a_stream(endpoint, monkeypatch):
 
     monkeypatch.setattr(engine.rows, "step", failing)
     reply = client.ask(CHAT, message("king", **GREEDY, stream=True))
-    assert reply.status == 200 and reply.events[-1]["error"]["code"] == "model_error"
+    assert reply.status == 200 and reply.events[-2]["error"]["code"] == "model_error" and reply.events[-1] == "[DONE]"
     calls.clear()
     reply = client.ask(CHAT, message("king", **GREEDY))
     assert reply.status == 500 and reply.json["error"]["type"] == "server_error"
