@@ -152,13 +152,31 @@ class EvictingLayer(CacheLayerMixin):
         """Why a row cannot be taken out of this layer and go on in another; None if it can."""
         return f"a {type(self).__name__} has no rows of its own"
 
-    def copy_row(self, row: int, other: Any, other_row: int) -> None:
-        """Overwrites one row by a row of another layer like this one.
+    @property
+    def why_rows_keep_columns(self) -> str | None:
+        """Why a row can go on only in a layer that has read as many columns as its own; None if in any."""
+        return None
+
+    @property
+    def step_period(self) -> int:
+        """Columns after which steps do the same again: a row evicts as it does alone if it starts at a multiple."""
+        return 1
+
+    def copy_rows(self, rows: torch.Tensor, other: Any, other_rows: torch.Tensor) -> None:
+        """Overwrites these rows, int64 [n], each by a row of another layer like this one.
 
         Raises:
             ValueError: where rows cannot be copied.
         """
         raise ValueError(f"A row cannot be copied: {self.why_rows_stay}.")
+
+    def begin_at(self, column: int) -> None:
+        """Lets an empty layer begin at this column, as if so many of padding had been read.
+
+        Raises:
+            ValueError: for layers whose rows cannot be copied.
+        """
+        raise ValueError(f"A cache begins at a column above 0 where its rows can be copied: {self.why_rows_stay}.")
 
     def saved_state(self) -> dict[str, torch.Tensor]:
         """Tensors by name that a memory file holds of this layer."""

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.attention.cache_layer import EvictingLayer, storage_bytes
 from retention_gates.gates.cache.checks import (
+    check_integer,
     check_room,
     check_rows,
+    why_rows_stay,
 )
 from retention_gates.gates.cache.evicting_cache import EvictingCache
 from retention_gates.gates.cache.feedback_layer import FeedbackSlotLayer
@@ -137,19 +140,50 @@ class BoundedCache(EvictingCache):
             layer.memory_bytes() if isinstance(layer, EvictingLayer) else storage_bytes(layer) for layer in self.layers
         )
 
+    @property
+    def why_rows_stay(self) -> str | None:
+        """Why no row can be taken out of this cache and go on in another; None if it can."""
+        return why_rows_stay(self.layers)
+
     def copy_row(self, row: int, other: "BoundedCache", other_row: int = 0) -> None:
-        """Overwrites one row of the batch by a row of another cache, whose text then goes on in this one.
+        """Overwrites one row of the batch by a row of another cache, as `copy_rows` does several."""
+        self.copy_rows([row], other, [other_row])
+
+    def copy_rows(self, rows: Sequence[int], other: "BoundedCache", other_rows: Sequence[int]) -> None:
+        """Overwrites rows of the batch by rows of another cache, whose texts then go on in this one.
 
         Rows need not be equally long: the next token of each has its own position, which the caller passes as
-        position_ids. Both caches must have read something, so that their slots are allocated.
+        position_ids. Both caches must have read something, so that their slots are allocated. Policies that are fed
+        back want caches that have read equally many columns, see `begin_at`.
 
         Raises:
             ValueError: for caches that differ in model, budgets or what they protect, rows that do not exist, and
                 layers or policies of which a row cannot be taken by itself.
         """
-        check_rows(self.layers, other.layers, row, other_row)
-        for layer, source in zip(self.gated_layers, other.gated_layers, strict=True):
-            layer.copy_row(row, source, other_row)
+        check_rows(self.layers, other.layers, rows, other_rows)
+        device = self.gated_layers[0].device
+        to, source = torch.tensor(rows, device=device), torch.tensor(other_rows, device=device)
+        for layer, other_layer in zip(self.gated_layers, other.gated_layers, strict=True):
+            layer.copy_rows(to.to(layer.device), other_layer, source.to(layer.device))
+
+    def begin_at(self, column: int) -> None:
+        """Lets an empty cache begin at this column, as if so many columns of padding had been read.
+
+        A text that is read from there can join a batch that has come so far, by `copy_rows`.
+
+        Raises:
+            ValueError: for a cache that has read something, or whose rows cannot be copied.
+        """
+        check_integer("column", column, least=0)
+        if not self.is_empty:
+            raise ValueError(
+                f"begin_at({column}): the cache has read {self.gated_layers[0].columns} tokens. Call cache.reset() "
+                "before."
+            )
+        if self.why_rows_stay is not None:
+            raise ValueError(f"begin_at({column}) is for caches whose rows can be copied: {self.why_rows_stay}.")
+        for layer in self.gated_layers:
+            layer.begin_at(column)
 
     def fork(self) -> "BoundedCache":
         """A copy of its own, so that one memory can be asked many questions: ask each of another fork."""

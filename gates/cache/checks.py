@@ -64,22 +64,38 @@ def check_integer(name: str, value: object, least: int, most: int | None = None)
     raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}, as a Python int.")
 
 
-def check_rows(layers: Sequence[Any], other_layers: Sequence[Any], row: int, other_row: int) -> None:
-    """Raises ValueError unless a row of one cache's layers can go on in those of another."""
+def why_rows_stay(layers: Sequence[Any]) -> str | None:
+    """Why a row cannot be taken out of a cache with these layers and go on in another; None if it can."""
+    reasons = (
+        layer.why_rows_stay if isinstance(layer, EvictingLayer) else f"a {type(layer).__name__} is not gated"
+        for layer in layers
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def check_rows(
+    layers: Sequence[Any], other_layers: Sequence[Any], rows: Sequence[int], other_rows: Sequence[int]
+) -> None:
+    """Raises ValueError unless these rows of one cache's layers can go on in those of another."""
+    if (reason := why_rows_stay(layers) or why_rows_stay(other_layers)) is not None:
+        raise ValueError(
+            f"copy_row takes rows of gated layers with budgets of each layer, in 16 or 32 bits: {reason}."
+        )
+    if len(rows) != len(other_rows) or len(set(rows)) != len(rows):
+        raise ValueError(f"rows={list(rows)} must be different ones, one for each of other_rows={list(other_rows)}.")
     for layer, source in zip(layers, other_layers, strict=True):
-        for one in (layer, source):
-            reason = one.why_rows_stay if isinstance(one, EvictingLayer) else f"a {type(one).__name__} is not gated"
-            if reason is not None:
-                raise ValueError(
-                    "copy_row takes rows of gated layers under a policy known ahead, such as retention, with budgets "
-                    f"of each head: {reason}."
-                )
         if layer.rule != source.rule or layer.owner() is not source.owner():
             raise ValueError("copy_row wants two caches of one model, made and pinned in the same way.")
-        for name, index, cache_layer in (("row", row, layer), ("other_row", other_row, source)):
-            rows = cache_layer.batch_size if cache_layer.is_initialized else 0
-            if not 0 <= index < rows:
-                raise ValueError(f"{name}={index} must be one of the cache's {rows} rows, from 0.")
+        for name, wanted, cache_layer in (("row", rows, layer), ("other_row", other_rows, source)):
+            there = cache_layer.batch_size if cache_layer.is_initialized else 0
+            for index in wanted:
+                if not 0 <= index < there:
+                    raise ValueError(f"{name}={index} must be one of the cache's {there} rows, from 0.")
+        if layer.columns != source.columns and (reason := layer.why_rows_keep_columns) is not None:
+            raise ValueError(
+                f"The caches have read {layer.columns} and {source.columns} columns, and {reason}: let the other one "
+                "begin_at a column so that both have read equally many when the row is copied."
+            )
 
 
 def device_bytes(device: torch.device) -> int:

@@ -203,8 +203,12 @@ class FeedbackSlotLayer(SlotLayer):
         return (self.columns + 1) % self.rule.interval == 0 if self.rule.interval > 1 else None
 
     @property
-    def why_rows_stay(self) -> str | None:
-        return f"policy={self.policy.name!r} with budgets as they are looks at what all heads of a row hold"
+    def why_rows_keep_columns(self) -> str | None:
+        return f"policy={self.policy.name!r} keeps numbers that may count from the first column"
+
+    @property
+    def step_period(self) -> int:
+        return self.rule.interval
 
 
 def _barred(chunk: Chunk) -> torch.Tensor:

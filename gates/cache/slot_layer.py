@@ -52,6 +52,7 @@ class SlotLayer(EvictingLayer):
     def __init__(self, rule: EvictionRule, owner: nn.Module):
         super().__init__(rule, owner)
         self.head_offsets = self._offsets()
+        self.first_column = 0  # padding before it was never read
         self.takes_gate_output = isinstance(rule.policy, ScoredPolicy) and rule.policy.is_log_beta
 
     def _offsets(self) -> tuple[int, ...]:
@@ -72,8 +73,8 @@ class SlotLayer(EvictingLayer):
             self.score = torch.zeros(shape, dtype=torch.float32, device=self.device)
             self.slot_positions = torch.full(shape, -1, dtype=torch.int64, device=self.device)
             self.pending = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            self.start = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-            self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.start = torch.full((self.batch_size,), self.first_column, dtype=torch.int64, device=self.device)
+            self.seen = torch.full((), self.first_column, dtype=torch.int64, device=self.device)
             self._read_rule()
         self.is_initialized = True
 
@@ -248,24 +249,32 @@ class SlotLayer(EvictingLayer):
         """Numbers of an entry's key and value together."""
         return self.keys.shape[-1] + self.values.shape[-1]
 
-    def copy_row(self, row: int, other: "SlotLayer", other_row: int) -> None:
-        """Overwrites one row by another layer's, as if both had read their last token at the same step.
+    def copy_rows(self, rows: torch.Tensor, other: "SlotLayer", other_rows: torch.Tensor) -> None:
+        """Overwrites rows by another layer's, as if both layers had read their last token at the same step.
 
         What this layer has read of other rows stays as it is. Nothing is allocated and nothing asked of the device.
         """
         ahead = (other.seen - self.seen).clamp(min=0)  # columns are counted from 0, so the other's must fit
-        self._shift_columns(slice(None), ahead)
+        self.slot_positions += ahead.where(self.slot_positions >= 0, 0)
+        self.start += ahead
         self.seen += ahead
         self.columns = max(self.columns, other.columns)
+        behind = self.seen - other.seen
         for name in self.row_state:
-            getattr(self, name)[row].copy_(getattr(other, name)[other_row])
-        self._shift_columns(slice(row, row + 1), self.seen - other.seen)
+            taken = getattr(other, name).index_select(0, other_rows)
+            if name == "slot_positions":
+                taken += behind.where(taken >= 0, 0)
+            elif name == "start":
+                taken += behind
+            getattr(self, name).index_copy_(0, rows, taken)
         self.is_empty = False
 
-    def _shift_columns(self, rows: slice, columns: torch.Tensor) -> None:
-        held = self.slot_positions[rows]
-        held += columns.where(held >= 0, 0)
-        self.start[rows] += columns
+    def begin_at(self, column: int) -> None:
+        assert self.is_empty
+        self.columns = self.first_column = column
+        if self.is_initialized:
+            self.start.fill_(column)
+            self.seen.fill_(column)
 
     def positions(self, head: int) -> torch.Tensor:
         """Positions that a KV head holds between two steps, [B, S] ascending, -1 where it holds fewer than S."""
@@ -319,6 +328,7 @@ class SlotLayer(EvictingLayer):
 
     def reset(self) -> None:
         super().reset()
+        self.first_column = 0
         if self.is_initialized:
             self.slot_positions.fill_(-1)
             for name in ("pending", "start", "seen"):

@@ -58,7 +58,7 @@ class ChatRows:
                 f"{', '.join(others)}), and rows of those cannot join a batch that is under way: serve a model and an "
                 "adapter with a gate in every layer."
             )
-        reasons = {layer.why_rows_stay for layer in self.cache.gated_layers} - {None}
+        reasons = {layer.why_rows_stay or layer.why_rows_keep_columns for layer in self.cache.gated_layers} - {None}
         if reasons:
             raise ValueError(
                 f"budgets={self.cache.budgets_from!r} move between heads while text is read, which rows that come "

@@ -75,8 +75,48 @@ def test_refusals():
         (BoundedCache(model, MEMORY), 0, "other_row=0 must be one of the cache's 0 rows"),
         (filled(buffer_size=2), 0, "made and pinned in the same way"),
         (filled(pin=(0, 4)), 0, "made and pinned in the same way"),
-        (filled(policy="h2o"), 0, "takes rows of gated layers under a policy known ahead"),
+        (filled(policy="h2o"), 0, "made and pinned in the same way"),
     ):
         with pytest.raises(ValueError, match=message):
             one.copy_row(row, other)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(one.layers, before, strict=True))
+
+
+@torch.no_grad()
+def test_rows_of_caches_that_begin_late_join_at_equal_columns():
+    model, ids = gated_model(), token_ids(3, 30)
+
+    def begun(column, rows, policy="h2o", **options):
+        cache = BoundedCache(model, MEMORY, policy=policy, **options)
+        cache.begin_at(column)
+        model(input_ids=rows, past_key_values=cache)
+        return cache
+
+    one = begun(10, ids[:, :20])
+    before = [layer.keys.clone() for layer in one.layers]
+    for other, message in (
+        (begun(0, ids[:1, :20]), "have read 30 and 20 columns, and policy='h2o' keeps numbers"),
+        (begun(11, ids[:1, :20]), "have read 30 and 31 columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one.copy_row(1, other)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(one.layers, before, strict=True))
+    with pytest.raises(ValueError, match=r"rows=\[1, 1\] must be different ones"):
+        one.copy_rows([1, 1], begun(10, ids[:, :20]), [0, 1])
+    one.copy_rows([2, 0], begun(21, ids[:2, :9]), [1, 0])
+    alone = BoundedCache(model, MEMORY, policy="h2o")
+    model(input_ids=ids[1:2, :9], past_key_values=alone)
+    for joined, wanted in zip(one.gated_layers, alone.gated_layers, strict=True):
+        assert torch.equal((joined.slot_positions - 21)[2].clamp(min=-1), wanted.slot_positions[0])
+        torch.testing.assert_close(joined.state[2], wanted.state[0])
+        assert joined.start.tolist() == [21, 10, 21]
+
+    with pytest.raises(ValueError, match=r"begin_at\(3\): the cache has read 30 tokens"):
+        one.begin_at(3)
+    one.reset()
+    one.begin_at(4)
+    assert one.get_seq_length() == 4
+    with pytest.raises(ValueError, match=r"begin_at\(5\) is for caches whose rows can be copied: budgets=\"global\""):
+        begun(5, ids, policy="retention", budgets="global")
+    with pytest.raises(ValueError, match="column=-1 must be an integer of at least 0"):
+        begun(-1, ids)
