@@ -26,7 +26,7 @@ test-gpu: ## the tests that need a GPU, with whatever torch and Triton `python` 
 	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu $(ARGS)
 
 # Also with the Python that is active, which should have a GPU, and must have the two packages with the base models.
-COMMAND = PYTHONPATH=src PYTHONSAFEPATH=1 $(PYTHON) -c 'import sys, retention_gates.cli as cli; sys.exit(cli.main(sys.argv[2:]))' --
+COMMAND = PYTHONPATH=src PYTHONSAFEPATH=1 $(PYTHON) -m retention_gates
 compare: out/compare/smollm2/adapter out/compare/gemma3/adapter ## gates and all rivals on two small models, on a GPU; ARGS="text.rows=2"
 	$(COMMAND) evaluate recipes/runs/compare_smollm2.yaml $(ARGS)
 

@@ -1,6 +1,7 @@
 """The distillation loss with cuBLAS products and one Triton kernel over chunks of logits. See README.md."""
 
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -171,18 +172,31 @@ def _dtype_of_losses(student: Tensor) -> torch.dtype:
 
 
 @_distill_loss.register_fake
-def _(student, teacher, weights, biases, targets, mask, scale, softcap, kl, next_token, chunk_size, differentiate):
+def _(
+    student: Tensor,
+    teacher: Any,
+    weights: Any,
+    biases: Any,
+    targets: Any,
+    mask: Any,
+    scale: Any,
+    softcap: Any,
+    kl: Any,
+    next_token: Any,
+    chunk_size: Any,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total, forward_kl, next_token_loss = (student.new_empty((), dtype=_dtype_of_losses(student)) for _ in range(3))
     gradient = student.new_empty(student.shape if differentiate else 0)
     return total, forward_kl, next_token_loss, gradient
 
 
-def _save_gradient(ctx, inputs, output) -> None:
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[3])
     ctx.shards = len(inputs[2]), len(inputs[3])
 
 
-def _backward(ctx, grad_total, *_):
+def _backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Any, ...]:
     (gradient,) = ctx.saved_tensors
     weights, biases = ([None] * count for count in ctx.shards)
     return gradient * (grad_total / len(gradient)), None, weights, biases, *[None] * 8

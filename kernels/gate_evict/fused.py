@@ -1,6 +1,7 @@
 """Eviction in place as one Triton kernel per layer and token, an operator that torch.compile and graphs take."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,5 +156,5 @@ def _gate_evict(
 
 
 @_gate_evict.register_fake
-def _(*arguments):
-    return None
+def _(*arguments: Any) -> None:
+    pass

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -259,7 +259,7 @@ def _attend(
 
 @_ragged_decode_attention.register_fake
 @_ragged_decode_attention_received.register_fake
-def _(query, keys, values, *others):
+def _(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Tensor:
     return _empty_output(query, values).transpose(1, 2)
 
 

@@ -123,7 +123,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query, key, value, *others):
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return _empty_output(query, value)
 
 
@@ -247,7 +247,9 @@ def _sinks_gradient(
 
 
 @_backward.register_fake
-def _(gradient, query, key, value, log_beta, sinks, *others):
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, log_beta: Tensor, sinks: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
     *_, needs_query, needs_key_value = others
     return _empty_gradients(query, key, value, log_beta, sinks, needs_query, needs_key_value)
 
@@ -272,13 +274,13 @@ def _empty_gradients(
     )
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, log_beta, sinks, first, last, until, ctx.scale, ctx.softcap, ctx.gaussian = inputs
     ctx.save_for_backward(query, key, value, log_beta, sinks, first, last, until, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, gradient, _):
+def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     *inputs, output, lse = ctx.saved_tensors
     d_query, d_key, d_value, d_log_beta, d_sinks = torch.ops.retention_gates.retention_attention_backward(

@@ -1,5 +1,7 @@
 """The fused forms: their launches, and the op that torch.compile and autograd see. See README.md in this folder."""
 
+from typing import Any
+
 import torch
 import triton
 
@@ -45,12 +47,12 @@ def _(
     return log_beta.new_empty(log_beta.shape)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     log_beta, document_ids, ctx.over_heads, ctx.linear = inputs
     ctx.save_for_backward(log_beta, document_ids)
 
 
-def _differentiate(ctx, gradient: torch.Tensor):
+def _differentiate(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     log_beta, document_ids = ctx.saved_tensors
     return _backward_op(gradient, log_beta, document_ids, ctx.over_heads, ctx.linear), None, None, None
 

@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 @rms_norm.register_fake
-def _(x, weight, epsilon):
+def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _empty(x)
 
 

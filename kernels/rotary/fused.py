@@ -1,5 +1,7 @@
 """Queries and keys of some tokens rotated by one Triton kernel, an operator that compilers and graphs take."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -70,7 +72,7 @@ def _rotary(
 
 
 @_rotary.register_fake
-def _(query, key, cos, sin, query_norm, query_epsilon, key_norm, key_epsilon):
+def _(query: Tensor, key: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return _empty(query), _empty(key)
 
 

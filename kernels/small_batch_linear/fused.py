@@ -1,7 +1,7 @@
 """Up to four linear layers of the same few rows as one Triton kernel, an operator that compilers and graphs take."""
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -122,7 +122,7 @@ def _small_batch_linear(
 
 
 @_small_batch_linear.register_fake
-def _(x, weights, biases, silu, residual, multiply):
+def _(x: Tensor, weights: Sequence[Tensor], biases: Any, silu: Any, residual: Any, multiply: bool) -> list[Tensor]:
     return _empty(x, weights, multiply)
 
 

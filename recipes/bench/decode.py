@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config, StaticCache
 from transformers.cache_utils import Cache
 
@@ -296,8 +297,6 @@ def replay_ms(cache: BoundedCache) -> tuple[float, float]:
 
 def print_kernels(cache: BoundedCache, top: int = 25) -> None:
     """Where the time of one replay goes."""
-    from torch.profiler import ProfilerActivity, profile
-
     assert cache.decode_step is not None and cache.decode_step.captures
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(5):

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -112,8 +113,6 @@ def text_of(path: Path | None) -> str:
     """The file, or the help on Python's language that comes with it."""
     if path is not None:
         return path.read_text(encoding="utf-8")
-    from pydoc_data.topics import topics
-
     return "\n\n".join(topics.values())
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from retention_gates.kernels.retention_attention import fused, naive, retention_attention, tiles
 from retention_gates.kernels.retention_attention.tiles import Tile
@@ -59,9 +60,7 @@ def plain_attention(inputs: dict[str, Any], backend: SDPBackend) -> Callable[[],
     return attend
 
 
-def flex_attention(inputs: dict[str, Any]) -> Callable[[], Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+def decayed_flex_attention(inputs: dict[str, Any]) -> Callable[[], Tensor]:
     query, key, value, log_beta = inputs.values()
     group, tokens = query.shape[1] // key.shape[1], query.shape[2]
     mask = create_block_mask(lambda b, h, t, i: t >= i, None, None, tokens, tokens)
@@ -108,7 +107,7 @@ def measure() -> Iterator[Measurement]:
             "flash SDPA, no bias": (plain_attention(inputs, SDPBackend.FLASH_ATTENTION), plain),
         }
         if tokens == 16384:
-            contenders["FlexAttention, score_mod"] = (flex_attention(inputs), inputs)
+            contenders["FlexAttention, score_mod"] = (decayed_flex_attention(inputs), inputs)
         case = f"T={tokens} HQ={HQ} H={H} D={D} bf16"
         limit = flops(tokens) / rate / 1e9
         for name, (attend, wanted) in contenders.items():

@@ -41,6 +41,7 @@ from retention_gates.recipes.bench.train_step import (
     peak_memory,
 )
 from retention_gates.recipes.bench.wire import bytes_per_step
+from retention_gates.recipes.loading.models import load_base
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.trainer import RetentionTrainer
 
@@ -190,8 +191,6 @@ def start(layers: int) -> list[Measurement]:
 
 
 def first_step(folder: str) -> None:
-    from retention_gates.recipes.loading.models import load_base
-
     model = get_peft_model(load_base(folder, device="cuda"), RetentionGateConfig())
     with tempfile.TemporaryDirectory() as output:
         arguments = RetentionTrainingArguments(

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from retention_gates.compat import check_versions
+from retention_gates.process import is_command, stop
 from retention_gates.registration import register
 
 if TYPE_CHECKING:
@@ -56,5 +57,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-check_versions()
+try:
+    check_versions()
+except (ImportError, ValueError) as error:
+    if not is_command():
+        raise
+    stop(error)
 register()

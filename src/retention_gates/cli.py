@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from retention_gates.process import PROGRAM
+
 # command -> (its module in recipes, whose arguments are in recipes/arguments, and one line of help)
 COMMANDS = {
     "train": ("train", "train gates on a base model, as a YAML file says"),
@@ -20,7 +22,6 @@ COMMANDS = {
     "push": ("push", "upload an adapter and its model card to the Hub"),
     "convert": ("convert", "turn the authors' released gates into an adapter, or an adapter into their form"),
 }
-PROGRAM = "retention-gates"
 SHIPPED = "shipped"  # the adapter that comes with the package for the base model
 
 

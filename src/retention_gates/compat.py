@@ -1,9 +1,10 @@
 """What this package needs to know of other packages: the releases it was tested with, and their private names."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import Version
@@ -20,8 +21,11 @@ def check_versions() -> None:
     """Warns if an installed version is newer than the tested ones, or between releases (dev, alpha, rc).
 
     Raises:
+        ModuleNotFoundError: if one is not installed.
         ValueError: if one is older, since it lacks what this package needs.
     """
+    if missing := [package for package in TESTED if not _is_installed(package)]:
+        raise ModuleNotFoundError(f"{sys.executable} has no {', '.join(missing)}. {_install(missing)}")
     older, untested = [], []
     for package, (oldest, newest) in TESTED.items():
         installed = Version(version(package))
@@ -45,6 +49,13 @@ def requirement(package: str) -> str:
     oldest, newest = TESTED[package]
     major, minor = Version(newest).release
     return f"{package}>={oldest},<{major}.{minor + 1}"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def _installed(packages: Sequence[str]) -> str:

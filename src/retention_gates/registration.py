@@ -6,6 +6,7 @@ own import where it comes later.
 """
 
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -27,13 +28,21 @@ def register() -> None:
 class AfterPeft(MetaPathFinder):
     """Finds PEFT where the other finders do, and registers the method when it has been imported."""
 
+    def __init__(self) -> None:
+        self.asking = threading.local()
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != PEFT:
+        # another finder that asks all others, too, would come back here for ever
+        if fullname != PEFT or getattr(self.asking, "others", False):
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        self.asking.others = True
+        try:
+            others = (finder for finder in [*sys.meta_path] if finder is not self and hasattr(finder, "find_spec"))
+            spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        finally:
+            self.asking.others = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

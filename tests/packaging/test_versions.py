@@ -1,9 +1,11 @@
 """What pyproject.toml promises, what is pinned and what the package says of installed versions belong together."""
 
+import os
 import subprocess
 import sys
 import tomllib
 import warnings
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from retention_gates import compat
+from retention_gates import compat, process
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -106,31 +108,89 @@ def test_older_versions_are_an_error(monkeypatch, name, installed):
     assert str(error.value).endswith(f"are tested). Install tested releases: pip install '{compat.requirement(name)}'")
 
 
-def run(package: str, installed: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own, in which a package has this version."""
-    program = f"""
-import importlib.metadata, sys
-real = importlib.metadata.version
-importlib.metadata.version = lambda name: {installed!r} if name == {package!r} else real(name)
-try:
-    from retention_gates.cli import main
-finally:
-    print("torch" in sys.modules)
-main({list(arguments)})
-"""
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+def test_what_is_not_installed_is_named_with_the_python_that_lacks_it(monkeypatch):
+    def version(name: str) -> str:
+        if name != "transformers":
+            raise PackageNotFoundError(name)
+        return "5.17.0"
 
-
-def test_an_old_version_stops_the_command_before_all_else():
-    result = run("transformers", "5.16.1", "--version")
-    assert result.returncode == 1 and result.stdout.strip() == "False"
-    assert result.stderr.splitlines()[-1].startswith(
-        "ValueError: retention-gates does not run with transformers 5.16.1"
+    monkeypatch.setattr(compat, "version", version)
+    with pytest.raises(ModuleNotFoundError) as error:
+        compat.check_versions()
+    assert str(error.value).startswith(
+        f"{sys.executable} has no torch, peft. Install tested releases: pip install 'tor"
     )
 
 
+# Python runs this before the program: a package has another version, and at the end it says whether torch was imported
+OTHER_VERSION = """
+import atexit, importlib.metadata, sys
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: {installed!r} if name == {package!r} else real(name)
+atexit.register(lambda: print("torch" in sys.modules))
+"""
+COMMAND = str(Path(sys.executable).parent / "retention-gates")
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """Gives a function that runs a program with which a package has this version."""
+
+    def run(package: str, installed: str, *program: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION.format(package=package, installed=installed))
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        return subprocess.run(
+            program, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+        )
+
+    return run
+
+
+COMMANDS = {
+    "the command": (COMMAND, "--version"),
+    "a module": (sys.executable, "-m", "retention_gates", "--version"),
+    "a module and an option": (sys.executable, "-Pm", "retention_gates", "--version"),
+    "a module of recipes": (sys.executable, "-m", "retention_gates.recipes.train"),
+}
+
+
+@pytest.mark.parametrize("way", COMMANDS)
+def test_an_old_version_stops_the_command_before_all_else_with_one_line(run, way):
+    result = run("transformers", "5.16.1", *COMMANDS[way])
+    assert result.returncode == 2 and result.stdout.strip() == "False"
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        "retention-gates: error: retention-gates does not run with transformers 5.16.1 (releases of"
+    )
+    assert line.endswith(f"pip install '{compat.requirement('transformers')}'")
+
+
+@pytest.mark.parametrize(
+    "program", [("-c", "import retention_gates"), ("-m", "other"), ("other.py", "retention_gates")]
+)
+def test_an_old_version_is_an_error_in_another_program(run, tmp_path, program):
+    (tmp_path / "other.py").write_text("import retention_gates.cli")
+    result = run("transformers", "5.16.1", sys.executable, *program)
+    assert result.returncode == 1 and result.stdout.strip() == "False"
+    assert result.stderr.splitlines()[-1].startswith("ValueError: retention-gates does not run with transformers")
+
+
+def test_files_of_recipes_are_the_command_too(monkeypatch, tmp_path):
+    for started, expected in {
+        ROOT / "recipes" / "train.py": True,
+        ROOT / "recipes" / "bench" / "decode.py": True,
+        ROOT / "tests" / "packaging" / "test_versions.py": False,
+        ROOT / "recipes" / "-c": False,
+        tmp_path / "retention-gates.exe": True,
+    }.items():
+        monkeypatch.setattr(sys, "argv", [str(started)])
+        assert process.is_command() == expected, started
+    monkeypatch.setattr(sys, "argv", [])
+    assert not process.is_command()
+
+
 @pytest.mark.slow  # imports torch and transformers once more, 8 s
-def test_a_command_warns_once():
-    result = run("transformers", "5.99.0", "--version")
+def test_a_command_warns_once(run):
+    result = run("transformers", "5.99.0", COMMAND, "--version")
     assert result.returncode == 0 and "retention-gates 0" in result.stdout
     assert result.stderr.count("not tested with transformers 5.99.0") == 1
