@@ -1,4 +1,4 @@
-"""Is this the base model that the adapter was trained on? Shapes must agree; names and revisions should."""
+"""Is this the base model that the adapter was trained on? Shapes must agree; names, revisions and roundings should."""
 
 import hashlib
 import json
@@ -14,11 +14,13 @@ SAMPLED = 1024  # numbers of each weight that the fingerprint looks at
 # What stands behind a model's name in that of a GGUF file: how it is quantised (".Q4_1", "-UD-Q4_K_XL", "-f16"), and
 # which part of several it is.
 QUANTISATION = re.compile(r"([.-](UD-)?(I?Q|TQ|B?F|FP|MXFP)\d\w*)?(-\d{5}-of-\d{5})?$", re.IGNORECASE)
+WHOLE = "none"  # a rounding: weights of 16 or 32 bits
+WHOLE_TYPES = ("F32", "F16", "BF16")  # of GGUF files
 UNNAMED = ("", "model", "ggml-model", "weights")  # file names that say nothing of the model
 
 
 class BaseMismatchWarning(UserWarning, ValueError):
-    """The base model fits the adapter but is called otherwise, or is another revision than the one it was trained on.
+    """The base model fits the adapter but is called otherwise, or is another revision or rounding of what it knows.
 
     `warnings.simplefilter("error", BaseMismatchWarning)` makes it an error, which is a ValueError then.
     """
@@ -46,6 +48,15 @@ def warn_if_another_base(config: Any, model: Any) -> None:
             BaseMismatchWarning,
             stacklevel=2,
         )
+    recorded_rounding, found = config.base_rounding, rounding(model)
+    if recorded_rounding and found and recorded_rounding != found:
+        warnings.warn(
+            f"The adapter was trained on {_weights(recorded_rounding)}, and this base model has {_weights(found)}: "
+            "hidden states of another rounding of one base differ a little. Measure with retention-gates evaluate "
+            "what that costs, or load the weights that the adapter was trained on.",
+            BaseMismatchWarning,
+            stacklevel=2,
+        )
 
 
 def identity(model: Any) -> tuple[str, str | None]:
@@ -55,6 +66,31 @@ def identity(model: Any) -> tuple[str, str | None]:
     """
     name, revision = _split_snapshot(getattr(model, "name_or_path", "") or "")
     return name, getattr(model.config, "_commit_hash", None) or revision
+
+
+def note_file(config: Any, gguf_file: str, file_rounding: str | None) -> None:
+    """Notes in a model's config the GGUF file that its weights are from, and how they were rounded there."""
+    config.gguf_source = {"file": gguf_file, "rounding": file_rounding}
+
+
+def rounding(model: Any) -> str | None:
+    """Of the base model's weights: none, Q4_K_M as GGUF files say, bitsandbytes-4bit, ...; None if it does not say."""
+    config = model.config
+    if source := getattr(config, "gguf_source", None):
+        return WHOLE if source["rounding"] in WHOLE_TYPES else source["rounding"]
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return WHOLE
+    said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = said.get("quant_method")
+    if method is None:
+        return None
+    bits = [f"-{bits}bit" for bits in (4, 8) if said.get(f"load_in_{bits}bit")]
+    return f"{getattr(method, 'value', method)}{bits[0] if bits else ''}"
+
+
+def _weights(name: str) -> str:
+    return "whole weights" if name == WHOLE else f"weights rounded to {name}"
 
 
 def display_name(name: str, gguf_file: str | None = None) -> str:
@@ -72,7 +108,9 @@ def display_name(name: str, gguf_file: str | None = None) -> str:
 
 
 def _gguf_file(model: Any) -> str | None:
-    """The GGUF file that the weights were read from, as transformers notes it."""
+    """The GGUF file that the weights were read from, as our commands or transformers note it."""
+    if source := getattr(model.config, "gguf_source", None):
+        return source["file"]
     quantization = getattr(model.config, "quantization_config", None)
     return getattr(quantization, "gguf_file", None)
 

@@ -39,7 +39,7 @@ class _Method(str):
 
 PEFT_TYPE = _Method("RETENTION_GATE")
 GATE_TYPES = ("mlp", "linear", "tied_mlp")
-TEXTS = ("base_model_name_or_path", "revision", "peft_version", "target_modules", "weights_sha256")
+TEXTS = ("base_model_name_or_path", "base_rounding", "revision", "peft_version", "target_modules", "weights_sha256")
 # What module_pattern makes, and nothing else: no pattern out of a file is wrong, or takes long to match.
 _NAME = r"(?:\w|\\\.)"  # of a module, dots escaped
 _LAYERS = rf"{_NAME}+\\\.\(\d+(?:\|\d+)*\)\\\.{_NAME}*"
@@ -86,6 +86,12 @@ class RetentionGateConfig(PeftConfig):
     hidden_size: int | None = field(default=None, metadata={"help": "Filled in: the base model's hidden size."})
     num_key_value_heads: int | None = field(
         default=None, metadata={"help": "Filled in: the base model's KV heads per layer."}
+    )
+    base_rounding: str | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: how the base's weights were rounded in training: none, Q4_K_M, ...; None: unknown."
+        },
     )
     budget_shares: list[list[float]] | None = field(
         default=None,

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from retention_gates.compat import attention_implementation, set_attention_implementation
-from retention_gates.gates.adapter.base_identity import check_same, identity, warn_if_another_base
+from retention_gates.gates.adapter.base_identity import check_same, identity, rounding, warn_if_another_base
 from retention_gates.gates.adapter.checks import check_digest, check_state_dict, digest
 from retention_gates.gates.adapter.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.adapter.families import full_attention_layers, key_value_heads, module_pattern, text_config
@@ -206,8 +206,9 @@ class RetentionGateModel(BaseTuner):
             )
         if peft_config.awaits_weights:
             warn_if_another_base(peft_config, model)
-        elif peft_config.revision is None:
-            peft_config.revision = identity(model)[1]
+            return
+        peft_config.revision = peft_config.revision or identity(model)[1]
+        peft_config.base_rounding = peft_config.base_rounding or rounding(model)
 
     def _create_and_replace(
         self,

@@ -25,7 +25,10 @@ CODE = (
     *(f"trainers/evaluation/{name}.py" for name in SCORING),
 )
 # what a config says of its origin rather than of the numbers that the model computes
-ORIGIN = ("_name_or_path", "base_model_name_or_path", "revision", "transformers_version", "inference_mode")
+ORIGIN = (
+    *("_name_or_path", "base_model_name_or_path", "base_rounding", "gguf_source", "revision"),
+    *("transformers_version", "inference_mode"),
+)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -14,8 +14,15 @@ SCALING_NUMBERS = {  # name in the file -> in a config's rope_parameters
 }
 
 
-def check_gguf(path: str | Path, load_config: Callable[[], PreTrainedConfig]) -> None:
-    """Raises ValueError if the model would attend to other positions than the file says.
+class GgufFacts(NamedTuple):
+    """Facts of a file beside its positions."""
+
+    rounding: str | None  # Q4_K_M; None if it does not say
+    has_tokenizer: bool
+
+
+def check_gguf(path: str | Path, load_config: Callable[[], PreTrainedConfig]) -> GgufFacts:
+    """What the file says; raises ValueError if the model would attend to other positions than that.
 
     Gates would be trained, and texts written, at wrong angles or across the edge of a window.
 
@@ -28,6 +35,12 @@ def check_gguf(path: str | Path, load_config: Callable[[], PreTrainedConfig]) ->
         reader = gguf.GGUFReader(path)
         said = {name: field.contents() for name, field in reader.fields.items() if _is_of_positions(name)}
         architecture = reader.fields["general.architecture"].contents()
+        file_type = reader.fields.get("general.file_type")
+        names = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
+        facts = GgufFacts(
+            rounding=None if file_type is None else names.get(file_type.contents()),
+            has_tokenizer="tokenizer.ggml.model" in reader.fields,
+        )
         factors = [t.name for t in reader.tensors if t.name in FREQUENCY_FACTORS and bool((t.data != 1).any())]
     except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
         raise ValueError(f"{path} is no whole GGUF file ({error!r}): download it again.") from error
@@ -38,7 +51,7 @@ def check_gguf(path: str | Path, load_config: Callable[[], PreTrainedConfig]) ->
     is_scaled = bool(scaling) and scaling.get("type", "linear") != "none" and scaling.get("factor") not in (0, 1)
     is_windowed = window not in (None, 0) and _least(window) < _least(of_model.get("context_length", 2**62))
     if not (is_scaled or is_windowed or factors):
-        return
+        return facts
     config = load_config().get_text_config(decoder=True)
     left_out = [f"the tensor {name}" for name in factors]
     if is_scaled and not any(_is_same(scaling, rope) for rope in _rotary_embeddings(config)):
@@ -51,6 +64,7 @@ def check_gguf(path: str | Path, load_config: Callable[[], PreTrainedConfig]) ->
             "the model would attend to other positions than it was trained for: name its original weights "
             "(safetensors) instead, or a GGUF file of a model without."
         )
+    return facts
 
 
 def _is_of_positions(name: str) -> bool:

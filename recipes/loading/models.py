@@ -21,9 +21,11 @@ from transformers.utils import cached_file
 
 from retention_gates.checkpoints.hub import download_adapter
 from retention_gates.compat import note_commit
+from retention_gates.gates.adapter.base_identity import note_file
 from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.policies import POLICIES, find_policy
 from retention_gates.recipes.arguments.shared import DTYPES
+from retention_gates.recipes.loading.gguf_conversion import find_kept, keep
 from retention_gates.recipes.loading.gguf_header import check_gguf
 
 QUANTIZATIONS = ("8bit", "4bit")
@@ -58,15 +60,18 @@ def load_base(
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     # False: a base that needs code of its own is refused at once, rather than asked about; adapters name bases
-    options: dict[str, Any] = {**_model_options(name, gguf_file), "trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": False}
+    where = name
+    _check_place(name, gguf_file)
     if revision is not None and not Path(name).is_dir():
         options["revision"] = revision
     if gguf_file is not None:
-        commit = options.get("revision")
-        path = str(cached_file(name, gguf_file, revision=commit))
-        check_gguf(path, lambda: load_base_config(name, gguf_file, commit))
-        # weights left in their blocks could not be trained through
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        path = str(cached_file(name, gguf_file, revision=options.get("revision")))
+        kept = find_kept(path, (dtype,)) or keep(path, dtype, lambda: _convert(name, gguf_file, path, chosen, options))
+        if kept is None:
+            model = _convert(name, gguf_file, path, chosen, options)[0]
+            return (model if stay else model.to(place)).eval()  # type: ignore[arg-type]
+        where, options = str(kept), {"trust_remote_code": False}
     if quantization is not None:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",
@@ -75,7 +80,8 @@ def load_base(
             bnb_4bit_compute_dtype=torch.float32 if place.type == "cpu" else torch.bfloat16,
         )
         options["device_map"] = {"": place}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, **options)
+    model.name_or_path = model.config.name_or_path = name  # adapters record the model, not where its weights are kept
     note_commit(model.config, _commit_in_cache(name, revision))  # as older transformers note it: adapters record it
     placed = stay or quantization is not None
     return (model if placed else model.to(place)).eval()  # type: ignore[arg-type]
@@ -109,12 +115,13 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
 
 def load_base_config(name: str, gguf_file: str | None = None, revision: str | None = None) -> "PreTrainedConfig":
     """The config of the decoder in a base model, without its weights."""
-    options = _model_options(name, gguf_file) | ({} if revision is None else {"revision": revision})
-    return AutoConfig.from_pretrained(name, trust_remote_code=False, **options).get_text_config(decoder=True)
+    where, options = _small_files(name, gguf_file, revision)
+    return AutoConfig.from_pretrained(where, trust_remote_code=False, **options).get_text_config(decoder=True)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_model_options(name, gguf_file))
+    where, options = _small_files(name, gguf_file)
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
 
 
 def load_model(
@@ -198,8 +205,8 @@ def _device(device: "str | torch.device | None") -> "torch.device":
     return place
 
 
-def _model_options(name: str, gguf_file: str | None) -> dict[str, str]:
-    """What from_pretrained gets for GGUF weights, or nothing; looks into `name` first, if it is a folder."""
+def _check_place(name: str, gguf_file: str | None) -> None:
+    """Raises ValueError if `name` is a folder without a model's files, or looks like one that is missing."""
     folder = Path(name)
     if name.startswith((".", "/")) and not folder.exists():
         raise ValueError(f"There is no folder {name}: name the folder of a model, or a model of the Hub.")
@@ -209,8 +216,37 @@ def _model_options(name: str, gguf_file: str | None) -> dict[str, str]:
             f"The folder {name} has no {gguf_file or 'config.json'}: name the folder of a model, or one of the GGUF "
             f"files in it ({found})."
         )
+
+
+def _small_files(name: str, gguf_file: str | None, revision: str | None = None) -> tuple[str, dict[str, str]]:
+    """Where from_pretrained finds config and tokenizer, and what else it gets: reading a GGUF file takes it long."""
+    _check_place(name, gguf_file)
+    options = {} if revision is None else {"revision": revision}
     if gguf_file is None:
-        return {}
+        return name, options
+    kept = find_kept(str(cached_file(name, gguf_file, revision=revision)), DTYPES)
+    if kept is not None and (kept / "tokenizer_config.json").is_file():
+        return str(kept), {}
+    _check_gguf_package()
+    return name, options | {"gguf_file": gguf_file}
+
+
+def _convert(
+    name: str, gguf_file: str, path: str, dtype: "str | torch.dtype", options: dict[str, Any]
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    """Model and tokenizer, if there is one, of a GGUF file, with whole weights."""
+    _check_gguf_package()
+    options = options | {"gguf_file": gguf_file}
+    facts = check_gguf(path, lambda: load_base_config(name, gguf_file, options.get("revision")))
+    # weights left in their blocks could not be trained through
+    blocks = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=blocks, **options)
+    if hasattr(model.config, "quantization_config"):  # it holds for the file only
+        del model.config.quantization_config
+    note_file(model.config, gguf_file, facts.rounding)
+    return model, AutoTokenizer.from_pretrained(name, **options) if facts.has_tokenizer else None
+
+
+def _check_gguf_package() -> None:
     if find_spec("gguf") is None:
         raise ValueError("Weights in a GGUF file need the package gguf: pip install gguf.")
-    return {"gguf_file": gguf_file}

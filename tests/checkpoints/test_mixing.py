@@ -2,11 +2,11 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_gguf import SIZES, write_gguf
 from tiny_models import tiny_model
 
 from retention_gates import BoundedCache, RetentionGateConfig, find_gated_model
@@ -100,38 +100,6 @@ def test_several_gates_switched_between_requests(tmp_path):
         assert torch.equal(generate(model), alone[name]), name
     with model.disable_adapter():
         assert torch.equal(model(IDS).logits, tiny_model()(IDS).logits)
-
-
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "vocab_size": 96}  # blocks have 32 weights
-
-
-def write_gguf(folder, model) -> str:
-    """The model with its matrices in 4-bit blocks (Q4_1), under the names of the format."""
-    gguf = pytest.importorskip("gguf", reason="needs the extra demo")
-    config = model.config
-    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        array, kind = tensor.numpy(), gguf.GGMLQuantizationType.F32
-        if array.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q4_1
-            array = gguf.quants.quantize(np.ascontiguousarray(array), kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return "tiny.gguf"
 
 
 def test_gates_on_a_base_out_of_4_bit_blocks(tmp_path):
