@@ -1,7 +1,7 @@
 """Which rank computes which row of a step, so that no rank waits long for another."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -17,6 +17,8 @@ class CostedRows(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
     def cost(self, index: int) -> float: ...
+
+    def document_facts(self) -> dict[str, Any]: ...
 
 
 class BalancedRows(Dataset[Row]):
@@ -37,6 +39,9 @@ class BalancedRows(Dataset[Row]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def document_facts(self) -> dict[str, Any]:
+        return self.rows.document_facts()
 
     def __getitem__(self, index: int) -> Row:
         step, place = divmod(index, self.rows_per_step)

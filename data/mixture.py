@@ -2,11 +2,13 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from retention_gates.data.document_facts import document_facts
 from retention_gates.data.packing import PackedRows, Row, check_row_length, check_targets
 from retention_gates.data.tasks import Filler, build_tasks
 from retention_gates.data.tokens import TokenDocument, document_prefix
@@ -78,6 +80,9 @@ class TrainingRows(Dataset[Row]):
             return task.training_row(self._filler, self.row_length, self.seed, tasks_before)
         rows, row = self._text_row(index - tasks_before)
         return rows[row]
+
+    def document_facts(self) -> dict[str, Any]:
+        return document_facts(self.documents)
 
     def cost(self, index: int) -> float:
         """Sum of the squares of the lengths of a row's documents, which attention's time goes with."""

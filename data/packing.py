@@ -1,12 +1,13 @@
 """Packs token documents into full rows of one length, each document at positions of its own."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from retention_gates.data.document_facts import document_facts
 from retention_gates.data.tokens import TokenDocument
 
 NO_TARGET = -100
@@ -69,6 +70,9 @@ class PackedRows(Dataset[Row]):
 
     def __len__(self) -> int:
         return len(self._starts) - 1
+
+    def document_facts(self) -> dict[str, Any]:
+        return document_facts(self.documents)
 
     def pieces(self, index: int) -> list[Piece]:
         """What row `index` is made of."""

@@ -42,6 +42,7 @@ from retention_gates.trainers.output_head import OutputHead
 from retention_gates.trainers.phases import PhaseClock, peak_memory
 from retention_gates.trainers.pictures import portray, show
 from retention_gates.trainers.rows import RowCollator, forward_arguments, set_shares
+from retention_gates.trainers.run_folder.inputs import inputs_of
 from retention_gates.trainers.run_folder.resuming import find_start
 from retention_gates.trainers.run_folder.writing_alone import writing_alone
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
@@ -118,6 +119,7 @@ class RetentionTrainer(Trainer):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, base)
         self._averages = Averages()
         self._clock = PhaseClock()
+        self._inputs: dict[str, Any] = {}
         self._fading = Fading(gaussian=args.fade == "gaussian")
         self._graph: StepGraph | None = None
         self._eager_steps = 0
@@ -315,9 +317,9 @@ class RetentionTrainer(Trainer):
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._inputs = self._inputs or inputs_of(self.model, self.train_dataset, self.eval_dataset)
         barrier = self.accelerator.wait_for_everyone
-        options: dict[str, Any] = {"is_writer": self.args.should_save, "barrier": barrier}
-        source = find_start(resume_from_checkpoint, self._output_dir, self._run_facts(), **options)
+        source = find_start(resume_from_checkpoint, self.args, self._run_facts(), barrier)
         if source is None:
             return super().train(None, *args, **kwargs)
         state = TrainerState.load_from_json(str(source / TRAINER_STATE_NAME))
@@ -386,4 +388,5 @@ class RetentionTrainer(Trainer):
             checkpoint.drop_old(self._output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _run_facts(self) -> dict[str, Any]:
-        return run_facts(self.args, self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
+        base_model = self.model.peft_config[self.model.active_adapter].base_model_name_or_path
+        return run_facts(self.args, base_model) | {"inputs": self._inputs}

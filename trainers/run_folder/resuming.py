@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from retention_gates.trainers import checkpoint
+from retention_gates.trainers.config import RetentionTrainingArguments
+from retention_gates.trainers.distributed.first_rank import on_first_rank
 from retention_gates.trainers.distributed.layout import check_same_run
+from retention_gates.trainers.run_folder.inputs import check_same_inputs
 
 
 def find_start(
     wanted: str | bool | None,
-    output_dir: Path,
+    args: RetentionTrainingArguments,
     facts: dict[str, Any],
-    *,
-    is_writer: bool = True,
-    barrier: Callable[[], Any] = lambda: None,
+    barrier: Callable[[], Any],
 ) -> Path | None:
     """The checkpoint to go on from, None for a run that begins. Every rank calls.
 
@@ -26,7 +27,8 @@ def find_start(
         ValueError: if there is none, if it was written by another kind of run, or if output_dir holds checkpoints and
             none was asked for.
     """
-    if is_writer:
+    output_dir = Path(str(args.output_dir))
+    if args.should_save:
         checkpoint.remove_unfinished(output_dir)
     barrier()
     if not wanted:
@@ -37,10 +39,12 @@ def find_start(
             )
         return None
     if wanted is True:
-        source = checkpoint.last_checkpoint(output_dir, is_writer=is_writer, barrier=barrier)
+        source = checkpoint.last_checkpoint(output_dir, is_writer=args.should_save, barrier=barrier)
     else:
         source = Path(wanted)
     if source is None:
         raise ValueError(f"There is no checkpoint in {output_dir} to resume from: train without resuming.")
-    check_same_run(source, checkpoint.read_manifest(source), facts)
+    manifest = checkpoint.read_manifest(source)
+    check_same_run(source, manifest, facts)
+    on_first_rank(args, lambda: check_same_inputs(source, manifest, facts["inputs"]))
     return source
