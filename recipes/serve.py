@@ -49,7 +49,12 @@ def main(options: argparse.Namespace) -> None:
     )
     admission = Admission(tokenizer, options.name or options.adapter, limits)
     server = make_server(
-        engine, admission, host=options.host, port=options.port, shutdown_timeout=options.shutdown_timeout
+        engine,
+        admission,
+        host=options.host,
+        port=options.port,
+        shutdown_timeout=options.shutdown_timeout,
+        max_connections=options.max_connections,
     )
     print(
         f"{count} chats at a time, {rows.bytes_per_row / 2**20:.2f} MiB each, however long; "
@@ -63,7 +68,7 @@ def main(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     whole = ("memory_size", "max_chats", "max_tokens", "prefill_chunk_size", "max_body_kib", "max_waiting")
-    for name in (*whole, "max_characters"):
+    for name in (*whole, "max_characters", "max_connections"):
         least = 0 if name == "max_waiting" else 1
         value = getattr(options, name)
         if value is not None and value < least:
@@ -77,6 +82,9 @@ def _check(options: argparse.Namespace) -> None:
     check_address(options.host, options.port)
     if missing := [package for package in ("fastapi", "uvicorn", "prometheus_client") if find_spec(package) is None]:
         raise ValueError(f"Serving needs {', '.join(missing)}: pip install 'retention-gates[serve]'.")
+    from retention_gates.recipes.serving.connections import connections_and_backlog
+
+    connections_and_backlog(options.max_connections)
 
 
 def check_address(host: str, port: int) -> None:

@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--cache-gib", type=float, metavar="GIB", help="as many as this memory has room for instead")
     parser.add_argument("--max-waiting", type=int, default=256, metavar="N", help="chats that may wait (default: 256)")
     parser.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="of clients at a time (default: 1024, or what the limit of open files allows)",
+    )
+    parser.add_argument(
         "--max-tokens",
         type=int,
         default=1024,

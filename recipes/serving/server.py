@@ -4,11 +4,13 @@ import asyncio
 import logging
 import socket
 import time
+from typing import Any
 
 import uvicorn
 
 from retention_gates.recipes.serving.admission import Admission
 from retention_gates.recipes.serving.app import build_app
+from retention_gates.recipes.serving.connections import GuardedServer, guarded_config
 from retention_gates.recipes.serving.engine import Engine
 
 LAST_WORDS = 3  # seconds in which clients take what was still written to them
@@ -16,7 +18,7 @@ LAST_WORDS = 3  # seconds in which clients take what was still written to them
 logger = logging.getLogger("uvicorn.error")
 
 
-class Server(uvicorn.Server):
+class Server(GuardedServer):
     """Serves until a signal comes.
 
     Then /health is 503 and requests are refused, those that wait too, while chats that run go on for up to
@@ -41,13 +43,10 @@ class Server(uvicorn.Server):
 
 
 def make_server(
-    engine: Engine, admission: Admission, *, host: str, port: int, shutdown_timeout: float, log_level: str = "info"
+    engine: Engine, admission: Admission, *, host: str, port: int, shutdown_timeout: float, **options: Any
 ) -> Server:
-    config = uvicorn.Config(
-        build_app(engine, admission),
-        host=host,
-        port=port,
-        log_level=log_level,
-        timeout_graceful_shutdown=LAST_WORDS,
+    """A server that is ready to run; `options` are those of `guarded_config`."""
+    config = guarded_config(
+        build_app(engine, admission), host=host, port=port, timeout_graceful_shutdown=LAST_WORDS, **options
     )
     return Server(config, engine, admission, shutdown_timeout)

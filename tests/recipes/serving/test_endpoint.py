@@ -224,6 +224,7 @@ def test_too_many_clients_are_told_when_to_come_again(endpoint, monkeypatch):
         (["--max-chats", "0"], "--max-chats 0 must be 1 or more"),
         (["--timeout", "nan"], "--timeout nan must be above 0"),
         (["--cache-gib", "1e-6"], "has no room for two rows"),
+        (["--max-connections", "100000000000"], "needs more open files than"),
         (["--port", "70000"], "--port 70000 must be from 0 to 65535"),
         (["--memory-size", "2"], "memory_size=2 must be at least"),
         (["--budgets", "adaptive"], "move between heads"),
