@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pin", action="store_true", help="of tasks with a system prompt: score each policy once more with it pinned"
     )
     parser.add_argument("--examples", type=int, default=16, metavar="N", help="of each task (default: 16)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="rows per forward pass (default: 1)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="B",
+        help="rows per forward pass; answers that are written at a time (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for results and pictures")
     add_written_answers(parser)
     # what is not given is the file's, or else the comparison's own default, which is the one that the help tells
@@ -83,6 +86,11 @@ def add_written_answers(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat", action="store_true", help="put lm-eval's questions into the model's chat form, as suites are"
     )
+    group.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each question (default: 1)")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="of the suites' answers, which are drawn above 0 (default: 0, the likeliest token each time)",
+    )  # fmt: skip
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer (default: as each asks for)")
     group.add_argument(
         "--longest-prompt", type=int, metavar="T",

@@ -15,7 +15,7 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
 
 ROOT = Path(__file__).resolve().parents[2]
-SCORING = ("answers", "contenders", "forward_passes", "text")
+SCORING = ("answer_batches", "answer_rows", "answers", "contenders", "forward_passes", "text")
 # what decides a score, beside the libraries
 CODE = (
     "gates",

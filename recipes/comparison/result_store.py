@@ -9,7 +9,7 @@ from typing import Any
 from retention_gates.recipes.comparison.fingerprints import of_value
 from retention_gates.recipes.loading.output_folder import claim_output
 
-STORE = "scores.jsonl"
+STORE, ANSWERS = "scores.jsonl", "answers.jsonl"  # of simulations, and of what was written
 Unit = dict[str, Any]  # all that a score depends on: hashes of weights and tokens, contender, seed, versions
 Records = list[dict[str, Any]]
 
@@ -24,8 +24,8 @@ class ResultStore:
         ValueError: for any other line that isn't whole and ours.
     """
 
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder) / STORE
+    def __init__(self, folder: str | Path, name: str = STORE):
+        self.path = Path(folder) / name
         self.found: dict[str, Records] = {}
         self.whole = self.size = 0  # bytes of whole lines, and of the file
         if self.path.exists():

@@ -5,7 +5,7 @@ once.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +13,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from retention_gates.data.tasks.pitfalls import leaks
-from retention_gates.gates.adapter.model import find_gated_model
-from retention_gates.gates.policies import find_policy
 from retention_gates.recipes.comparison import fingerprints
 from retention_gates.recipes.comparison.result_store import Records, ResultStore, Unit
-from retention_gates.recipes.loading.provenance import PACKAGES, machine_and_versions
+from retention_gates.recipes.comparison.units import Units
 from retention_gates.trainers.evaluation.answers import compare_answers, with_pinned
 from retention_gates.trainers.evaluation.contenders import Contender, name_of
 from retention_gates.trainers.evaluation.text import compare_rows
@@ -57,13 +55,7 @@ class Scorer:
     pin: bool = False  # of tasks with a system prompt: each contender once more with it pinned
 
     def __post_init__(self) -> None:
-        machine = machine_and_versions(self.model)
-        self.digests = fingerprints.of_model(self.model)
-        self.setup = {name: machine[name] for name in (*PACKAGES, "dtype")}
-        # how many threads there are changes no more than rounding
-        self.setup |= {"device": machine["device"].split(",")[0], "code": fingerprints.of_code()}
-        self.setup |= {"base": self.digests.base}
-        self.protected = find_gated_model(self.model).active_config.protected_tokens
+        self.units = Units(self.model)
 
     def score(self, blocks: Sequence[Block]) -> Records:
         """Records as `compare_rows` and `compare_answers` give them, with length and seed, block after block."""
@@ -131,10 +123,4 @@ class Scorer:
             compare_answers(self.model, block.task, items, contenders, **options)
 
     def _unit(self, block: Block, index: int, contender: "Contender | None") -> Unit:
-        """All that the score depends on; the full cache and policies without gates don't depend on the gates."""
-        unit = {**self.setup, "task": block.task, "tokens": block.digests[index], "seed": block.seed}
-        if contender is None:
-            return unit
-        if find_policy(contender.policy).needs_gates or contender.budgets != "uniform":
-            unit["gates"] = self.digests.gates
-        return unit | {"contender": asdict(contender), "protected": self.protected}
+        return self.units.of(contender, task=block.task, tokens=block.digests[index], seed=block.seed)

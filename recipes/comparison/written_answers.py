@@ -3,10 +3,12 @@
     retention-gates evaluate --adapter out/adapter --suites gsm8k ruler/4096 --memory-size 512 --output out/answers
     retention-gates evaluate --adapter out/adapter --lm-eval gsm8k,arc_easy --memory-size 512 --output out/lm_eval
 
-writes results.jsonl (a header, then one object per question and contender) and report.md.
+writes results.jsonl (a header, then one object per question, contender and sample), report.md, report.html,
+summary.jsonl (every mean, as benchmarks write theirs) and answers.jsonl, from which a run that was stopped goes on.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,16 +20,19 @@ from transformers import PreTrainedTokenizerBase
 
 from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS, without_folders
 from retention_gates.data.suites import EncodedQuestion, encode_questions, load_suite
+from retention_gates.gates.adapter.base_identity import display_name
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.recipes.comparison.answer_store import AnswerStore
 from retention_gates.recipes.comparison.lm_eval_model import check_installed, run_lm_eval
 from retention_gates.recipes.loading.models import base_name, check_gates_trained, load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
 from retention_gates.recipes.loading.provenance import machine_and_versions
 from retention_gates.recipes.report import evaluation_report
-from retention_gates.trainers.evaluation.contenders import Contender, contenders
-from retention_gates.trainers.evaluation.paired_statistics import Summary, aggregate
-from retention_gates.trainers.evaluation.written import compare_generations
+from retention_gates.trainers.evaluation.contenders import FULL_CACHE, Contender, contenders, name_of
+from retention_gates.trainers.evaluation.paired_statistics import Summary, aggregate, mean_over_samples
+from retention_gates.trainers.evaluation.written import Ask, Effort, check_samples, compare_generations
 
+SUMMARY = "summary.jsonl"
 POLICIES = ("retention", "streaming_llm", "random", "key_norm")
 REFERENCE = "streaming_llm"
 
@@ -58,7 +63,8 @@ def main(options: argparse.Namespace) -> None:
     calibrated = bool(find_gated_model(model).active_config.budget_shares)
     budgets = options.budgets or (["uniform", "calibrated"] if calibrated else ["uniform"])
     chosen = contenders(policies, options.memory_size, budgets)
-    records = _answer(model, tokenizer, encoded, chosen, options)
+    efforts: list[Effort] = []
+    records = _answer(model, tokenizer, encoded, chosen, options, efforts)
     reference = REFERENCE if REFERENCE in policies and "uniform" in budgets else None
     header: dict[str, Any] = {
         "model": name,
@@ -69,31 +75,42 @@ def main(options: argparse.Namespace) -> None:
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
         "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.batch_size,
+        "samples": options.samples,
+        "temperature": options.temperature,
         "longest_prompt": options.longest_prompt,
         "tokens_left_out": sum(question.cut for question in encoded),
         "seed": options.seed,
         **machine_and_versions(model),
         "time": began.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 1),
+        "efforts": [_told(effort) for effort in efforts if effort.answers],
     }
-    text = markdown(header, aggregate(records, reference=reference), reference)
+    summaries = aggregate(mean_over_samples(records), reference=reference)
+    text = markdown(header, summaries, reference)
     folder = claim_output(options.output)
     write_text(folder / RESULTS, evaluation_report.json_lines(header, records))
     write_text(folder / REPORT, text)
+    write_text(folder / SUMMARY, summary_lines(header, summaries))
+    files = [RESULTS, REPORT, SUMMARY]
     print(text)
-    print(f"written: {folder / RESULTS}, {folder / REPORT}")
+    print(f"written: {', '.join(str(folder / file) for file in files)}")
 
 
 def markdown(header: dict[str, Any], summaries: "Sequence[Summary]", reference: str | None) -> str:
     """One table for all tasks: mean score ± its standard error, and how often a contender beats the reference."""
     name = without_folders(header["model"])
     file = f" (`{header['gguf_file']}`)" if header["gguf_file"] else ""
+    drawn = "the likeliest token each time"
+    if header["temperature"]:
+        drawn = f"mean of {header['samples']} to each question, drawn at temperature {header['temperature']:g}"
     lines = [
         "# Written answers with a bounded memory",
         "",
         f"- model: `{name}`{file}; adapter: {header['adapter'] or 'none, gates untrained'}",
         f"- suites: {', '.join(header['suites']) or 'none'}; lm-eval: {header['lm_eval'] or 'none'}; "
         f"records of each: {header['limit'] or 'all'}; tokens of prompts left out: {header['tokens_left_out']}",
+        f"- answers: {drawn}; {header['batch_size']} at a time; seed {header['seed']}",
         f"- run: retention-gates {header['retention_gates']}, {header['device']}, {header['dtype']}; "
         f"{header['time']}, {header['seconds']:.0f} s",
         "",
@@ -116,7 +133,62 @@ def markdown(header: dict[str, Any], summaries: "Sequence[Summary]", reference: 
             "" if pairing is None else f"{pairing.p_value:.2g}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "± is the standard error over questions; p that of a two-sided sign test.", ""])
+    lines += ["", "± is the standard error over questions; p that of a two-sided sign test.", ""]
+    if header["efforts"]:
+        lines += [
+            "| entries per head | policy | budgets | answers | tokens | seconds |",
+            "|---:|---|---|---:|---:|---:|",
+        ]
+    for effort in header["efforts"]:
+        cells = ["all" if effort["memory_size"] is None else str(effort["memory_size"]), effort["policy"]]
+        cells += [effort["budgets"] or "", str(effort["answers"]), str(effort["tokens"]), f"{effort['seconds']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def summary_lines(header: dict[str, Any], summaries: Sequence[Summary]) -> str:
+    """Every mean and the seconds of each contender, as benchmarks write theirs; `limit` is the full cache's mean."""
+    model = display_name(header["model"], header["gguf_file"])
+    drawn = f" T={header['temperature']:g} samples={header['samples']}" if header["temperature"] else ""
+    machine = {"gpu": header["device"]} | {name: header[name] for name in ("torch", "triton", "commit", "time")}
+    full = {s.task: s.scores["score"].mean for s in summaries if s.policy == FULL_CACHE}
+    measured = [
+        {
+            "bench": "written_answers",
+            "case": f"{s.task} {model} M={s.memory_size or 'all'} n={s.rows}{drawn}",
+            "contender": s.policy if s.budgets is None else f"{s.policy}/{s.budgets}",
+            "value": s.scores["score"].mean,
+            "unit": "accuracy",
+            "spread": s.scores["score"].standard_error,
+            "limit": full.get(s.task),
+        }
+        for s in summaries
+    ]
+    measured += [
+        {
+            "bench": "answer_seconds",
+            "case": f"{'+'.join(map(_name, header['suites']))} {model} M={e['memory_size'] or 'all'} "
+            f"n={e['answers']} batch={header['batch_size']}{drawn}",
+            "contender": e["policy"] if e["budgets"] is None else f"{e['policy']}/{e['budgets']}",
+            "value": e["seconds"],
+            "unit": "s",
+            "spread": None,
+            "limit": None,
+        }
+        for e in header["efforts"]
+    ]
+    objects = [each | {"peak_mib": None, "error": None} | machine for each in measured]
+    return "".join(json.dumps(each, allow_nan=False) + "\n" for each in objects)
+
+
+def _name(suite: str) -> str:
+    """Of a suite that may be read from a local file."""
+    return suite.partition("=")[0]
+
+
+def _told(effort: Effort) -> dict[str, Any]:
+    numbers = {"answers": effort.answers, "tokens": effort.tokens, "seconds": round(effort.seconds, 2)}
+    return name_of(effort.contender) | numbers
 
 
 def _check(options: argparse.Namespace, policies: Sequence[str]) -> None:
@@ -126,6 +198,12 @@ def _check(options: argparse.Namespace, policies: Sequence[str]) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+    try:
+        check_samples(options.samples, options.temperature)
+    except ValueError as error:
+        raise ValueError(f"--samples {options.samples} --temperature {options.temperature:g}: {error}") from error
+    if options.lm_eval and (options.samples, options.temperature) != (1, 0.0):
+        raise ValueError("--samples and --temperature are for --suites; lm-eval's tasks say themselves how they draw.")
     if min(options.memory_size) < 1:
         raise ValueError(f"--memory-size {min(options.memory_size)} must be 1 or more.")
     if options.lm_eval:  # before anything is loaded
@@ -139,20 +217,43 @@ def _answer(
     questions: "Sequence[EncodedQuestion]",
     chosen: "Sequence[Contender]",
     options: argparse.Namespace,
+    efforts: list[Effort],
 ) -> list[dict[str, Any]]:
-
     records: list[dict[str, Any]] = []
     if questions:
-        with tqdm(total=len(questions) * (1 + len(chosen)), desc="answering", unit="answer") as bar:
-            records += compare_generations(
-                model,
-                tokenizer,
-                questions,
-                chosen,
-                max_new_tokens=options.max_new_tokens,
-                seed=options.seed,
-                progress=bar.update,
-            )
+        facts = {name: getattr(options, name) for name in ("seed", "temperature", "max_new_tokens")}
+        store = AnswerStore(options.output, model, questions, **facts)
+        total = len(questions) * (1 + len(chosen)) * options.samples
+        with tqdm(total=total, desc="answering", unit="answer", smoothing=0.05) as bar:
+
+            def known(ask: Ask) -> dict[str, Any] | None:
+                record = store.known(ask)
+                bar.update(record is not None)
+                return record
+
+            def found(ask: Ask, record: dict[str, Any]) -> None:
+                store.add(ask, record)
+                bar.update()
+
+            try:
+                records += compare_generations(
+                    model,
+                    tokenizer,
+                    questions,
+                    chosen,
+                    batch_size=options.batch_size,
+                    samples=options.samples,
+                    temperature=options.temperature,
+                    max_new_tokens=options.max_new_tokens,
+                    seed=options.seed,
+                    known=known,
+                    found=found,
+                    spent=efforts.append,
+                )
+            finally:
+                store.flush()
+        if len(records) > (new := sum(effort.answers for effort in efforts)):
+            print(f"{len(records) - new} of {len(records)} answers were there already; {new} were written.")
     if options.lm_eval:
         records += run_lm_eval(
             model,  # type: ignore[arg-type]

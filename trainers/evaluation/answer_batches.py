@@ -68,10 +68,7 @@ def answer_prompts(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be 0, for the likeliest token, or above, and finite.")
     base = find_gated_model(model).model
-    if eos is None:
-        own: Any = base.generation_config
-        eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        eos = [token for token in eos if token is not None]
+    eos = ending_tokens(model) if eos is None else eos
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(each,) for each in seed]
     given = zip(range(len(prompts)), prompts, most, seeds, strict=True)
@@ -80,6 +77,13 @@ def answer_prompts(
         _check(job, base, is_full=cache_of is None)
     writer = _Writer(model, cache_of, batch_size, eos, temperature, prefill_chunk_size)
     return writer.answers(jobs)
+
+
+def ending_tokens(model: nn.Module) -> list[int]:
+    """Tokens that end an answer, by the model's generation_config."""
+    config: Any = find_gated_model(model).model.generation_config
+    tokens = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [token for token in tokens if token is not None]
 
 
 def _check(job: Job, base: nn.Module, *, is_full: bool) -> None:

@@ -89,6 +89,18 @@ def aggregate(records: Sequence[dict[str, Any]], *, reference: str | None = None
     return summaries
 
 
+def mean_over_samples(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each question and contender, whose score is the mean over the question's samples.
+
+    Its standard error is then one over questions, since the answers to one question depend on each other.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for record in records:
+        names = ("task", "length", "seed", "row", "policy", "memory_size", "budgets")
+        groups.setdefault(tuple(record.get(name) for name in names), []).append(record)
+    return [group[0] | {"score": fmean(record["score"] for record in group)} for group in groups.values()]
+
+
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean, from the sample's standard deviation; None for a single value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

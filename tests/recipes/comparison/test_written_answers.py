@@ -9,6 +9,7 @@ from tiny_adapter import Files, make_files
 from retention_gates.cli import main
 from retention_gates.data.suites import SUITES
 from retention_gates.data.suites.base import Suite
+from retention_gates.recipes.comparison.answer_store import AnswerStore
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures" / "suites"
 
@@ -53,6 +54,64 @@ def test_a_local_copy_is_read_by_its_name(files, tmp_path):
     assert [(r["task"], r["policy"]) for r in records] == [("aime24", "full"), ("aime24", "retention")]
 
 
+def test_a_run_that_was_stopped_goes_on_and_a_second_one_writes_nothing_anew(files, tmp_path, monkeypatch, capsys):
+    copy = f"aime24={FIXTURES / 'aime24__default.jsonl'}"
+    arguments = ["evaluate", *files.arguments, "--suites", copy, "--memory-size", "8", "--policies", "retention"]
+    arguments += [
+        "--max-new-tokens",
+        "5",
+        "--samples",
+        "4",
+        "--temperature",
+        "0.9",
+        "--batch-size",
+        "3",
+        "--seed",
+        "2",
+    ]
+
+    def results(name):
+        _, *records = map(json.loads, (tmp_path / name / "results.jsonl").read_text().splitlines())
+        return records
+
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    whole = results("whole")
+    assert len(whole) == 2 * 2 * 4 and [r["sample"] for r in whole[:4]] == [0, 1, 2, 3]
+    assert len({r["answer"] for r in whole}) > 4
+
+    taken, add = [], AnswerStore.add
+
+    def stops(self, ask, record):
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(ask)
+        add(self, ask, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerStore, "add", stops)
+        assert main([*arguments, "--output", str(tmp_path / "stopped")]) == 130
+    with (tmp_path / "stopped" / "answers.jsonl").open("a") as file:
+        file.write('{"unit": {"tas')  # as a killed process leaves it
+    capsys.readouterr()
+    assert main([*arguments, "--output", str(tmp_path / "stopped")]) == 0
+    assert "5 of 16 answers were there already; 11 were written." in capsys.readouterr().out
+    assert results("stopped") == whole
+
+    assert main([*arguments, "--output", str(tmp_path / "stopped")]) == 0
+    assert "16 of 16 answers were there already; 0 were written." in capsys.readouterr().out
+    assert results("stopped") == whole
+    assert main([*arguments[:-1], "3", "--output", str(tmp_path / "stopped")]) == 0
+    assert "there already" not in capsys.readouterr().out, "another seed draws other answers"
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "summary.jsonl").read_text().splitlines()]
+    means = [line for line in lines if line["bench"] == "written_answers"]
+    assert [line["contender"] for line in means] == ["full", "retention/uniform"]
+    assert means[1]["case"].endswith("M=8 n=2 T=0.9 samples=4") and means[1]["limit"] == means[0]["value"]
+    seconds = [line for line in lines if line["bench"] == "answer_seconds"]
+    assert len(seconds) == 2 and all(line["value"] > 0 and "n=8 batch=3" in line["case"] for line in seconds)
+    report = (tmp_path / "whole" / "report.md").read_text()
+    assert "answers: mean of 4 to each question, drawn at temperature 0.9; 3 at a time; seed 2" in report
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -60,6 +119,10 @@ def test_a_local_copy_is_read_by_its_name(files, tmp_path):
         (["--suites", "gsm8k=nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
         (["--suites", "gsm8k", "--tasks", "passkey"], "--tasks is scored without writing answers"),
         (["--suites", "gsm8k", "--limit", "0"], "--limit 0 must be 1 or more"),
+        (["--suites", "gsm8k", "--samples", "4"], "--samples 4 --temperature 0: samples=4 of the likeliest tokens"),
+        (["--suites", "gsm8k", "--samples", "0"], "samples=0 must be 1 or more"),
+        (["--suites", "gsm8k", "--temperature", "nan"], "temperature=nan must be 0"),
+        (["--suites", "gsm8k", "--batch-size", "0"], "--batch-size 0 must be 1 or more"),
         (["--suites", "gsm8k", "--memory-size", "0"], "--memory-size 0 must be 1 or more"),
         (["--suites", "gsm8k", "--policies", "snap"], "snap"),
         (["--suites", "gsm8k", "--longest-prompt", "510"], "the model has 512 positions: shorten prompts"),
