@@ -18,8 +18,9 @@ from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, replacing, write_text
 from retention_gates.recipes.loading.rows import load_rows, load_token_documents
-from retention_gates.recipes.report import plots
-from retention_gates.recipes.report.gate_reading import median_half_lives, read_text
+from retention_gates.recipes.report import gate_maps
+from retention_gates.recipes.report.figures import require_matplotlib, save_png
+from retention_gates.recipes.report.gate_reading import median_half_lives, read_text, telling_head
 from retention_gates.recipes.report.token_page import token_page
 from retention_gates.trainers.calibration import measure_shares
 
@@ -30,7 +31,7 @@ def main(options: argparse.Namespace) -> None:
     check_output(options.output)
     if options.memory_size < 1:
         raise ValueError(f"--memory-size {options.memory_size} must be 1 or more.")
-    plots.require_matplotlib()
+    require_matplotlib()
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
@@ -45,21 +46,30 @@ def main(options: argparse.Namespace) -> None:
     assert layers is not None
     folder = claim_output(options.output)
     measured = f"{len(rows)} passage{'s' * (len(rows) > 1)} of {rows.shape[1]} tokens"
-    with replacing(folder / HALF_LIFE) as temporary:
-        title = f"Half-life of a token's retention\nmedian over {measured}"
-        plots.heat_map(half_lives, temporary, layers=layers, title=title, label="half-life (tokens)")
-    with replacing(folder / RETAINED_MASS) as temporary:
-        title = f"Tokens that a head keeps alive\nmean over the later half of {measured}"
-        plots.heat_map(masses, temporary, layers=layers, title=title, label="retained mass (tokens)")
     age = torch.arange(reading.tokens)
-    with replacing(folder / KEPT) as temporary:
-        plots.kept_tokens(
+    pictures = {
+        HALF_LIFE: gate_maps.heat_map(
+            half_lives,
+            layers=layers,
+            title=f"Half-life of a token's retention\nmedian over {measured}",
+            label="half-life (tokens)",
+        ),
+        RETAINED_MASS: gate_maps.heat_map(
+            masses,
+            layers=layers,
+            title=f"Tokens that a head keeps alive\nmean over the later half of {measured}",
+            label="retained mass (tokens)",
+        ),
+        KEPT: gate_maps.kept_tokens(
             reading.eviction_times - age,
             reading.eviction_times >= reading.tokens,
-            temporary,
             layers=layers,
             title=f"What each head keeps of {reading.tokens} tokens, at {options.memory_size} entries on average",
-        )
+        ),
+    }
+    for file, picture in pictures.items():
+        with replacing(folder / file) as temporary:
+            save_png(picture, temporary, gate_maps.DPI)
     words = [str(tokenizer.decode([token])) for token in shown.tolist()]
     page = token_page(
         words,
@@ -67,8 +77,9 @@ def main(options: argparse.Namespace) -> None:
         reading.eviction_times,
         layers=layers,
         budgets=reading.budgets,
-        title=f"{display_name(name, options.gguf_file)} at {options.memory_size} entries per head, gates of "
-        f"{without_folders(options.adapter)}",
+        opens_on=telling_head(reading),
+        memory_size=options.memory_size,
+        title=f"{display_name(name, options.gguf_file)}, gates of {without_folders(options.adapter)}",
     )
     write_text(folder / PAGE, page)
     print(f"written: {', '.join(str(folder / file) for file in (HALF_LIFE, RETAINED_MASS, KEPT, PAGE))}")

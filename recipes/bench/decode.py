@@ -34,7 +34,7 @@ from retention_gates import BoundedCache, RetentionGateConfig
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.recipes.bench.decode_rivals import EagerCache, import_kvpress, pressed
 from retention_gates.recipes.bench.harness import SMOLLM2_135M, Measurement, bandwidth_gbs, report, time_ms
-from retention_gates.recipes.report.plots import require_matplotlib
+from retention_gates.recipes.report.figures import require_matplotlib
 from retention_gates.recipes.serving.rows import ChatRows
 from retention_gates.recipes.serving.sampling import Sampler, Sampling, next_tokens
 

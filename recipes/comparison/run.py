@@ -33,6 +33,7 @@ from retention_gates.recipes.loading.rows import load_rows, load_token_documents
 from retention_gates.recipes.report import evaluation_report, html_page, plots
 from retention_gates.recipes.report.contents import ModelReport, Shown
 from retention_gates.recipes.report.differing_answers import differing_answers
+from retention_gates.recipes.report.figures import require_matplotlib
 from retention_gates.recipes.report.gate_reading import median_half_lives, read_text
 from retention_gates.trainers.evaluation.cache_bytes import memory_bytes
 from retention_gates.trainers.evaluation.contenders import Contender, contenders
@@ -58,7 +59,7 @@ def run(config: ComparisonConfig) -> None:
     began, clock = datetime.now(UTC), time.monotonic()
     folder = Path(config.run.output)
     check_output(folder)
-    plots.require_matplotlib()
+    require_matplotlib()
     start = config.start
     sources = [_settle(title, entry, config) for title, entry in config.models.items()]
     store = ResultStore(folder)

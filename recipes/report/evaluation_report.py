@@ -69,7 +69,7 @@ def summary_lines(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
 
 def markdown(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
     """The report: findings, what was run, for each model a table of each kind of score, and how to read them."""
-    lines = ["# Bounded memory against the full cache", ""]
+    lines = ["# Bounded memory against the full cache", "", introduction(models), ""]
     for model in models:
         lines += [f"**{model.title}.** " + " ".join(findings(model)), ""]
     lines += ["## What was compared", "", *(f"- {fact}" for fact in facts(header, models)), ""]
@@ -81,6 +81,19 @@ def markdown(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
             lines += [""]
     lines += ["## How to read this", "", *(f"- {line}" for line in legend(models))]
     return "\n".join(lines) + "\n"
+
+
+def introduction(models: Sequence[ModelReport]) -> str:
+    """What is measured, and its unit, for somebody who has never heard of it."""
+    sizes = sorted({size for model in models for size in memory_sizes(model.summaries)})
+    return (
+        f"Every policy keeps the same number of entries per KV head at every step, {' or '.join(map(str, sizes))} on "
+        "average. What is lost on text is the KL divergence from the full cache: how far the forecasts of the next "
+        "token are from those that the same model makes with everything in its cache. It is counted in nats per "
+        "token, and 0 is no loss: at 0.1 nats the tokens that the full cache expects are forecast with "
+        "exp(-0.1) = 0.90 times its probability, in the (geometric) mean, at 1 nat with 0.37 times. On tasks the "
+        "answers themselves are counted."
+    )
 
 
 def facts(header: dict[str, Any], models: Sequence[ModelReport]) -> list[str]:

@@ -1,5 +1,6 @@
 """What gates say of a text, and what a bounded cache does with it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from retention_gates.gates.simulation.simulated_cache import SimulatedCache
 from retention_gates.trainers.evaluation.forward_passes import check_length
 
 LONGEST_HALF_LIFE = 1e9  # tokens; anything longer is "for ever" in a picture
+NEAR_THE_MEAN = 1.5  # a head's budget times or by this is still near the mean of all
 
 
 @dataclass
@@ -59,6 +61,25 @@ def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budg
             "choose a smaller --memory-size."
         )
     return Reading(half_lives, times, cache.budgets)
+
+
+def telling_head(reading: Reading) -> tuple[int, int]:
+    """Layer (of those gated) and head worth looking at first.
+
+    Of the heads with a budget near the mean, it is the one in which tokens stay for the most different times: the
+    largest entropy of lifetimes, counted by powers of two, those held at the end apart. A sliding window, in which all
+    tokens stay equally long, has none.
+    """
+    budgets = torch.tensor(reading.budgets, dtype=torch.float64)  # [layers, H]
+    away = (budgets / budgets.mean()).log().abs()
+    near = away <= max(math.log(NEAR_THE_MEAN), float(away.min()))
+    lifetimes = reading.eviction_times - torch.arange(reading.tokens)
+    kinds = lifetimes.clamp(min=1).double().log2().floor().long()  # [layers, H, T]
+    kinds[reading.eviction_times >= reading.tokens] = kinds.max() + 1
+    shares = torch.nn.functional.one_hot(kinds).double().mean(2)  # [layers, H, kinds]
+    entropy = torch.special.entr(shares).sum(-1).where(near, -1.0)
+    layer, head = divmod(int(entropy.argmax()), budgets.shape[1])
+    return layer, head
 
 
 def median_half_lives(model: "nn.Module", rows: "torch.Tensor") -> "torch.Tensor":

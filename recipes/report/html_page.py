@@ -1,15 +1,13 @@
 """The report as one HTML page that needs nothing else: no other file and no network."""
 
-import base64
 import html
-import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from retention_gates.recipes.report import plots
+from retention_gates.recipes.report import gate_maps, plots
 from retention_gates.recipes.report.conclusions import findings
 from retention_gates.recipes.report.contents import (
     FULL_CACHE,
@@ -26,26 +24,27 @@ from retention_gates.recipes.report.contents import (
     pareto_front,
 )
 from retention_gates.recipes.report.differing_answers import Answers
-from retention_gates.recipes.report.evaluation_report import corrected_p, facts, legend, pairing_cells
+from retention_gates.recipes.report.evaluation_report import corrected_p, facts, introduction, legend, pairing_cells
+from retention_gates.recipes.report.figures import svg_of
 from retention_gates.recipes.report.page_template import PAGE
 from retention_gates.trainers.evaluation.paired_statistics import Score, Summary
+
+PARETO = (
+    "The broad grey steps are the Pareto front: at each memory size they stand at the best score that any policy "
+    "reaches with so much memory or less, and a policy on them is beaten by none that takes less."
+)
 
 
 def page(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
     """The whole page."""
-    sizes = sorted({size for model in models for size in memory_sizes(model.summaries)})
     names = " and ".join(model.title for model in models)
     policies = {summary.policy for model in models for summary in model.summaries} - {FULL_CACHE}
     title = f"Which tokens to keep: {len(policies)} KV-cache policies on {names}"
-    subtitle = (
-        f"Every policy keeps the same number of entries per KV head, {sizes[0]} to {sizes[-1]} on average, at every "
-        "step. What it loses is measured against the full cache."
-    )
     parts = [_findings(models), _facts(header, models)]
     parts += [_model(model, number) for number, model in enumerate(models)]
     parts.append(_section("How to read this", _list(legend(models))))
     before, _, after = PAGE.partition("$BODY")
-    head = before.replace("$TITLE", html.escape(title)).replace("$SUBTITLE", html.escape(subtitle))
+    head = before.replace("$TITLE", html.escape(title)).replace("$SUBTITLE", html.escape(introduction(models)))
     return head + "\n".join(parts) + after
 
 
@@ -65,15 +64,19 @@ def _facts(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
 def _model(model: ModelReport, number: int) -> str:
     kinds = dict.fromkeys((s.policy, s.budgets) for s in model.summaries if s.policy != FULL_CACHE)
     series = [contender_name(*kind) for kind in kinds]
+    colours = plots.colours_of([(task, summaries) for task, _, summaries in model.panels()])
     (_, length, text), *tasks = model.panels()
-    entries = plots.score_panel(text, TEXT, length, series=series)
-    in_bytes = plots.score_panel(text, TEXT, length, series=series, sizes=model.bytes)
-    parts = [_legend(list(kinds)), "<h3>Text: how far forecasts are from the full cache's</h3>"]
-    parts.append(f'<div class="panels">{_figure(entries, "")}{_figure(in_bytes, _pareto(model, text))}</div>')
+    entries = plots.score_panel(text, TEXT, length, colours=colours, series=series)
+    in_bytes = plots.score_panel(text, TEXT, length, colours=colours, series=series, sizes=model.bytes)
+    parts = [_legend(list(kinds), colours), "<h3>Text: how far forecasts are from the full cache's</h3>"]
+    parts.append(f'<div class="panels">{_figure(entries, PARETO)}{_figure(in_bytes, _pareto(model, text))}</div>')
     parts += [_overview(text, TEXT), _details(model, text, TEXT)]
     whole = [panel for panel in tasks if "/" not in panel[0]]
     if whole:
-        drawn = [plots.score_panel(summaries, task, length, series=series) for task, length, summaries in whole]
+        drawn = [
+            plots.score_panel(summaries, task, length, colours=colours, series=series)
+            for task, length, summaries in whole
+        ]
         parts += ["<h3>Recall tasks: share of answer tokens that are right</h3>"]
         parts.append(f'<div class="panels">{"".join(_figure(svg, "") for svg in drawn)}</div>')
     for task, length, summaries in tasks:
@@ -88,13 +91,16 @@ def _model(model: ModelReport, number: int) -> str:
     return f'<section data-model="{number}"><h2>{html.escape(model.title)}</h2>{"".join(parts)}</section>'
 
 
-def _legend(kinds: list[tuple[str, str | None]]) -> str:
+def _legend(kinds: list[tuple[str, str | None]], colours: dict[str, str]) -> str:
     buttons = [
-        f'<button type="button" data-series="{index}" aria-pressed="false">{plots.swatch(*kind)}'
+        f'<button type="button" data-series="{index}" aria-pressed="false">{plots.swatch(*kind, colours)}'
         f"<span>{html.escape(contender_name(*kind))}</span></button>"
         for index, kind in enumerate(kinds)
     ]
-    hint = '<span class="hint">Click a policy to single it out. Grey band: Pareto front. Dotted: full cache.</span>'
+    hint = (
+        f'<span class="hint">Click a policy to single it out. In colour: the gates, and the best {plots.IN_COLOUR} of '
+        "the others in each plot. Dotted: full cache.</span>"
+    )
     return f'<div class="legend">{"".join(buttons)}{hint}</div>'
 
 
@@ -166,36 +172,26 @@ def _answers(answers: "Answers") -> str:
 def _heat_maps(model: ModelReport) -> str:
     shown, reading = model.shown, model.shown.reading if model.shown else None
     assert shown is not None and reading is not None
-    title = f"Half-life of a token's retention, median over {shown.rows} passages"
-    lives = _png(
-        lambda file: plots.heat_map(
-            shown.half_lives, file, layers=shown.layers, title=title, label="half-life (tokens)"
-        ),
-        title,
+    titles = (
+        f"Half-life of a token's retention, median over {shown.rows} passages",
+        f"What each head keeps of {reading.tokens} tokens",
     )
-    title = (
-        f"What each head keeps of {reading.tokens} tokens, at {shown.memory_size} entries per head, {shown.budgets}"
+    lives = gate_maps.heat_map(shown.half_lives, layers=shown.layers, title=titles[0], label="half-life (tokens)")
+    kept = gate_maps.kept_tokens(
+        reading.eviction_times - torch.arange(reading.tokens),
+        reading.eviction_times >= reading.tokens,
+        layers=shown.layers,
+        title=titles[1],
     )
-    kept = _png(
-        lambda file: plots.kept_tokens(
-            reading.eviction_times - torch.arange(reading.tokens),
-            reading.eviction_times >= reading.tokens,
-            file,
-            layers=shown.layers,
-            title=title,
-        ),
-        title,
+    captions = (
+        "After so many tokens the retention of a head's median token has halved.",
+        f"With {shown.memory_size} entries per head on average, {shown.budgets} budgets; every line is a head.",
     )
-    return (
-        f'<h3>What the gates have learnt</h3><figure class="wide">{lives}</figure><figure class="wide">{kept}</figure>'
-    )
-
-
-def _png(draw: Callable[[io.BytesIO], None], description: str) -> str:
-    file = io.BytesIO()
-    draw(file)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    drawn = [
+        _figure(svg_of(figure, title), html.escape(caption))
+        for figure, title, caption in zip((lives, kept), titles, captions, strict=True)
+    ]
+    return f'<h3>What the gates have learnt</h3><div class="panels">{"".join(drawn)}</div>'
 
 
 def _number(score: "Score", digits: int) -> str:

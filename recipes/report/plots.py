@@ -1,35 +1,36 @@
-"""Pictures of evaluations and of gates, as PNG files."""
+"""Scores against memory, drawn: panels for pages and a picture of all of them."""
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import Any
 
 from retention_gates.gates.policies import POLICIES
 from retention_gates.recipes.report.contents import (
     FULL_CACHE,
     METRICS,
+    by_contender,
     contender_name,
     memory_sizes,
     metric_of,
     panel_title,
     pareto_front,
 )
+from retention_gates.recipes.report.figures import BLACK, new_figure, save_png, svg_of
 from retention_gates.trainers.evaluation.paired_statistics import Summary
 
-# Okabe and Ito's colours: told apart with any colour vision. Markers differ as well, for print and where colours
-# recur.
+# Okabe and Ito's colours but their yellow, which is too faint for a line, and two more: told apart with any colour
+# vision. Markers differ as well, for print and where colours recur.
 GATES_COLOUR = "#D55E00"
-COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#000000")  # not their yellow: too faint for a line
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", BLACK, "#7E57C2", "#A3224F")
 MARKERS = "sD^vPXo"
 DASHES = {"calibrated": "-", "uniform": "--", "pyramid": "-.", "adaptive": ":"}
-FULL_CACHE_LABEL = "full cache"
+GREY = "#c4c4c4"
+SAMPLE = 40  # points: the length of a piece of a line in a legend
+IN_COLOUR = 3  # rivals of each panel that are not grey: more than a few lines cannot be told apart
+FULL_CACHE_LABEL, OTHERS_LABEL = "full cache", "other policies"
+PARETO_LABEL = "Pareto front: best with no more memory"
 TICKS = (1, 2, 3, 5, 7)  # of each power of ten
 
 
@@ -43,42 +44,93 @@ class Style:
     width: float
 
 
-def require_matplotlib() -> None:
-    """Raises ValueError if pictures can't be drawn here."""
-    if find_spec("matplotlib") is None:
-        raise ValueError("Pictures need the package matplotlib: pip install 'retention-gates[demo]'.")
+def has_gates(policy: str) -> bool:
+    name = policy.partition("+")[0]
+    return name in POLICIES and POLICIES[name].needs_gates
 
 
-def style_of(policy: str, budgets: str | None) -> Style:
-    """The same policy looks the same everywhere: gates by a colour of their own, others by their place in the list."""
+def grey_ones(summaries: "Sequence[Summary]", metric: str) -> set[str]:
+    """Names of the rivals that are not among the best few of a panel, by the mean over its memory sizes."""
+    bounded = [summary for summary in summaries if summary.policy != FULL_CACHE]
+    gated = {contender_name(summary.policy, summary.budgets) for summary in bounded if has_gates(summary.policy)}
+    rivals = [name for name, _ in by_contender(bounded, metric) if name not in gated]
+    return set(rivals[IN_COLOUR:])
+
+
+def colours_of(panels: "Sequence[tuple[str, Sequence[Summary]]]") -> dict[str, str]:
+    """A colour for each contender's name, the same in all panels (task and summaries) of a model.
+
+    Those that stand in colour in any panel come first, so that colours recur late among them.
+    """
+    names: dict[str, None] = {}
+    for task, summaries in panels:
+        grey = grey_ones(summaries, metric_of(task))
+        names |= dict.fromkeys(name for kind in _kinds(summaries) if (name := contender_name(*kind)) not in grey)
+    names |= dict.fromkeys(contender_name(*kind) for _, summaries in panels for kind in _kinds(summaries))
+    gated = {contender_name(*kind) for _, summaries in panels for kind in _kinds(summaries) if has_gates(kind[0])}
+    rivals = [name for name in names if name not in gated]
+    return dict.fromkeys(gated, GATES_COLOUR) | {
+        name: COLOURS[place % len(COLOURS)] for place, name in enumerate(rivals)
+    }
+
+
+def style_of(policy: str, budgets: str | None, colours: dict[str, str]) -> Style:
+    """How a contender is drawn: gates broad, dashed or not; others by their place among the policies.
+
+    Args:
+        colours: by name, as `colours_of` gives them.
+    """
     name, plus, _ = policy.partition("+")
+    colour = colours[contender_name(policy, budgets)]
     dashes = (0, (1, 1)) if plus else DASHES.get(budgets or "", "-")  # finely dotted with something added to it
-    if name in POLICIES and POLICIES[name].needs_gates:
-        return Style(GATES_COLOUR, "o" if budgets == "calibrated" else "X", dashes, 2.4)
+    if has_gates(policy):
+        return Style(colour, "o" if budgets == "calibrated" else "X", dashes, 2.4)
     others = [other for other, known in POLICIES.items() if not known.needs_gates]
-    # numbers of colours and markers have no common factor, so that pairs of them recur late
     index = others.index(name) if name in others else len(others)
-    dashes = (
-        dashes if plus or budgets != "uniform" else "-"
-    )  # dashed are the gates, which have two kinds in most pictures
-    return Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], dashes, 1.1)
+    # dashed are the gates, which have two kinds in most pictures
+    dashes = dashes if plus or budgets != "uniform" else "-"
+    return Style(colour, MARKERS[index % len(MARKERS)], dashes, 1.1)
 
 
 def score_against_memory(summaries: Sequence["Summary"], path: Path) -> None:
-    """One panel for the text and one for each task: a line per policy and kind of budgets, the full cache dotted."""
+    save_png(score_figure(summaries), path)
+
+
+def score_figure(summaries: Sequence["Summary"]) -> Any:
+    """One panel for the text and one for each task: a line per policy and kind of budgets, the full cache dotted.
+
+    Gates and the best rivals of each panel are in colour; its other rivals are grey, without names.
+    """
     panels: dict[tuple[str, int | None], list[Summary]] = {}
     for summary in summaries:
         panels.setdefault((summary.task, summary.length), []).append(summary)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(max(6.4, 4.6 * columns + 0.4), 4.2 * rows + 0.6)
+    figure = new_figure(max(6.4, 4.6 * columns + 0.4), 4.2 * rows + 0.6)
+    handles: dict[str, Any] = {}  # by name: what is in colour in any panel, then what explains the rest
+    others: dict[str, Any] = {}
+    colours = colours_of([(task, own) for (task, _), own in panels.items()])
     for index, ((task, length), own) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_scores(axes, own, task, length, series=None, sizes=None)
-        if index == 0:
-            handles, labels = axes.get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
-    _save(figure, path)
+        grey = grey_ones(own, metric_of(task))
+        _draw_scores(axes, own, task, length, colours=colours, series=None, sizes=None)
+        for kind in _kinds(own):
+            if (name := contender_name(*kind)) not in grey:
+                handles[name] = _sample(style_of(*kind, colours))
+        lines, names = axes.get_legend_handles_labels()
+        others |= dict(zip(names, lines, strict=True))
+        if grey:
+            others[OTHERS_LABEL] = _sample(Style(GREY, "", "-", 1.1))
+    handles |= others
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=columns + 1,
+        frameon=False,
+        handlelength=SAMPLE / 10,
+    )
+    return figure
 
 
 def score_panel(
@@ -86,92 +138,47 @@ def score_panel(
     task: str,
     length: int | None,
     *,
+    colours: dict[str, str],
     series: Sequence[str],
     sizes: dict[Any, int] | None = None,
 ) -> str:
     """One panel as SVG, without a legend; what belongs to a contender has ids that begin with "series-INDEX-".
 
+    Those of rivals beyond the best few end with "-grey": the page shows them so until they are singled out.
+
     Args:
+        colours: by name, as `colours_of` gives them.
         series: names of contenders; their places are the INDEX.
         sizes: bytes by (policy, memory size, budgets) and of the full cache (None), to be the x axis in MiB. None: the
             x axis is entries per head.
     """
-    figure = _figure(4.5, 3.4)
-    _draw_scores(figure.add_subplot(), summaries, task, length, series=series, sizes=sizes)
-    return _svg(figure)
+    figure = new_figure(4.5, 3.4)
+    _draw_scores(figure.add_subplot(), summaries, task, length, colours=colours, series=series, sizes=sizes)
+    return svg_of(figure, f"{panel_title(task, length)}: scores against memory")
 
 
-def swatch(policy: str, budgets: str | None) -> str:
+def swatch(policy: str, budgets: str | None, colours: dict[str, str]) -> str:
     """A piece of the contender's line, as SVG."""
+    figure = new_figure(SAMPLE / 72, 0.17)
+    sample = _sample(style_of(policy, budgets, colours))
+    sample.set_data([0.02, 0.5, 0.98], [0.5] * 3)
+    sample.set_markevery([1])
+    figure.add_artist(sample)
+    return svg_of(figure)
+
+
+def _sample(style: Style) -> Any:
+    """A piece of a line for legends, the same in all of them: long enough for its dashes to be seen."""
     from matplotlib.lines import Line2D
 
-    style = style_of(policy, budgets)
-    figure = _figure(0.5, 0.17)
-    line = Line2D([0.02, 0.5, 0.98], [0.5] * 3, color=style.colour, linestyle=style.dashes, linewidth=style.width)
-    figure.add_artist(line)
-    figure.add_artist(Line2D([0.5], [0.5], color=style.colour, marker=style.marker, linestyle="", markersize=6))
-    return _svg(figure)
-
-
-def heat_map(values: "torch.Tensor", path: Path | IO[bytes], *, layers: Sequence[int], title: str, label: str) -> None:
-    """One cell for each layer and KV head on a logarithmic scale.
-
-    Args:
-        values: positive, [layers, H], in the unit that `label` names.
-        layers: the layers' indices in the model.
-    """
-    from matplotlib.colors import LogNorm
-
-    grid = values.double().numpy().T  # heads upwards, layers to the right
-    heads, count = grid.shape
-    low, high = float(grid.min()), float(grid.max())
-    if high < 1.2 * low:  # a scale needs a range even where all heads agree
-        low, high = low / 1.2, high * 1.2
-    figure = _figure(max(5.0, 0.3 * count + 2.0), max(2.4, 0.3 * heads + 1.6))
-    axes = figure.add_subplot()
-    image = axes.imshow(grid, norm=LogNorm(low, high), cmap="cividis", aspect="auto", origin="lower")
-    axes.set(title=title, xlabel="layer", ylabel="KV head")
-    axes.set_xticks(
-        range(0, count, max(1, count // 15)), [str(layers[i]) for i in range(0, count, max(1, count // 15))]
+    return Line2D(
+        [], [], color=style.colour, linestyle=style.dashes, linewidth=style.width, marker=style.marker, markersize=6
     )
-    axes.set_yticks(range(0, heads, max(1, heads // 8)))
-    _colour_bar(figure, image, axes, label)
-    _save(figure, path)
 
 
-def kept_tokens(
-    lifetimes: "torch.Tensor", held: "torch.Tensor", path: Path | IO[bytes], *, layers: Sequence[int], title: str
-) -> None:
-    """Which tokens each head keeps: blue says for how long, black that a token is still held at the end.
-
-    Args:
-        lifetimes: steps from a token's creation to its eviction, [layers, H, T].
-        held: bool, whether it is held after the last step, [layers, H, T].
-    """
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, LogNorm
-
-    blues = ListedColormap([colormaps["Blues"](0.05 + 0.0065 * i) for i in range(100)])  # its darkest is near black
-    black = ListedColormap(["#00000000", "#000000"])  # see-through where evicted
-    count, heads, tokens = lifetimes.shape
-    grid = lifetimes.flatten(0, 1).double().numpy()
-    still = held.flatten(0, 1).numpy()
-    figure = _figure(11.0, min(14.0, max(4.5, 0.09 * count * heads + 2.5)))
-    share, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 5])
-    share.fill_between(range(tokens), held.double().mean((0, 1)).numpy(), step="mid", color="#000000", linewidth=0)
-    share.set(title=title, ylabel="heads that\nkeep it", ylim=(0, 1.02))
-    share.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    image = axes.imshow(
-        grid, norm=LogNorm(1, max(2.0, float(grid.max()))), cmap=blues, aspect="auto", interpolation="nearest"
-    )
-    axes.imshow(still, cmap=black, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    step = max(1, math.ceil(count / 15))
-    axes.set_yticks(
-        [i * heads + (heads - 1) / 2 for i in range(0, count, step)], [str(layers[i]) for i in range(0, count, step)]
-    )
-    axes.set(xlabel="token (position in the text)", ylabel=f"layer ({heads} KV head{'s' * (heads > 1)} each)")
-    _colour_bar(figure, image, axes, "steps until eviction\n(black: kept to the end)")
-    _save(figure, path)
+def _kinds(summaries: "Sequence[Summary]") -> list[tuple[str, str | None]]:
+    """Policies with their budgets, in the order of first appearance, without the full cache."""
+    return list(dict.fromkeys((s.policy, s.budgets) for s in summaries if s.policy != FULL_CACHE))
 
 
 def _draw_scores(
@@ -180,14 +187,15 @@ def _draw_scores(
     task: str,
     length: int | None,
     *,
+    colours: dict[str, str],
     series: Sequence[str] | None,
     sizes: dict[Any, int] | None,
 ) -> None:
     metric = metric_of(task)
     bounded = [summary for summary in summaries if summary.policy != FULL_CACHE]
-    kinds = list(dict.fromkeys((summary.policy, summary.budgets) for summary in bounded))
+    kinds, grey = _kinds(summaries), grey_ones(summaries, metric)
     for index, kind in enumerate(kinds):
-        style = style_of(*kind)
+        name, style = contender_name(*kind), style_of(*kind, colours)
         line = sorted((s for s in bounded if (s.policy, s.budgets) == kind), key=lambda s: s.memory_size or 0)
         # a little aside, so that error bars of one memory size don't hide each other
         aside = 1.0 if sizes else 1.008 ** (index - len(kinds) / 2)
@@ -195,30 +203,30 @@ def _draw_scores(
             [_memory(summary, sizes) * aside for summary in line],
             [summary.scores[metric].mean for summary in line],
             yerr=[summary.scores[metric].standard_error or 0.0 for summary in line],
-            label=contender_name(*kind),
-            color=style.colour,
+            label="_nolegend_",
+            color=GREY if name in grey and series is None else style.colour,  # a page does it by its styles
             marker=style.marker,
             markersize=6 if style.colour == GATES_COLOUR else 4.5,
             linestyle=style.dashes,
             linewidth=style.width,
             elinewidth=1,
             capsize=2,
-            zorder=3 if style.colour == GATES_COLOUR else 2,
+            zorder=3 if style.colour == GATES_COLOUR else 1.5 if name in grey else 2,
         )
         if series is not None:
-            place = series.index(contender_name(*kind))
+            place = series.index(name)
             for number, artist in enumerate(drawn.get_children()):
-                artist.set_gid(f"series-{place}-{number}")
+                artist.set_gid(f"series-{place}-{number}" + "-grey" * (name in grey))
     front = pareto_front(metric, [(_memory(summary, sizes), summary) for summary in bounded])
     if len(front) > 1:
         xs, ys = [x for x, _ in front], [summary.scores[metric].mean for _, summary in front]
-        axes.step(xs, ys, where="post", color="#bbbbbb", linewidth=6, alpha=0.6, zorder=1, label="Pareto front")
+        axes.step(xs, ys, where="post", color="#999999", linewidth=6, alpha=0.4, zorder=1, label=PARETO_LABEL)
     full = next((s.scores[metric].mean for s in summaries if s.policy == FULL_CACHE), None)
     if metric == "kl":
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
     elif full is not None:
-        axes.axhline(full, color="#000000", linestyle=":", label=FULL_CACHE_LABEL)
+        axes.axhline(full, color=BLACK, linestyle=":", label=FULL_CACHE_LABEL)
         axes.set_ylim(-0.03, 1.03)
     axes.set_xscale("log", base=2 if sizes is None else 10)
     if sizes is None:
@@ -247,38 +255,3 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure of its own, so that neither pyplot's state nor its choice of back end is touched. Inches."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _colour_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
-    bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    # between the powers of ten only 2 and 5 have room
-    bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-
-
-def _save(figure: Any, path: Path | IO[bytes]) -> None:
-    figure.savefig(path, dpi=150, format="png")
-
-
-def _svg(figure: Any) -> str:
-    """As an element for a page: letters are shapes, so that nothing is clipped where a font is missing."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # parts that are named alike in every figure; ids of clip paths, markers and letters are unique or the same
-    return re.sub(r' id="(figure|axes|patch|text|matplotlib\.axis|xtick|ytick|line2d|LineCollection)_\d+"', "", text)

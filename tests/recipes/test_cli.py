@@ -242,7 +242,7 @@ def test_an_output_folder_that_is_not_ours(files, tmp_path, capsys):
 def test_without_matplotlib(files, tmp_path, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     for module in ("evaluate", "inspect"):
-        recipe = importlib.import_module("retention_gates.recipes.report.plots")
+        recipe = importlib.import_module("retention_gates.recipes.report.figures")
         monkeypatch.setattr(recipe, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
         assert cli.main([module, *files.arguments, "--output", str(tmp_path / "out")]) == 2
         assert_one_line(capsys, "pip install 'retention-gates[demo]'")

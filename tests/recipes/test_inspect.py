@@ -12,8 +12,9 @@ from tiny_adapter import Files, make_files
 from retention_gates import record
 from retention_gates.cli import main
 from retention_gates.gates.cache import BoundedCache
-from retention_gates.recipes.report import plots
-from retention_gates.recipes.report.gate_reading import median_half_lives, read_text
+from retention_gates.recipes.report import gate_maps
+from retention_gates.recipes.report.figures import save_png
+from retention_gates.recipes.report.gate_reading import Reading, median_half_lives, read_text, telling_head
 from retention_gates.recipes.report.token_page import token_page
 
 
@@ -104,17 +105,44 @@ def test_the_command_writes_pictures_and_a_page(files, tmp_path):
         assert len({tuple(pixel) for pixel in picture[::3, ::3, :3].reshape(-1, 3).round(1)}) > 10
     page = Page((out / "tokens.html").read_text(encoding="utf-8"))
     assert page.tokens[:4] == ["<|endoftext|>", "the", "old", "ship"] and len(page.tokens) == 40
-    assert page.title == "model at 8 entries per head, gates of adapter"
+    assert page.title == "model, gates of adapter" and page.data["memory_size"] == 8
     assert page.data["layers"] == [0, 1, 2, 3] and page.data["budgets"] == [[8, 8]] * 4
     assert [len(row) for layer in page.data["half_lives"] for row in layer] == [40] * 8
     assert page.data["half_lives"][0][0][:4] == [None] * 4 and page.data["eviction_times"][0][0][0] == 40
+
+
+LIFETIMES = {  # of 64 tokens with a budget of 8
+    "a sliding window": [8] * 64,
+    "the first ones for ever": [100] * 8 + [1] * 56,
+    "some of every kind": [1, 2, 4, 8, 16, 32, 100, 100] * 8,
+}
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+@pytest.mark.parametrize(("budgets", "near"), [([8, 8, 8], [0, 1, 2]), ([2, 2, 20], [2]), ([9, 20, 10], [0, 2])])
+def test_the_page_opens_on_a_head_with_something_to_see(order, budgets, near):
+    lifetimes = torch.tensor([list(LIFETIMES.values())[kind] for kind in order])[None]
+    times = (lifetimes + torch.arange(64)).clamp(max=64)
+    head = max(near, key=lambda head: order[head])
+    assert telling_head(Reading(torch.ones(1, 3, 64), times, [budgets])) == (0, head)
+
+
+def test_the_page_opens_where_it_says(files, tmp_path):
+    reading = read_text(gated_model(), token_ids(1, 50)[0], memory_size=8, budgets="uniform")
+    layer, head = telling_head(reading)
+    options = {"layers": [3, 5, 7, 9], "budgets": reading.budgets, "opens_on": (layer, head), "memory_size": 8}
+    text = token_page(["a"] * 50, reading.half_lives, reading.eviction_times, **options, title="a title")
+    assert Page(text).data["opens_on"] == [layer, head]
+    assert f"Opens on layer {[3, 5, 7, 9][layer]}, KV head {head}: of the heads" in text
+    assert "layer.value = data.opens_on[0]; head.value = data.opens_on[1];" in text
 
 
 def test_text_cannot_become_markup():
     words = ["</span><script>alert(1)</script>", "a & b", '"<i>', "$DATA", "$TOKENS", "line\n"]
     lives = torch.rand(1, 1, 6) * 9 + 1
     title = "</title><script>$DATA $TOKENS"
-    page = Page(token_page(words, lives, torch.full((1, 1, 6), 6), layers=[3], budgets=[[4]], title=title))
+    times, options = torch.full((1, 1, 6), 6), {"layers": [3], "budgets": [[4]], "opens_on": (0, 0), "memory_size": 4}
+    page = Page(token_page(words, lives, times, **options, title=title))
     assert page.tokens == [*words[:5], "line↵\n"]
     assert page.title == title and len(page.scripts) == 1
     assert page.data["half_lives"][0][0] == pytest.approx(lives[0, 0].tolist(), rel=5e-3)
@@ -127,5 +155,5 @@ def test_heat_maps_of_any_shape(tmp_path, spread):
             torch.logspace(0, 6, layers * heads).view(layers, heads) if spread else torch.full((layers, heads), 5.0)
         )
         path = tmp_path / f"{layers}.png"
-        plots.heat_map(values, path, layers=range(layers), title="a title", label="tokens")
+        save_png(gate_maps.heat_map(values, layers=range(layers), title="a title", label="tokens"), path)
         assert path.stat().st_size > 5000
