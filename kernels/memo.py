@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from retention_gates.compat import writes_to
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -36,10 +38,10 @@ class _Seen:
     """A tensor as it was, to be recognised."""
 
     def __init__(self, tensor: torch.Tensor):
-        self.reference, self.version = weakref.ref(tensor), tensor._version
+        self.reference, self.version = weakref.ref(tensor), writes_to(tensor)
 
     def is_still(self, tensor: torch.Tensor) -> bool:
-        return self.reference() is tensor and self.version == tensor._version
+        return self.reference() is tensor and self.version == writes_to(tensor)
 
 
 def _may_change_unseen(arguments: tuple[Any, ...]) -> bool:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import TrackioCallback
 
+from retention_gates.compat import trackio_of
 from retention_gates.gates.adapter.gate import half_life
 from retention_gates.gates.adapter.gate_outputs import record
 from retention_gates.gates.adapter.model import find_gated_model
@@ -55,8 +56,7 @@ def show(portrait: Portrait, trackers: Sequence[TrainerCallback], step: int) -> 
         if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
             tracker.tb_writer.add_image("retained_mass", portrait.heat_map(), step, dataformats="HWC")
             _add_histogram(tracker.tb_writer, portrait, step)
-        if isinstance(tracker, TrackioCallback) and tracker._initialized:
-            library = tracker._trackio
+        if isinstance(tracker, TrackioCallback) and (library := trackio_of(tracker)) is not None:
             pictures = {
                 "retained_mass_map": library.Image(portrait.heat_map(), caption="layers down, heads across"),
                 "log2_half_life": library.Histogram(np_histogram=(portrait.half_lives, EDGES)),

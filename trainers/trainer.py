@@ -11,13 +11,13 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from retention_gates.compat import leave_to_ranks
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import Recording, record
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
@@ -116,7 +116,7 @@ class RetentionTrainer(Trainer):
         # DDP leaves the base alone: it is the same on all ranks, has no gradient, and no buffer that changes
         base = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         base += [name for name, _ in model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, base)
+        leave_to_ranks(model, base)
         self._averages = Averages()
         self._clock = PhaseClock()
         self._inputs: dict[str, Any] = {}

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from retention_gates.compat import noted_commit
+
 SAMPLED = 1024  # numbers of each weight that the fingerprint looks at
 # What stands behind a model's name in that of a GGUF file: how it is quantised (".Q4_1", "-UD-Q4_K_XL", "-f16"), and
 # which part of several it is.
@@ -65,7 +67,7 @@ def identity(model: Any) -> tuple[str, str | None]:
     The commit is known of a model that our commands or older transformers have loaded, and of a snapshot's folder.
     """
     name, revision = _split_snapshot(getattr(model, "name_or_path", "") or "")
-    return name, getattr(model.config, "_commit_hash", None) or revision
+    return name, noted_commit(model.config) or revision
 
 
 def note_file(config: Any, gguf_file: str, file_rounding: str | None) -> None:

@@ -74,6 +74,11 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
         """Turns the gates on or off, and leaves to the model which parameters learn: layers may share some."""
         self._disable_adapters = not enabled
 
+    def follow(self, active_adapter: str | list[str], *, enabled: bool) -> None:
+        """Does as the layers do that were wrapped before it."""
+        self._active_adapter = active_adapter
+        self.enable_adapters(enabled)
+
     @property
     def active_gate_name(self) -> str | None:
         if self.disable_adapters:

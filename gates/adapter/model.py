@@ -263,8 +263,7 @@ class RetentionGateModel(BaseTuner):
 
     def _wrapper(self, attention: nn.Module) -> RetentionGatedAttention:
         layer = RetentionGatedAttention(attention)
-        layer._active_adapter = self.active_adapter
-        layer._disable_adapters = any(other.disable_adapters for other in self._wrappers)
+        layer.follow(self.active_adapter, enabled=not any(other.disable_adapters for other in self._wrappers))
         return layer
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:

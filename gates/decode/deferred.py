@@ -17,6 +17,8 @@ from retention_gates.compat import (
     TorchDispatchMode,
     disabled_torch_function,
     make_wrapper_subclass,
+    operator_schema,
+    storage_id,
     tree_leaves,
     tree_map_only,
 )
@@ -148,13 +150,13 @@ class Deferring(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if written := {_storage(each) for each in _written(func, args, kwargs)}:
+        if written := {storage_id(each) for each in _written(func, args, kwargs)}:
             for view, whole in self.views:
                 for one, other in ((view, whole), (whole, view)):
-                    if one.result is not None and _storage(one.result) in written:
+                    if one.result is not None and storage_id(one.result) in written:
                         other.is_changed = True
             for work in (each() for each in self.works):
-                if work is not None and _storage(work.reads) in written:
+                if work is not None and storage_id(work.reads) in written:
                     work.compute()
         if not kwargs and func in JOINS:
             joined = JOINS[func](self, *args)
@@ -243,13 +245,9 @@ def _plain(x: Any) -> Product | None:
     return None if work.products.results else work
 
 
-def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
-
-
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors that an operator changes, with their numbers."""
-    schema = getattr(func, "_schema", None)
+    schema = operator_schema(func)
     if schema is None or not schema.is_mutable:
         return
     for position, argument in enumerate(schema.arguments):

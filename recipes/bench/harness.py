@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from retention_gates.compat import cuda_sleep
 from retention_gates.recipes.loading.provenance import commit
 
 SLEEP_CYCLES = 5_000_000  # about 3 ms
@@ -51,7 +52,7 @@ def time_ms(function: Callable[[], Any], *, warmup: int = 3, repeats: int = 20) 
         function()
     begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
     for begin, end in zip(begins, ends, strict=True):
-        torch.cuda._sleep(SLEEP_CYCLES)
+        cuda_sleep(SLEEP_CYCLES)
         begin.record()
         function()
         end.record()

@@ -27,6 +27,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from retention_gates.compat import attention_implementation
 from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.adapter.model import RetentionGateModel
 from retention_gates.recipes.loading.models import adapter_config
@@ -127,7 +128,7 @@ def _difference(model: Any, adapter: Path) -> str | None:
 
 def _state(base: Any) -> tuple:
     """What the base model is made of, and the attention it names."""
-    return tuple((name, type(module)) for name, module in base.named_modules()), base.config._attn_implementation
+    return tuple((name, type(module)) for name, module in base.named_modules()), attention_implementation(base.config)
 
 
 def _reset_peak() -> None:

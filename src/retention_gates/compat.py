@@ -72,21 +72,31 @@ def _install(packages: Sequence[str]) -> str:
 # our name -> where it is, and what it is used for; imported when it is first asked for
 PRIVATE = {
     "TorchDispatchMode": ("torch.utils._python_dispatch:TorchDispatchMode", "seeing which operators read a tensor"),
+    "cuda_sleep": ("torch.cuda:_sleep", "timing without the launch"),
     "disabled_torch_function": ("torch._C:_disabled_torch_function_impl", "results of layers that are computed later"),
     "flash_attention_forward": ("torch:ops.aten._flash_attention_forward", "flash attention of unequal sequences"),
     "foreach_mul": ("torch:_foreach_mul", "gradients of a captured training step"),
+    "leave_to_ranks": (
+        "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
+        "parameters and buffers that DDP does not send",
+    ),
     "make_wrapper_subclass": ("torch:Tensor._make_wrapper_subclass", "results of layers that are computed later"),
     "tree_leaves": ("torch.utils._pytree:tree_leaves", "tensors inside of arguments"),
     "tree_map_only": ("torch.utils._pytree:tree_map_only", "tensors inside of arguments"),
 }
-# class -> its private attributes and methods that are read, called or overridden
+# class or function -> its private attributes and methods that are read, called or overridden
 PRIVATE_MEMBERS = {
+    "torch:Tensor": ("_version",),
+    "torch:UntypedStorage": ("_cdata",),
+    "torch:ops.aten.add_.Tensor": ("_schema",),
     "torch.nn:Module": ("_apply", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks"),
     "transformers:PreTrainedConfig": ("_attn_implementation",),
+    "transformers.integrations:TrackioCallback": ("_initialized", "_trackio"),
     "transformers:Trainer": (
         *("_load_best_model", "_load_from_checkpoint", "_prepare_inputs", "_save", "_save_checkpoint"),
         *("_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler"),
     ),
+    "accelerate.hooks:add_hook_to_module": ("_hf_hook",),
     "peft:PeftConfig": ("_split_kwargs",),
     "peft.tuners.tuners_utils:BaseTuner": (
         *("_create_and_replace", "_enable_adapter_layers", "_get_adapter_state_dict", "_prepare_adapter_config"),
@@ -126,6 +136,31 @@ def set_attention_implementation(config: Any, name: str | None) -> None:
 def note_commit(config: Any, commit: str | None) -> None:
     """Notes the Hub's commit that a model was loaded from, where older transformers keep it."""
     config._commit_hash = commit
+
+
+def noted_commit(config: Any) -> str | None:
+    """Returns what `note_commit` or older transformers have noted."""
+    return getattr(config, "_commit_hash", None)
+
+
+def writes_to(tensor: Any) -> int:
+    """Returns how often the tensor was written to; not known of tensors made in inference mode."""
+    return tensor._version
+
+
+def storage_id(tensor: Any) -> int:
+    """Returns a number that tensors have in common where they share memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def operator_schema(function: Any) -> Any | None:
+    """Returns what an operator reads and writes; None for functions that are no operators."""
+    return getattr(function, "_schema", None)
+
+
+def trackio_of(tracker: Any) -> Any | None:
+    """Returns the library to which transformers' callback reports; None before the run has begun."""
+    return tracker._trackio if tracker._initialized else None
 
 
 def forward_hooks(module: Any) -> list[Any]:
