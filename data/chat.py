@@ -1,34 +1,40 @@
 """Token ids of a chat, and which of them the assistant wrote."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from retention_gates.data.files import BadRow, check_text
+from retention_gates.data.chat_turns import Rendering, render_turns
+from retention_gates.data.files import BadRow
 
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+@dataclass(frozen=True)
+class ChatRow:
+    """Tokens of a chat, or of its first turns."""
+
+    ids: list[int]
+    targets: np.ndarray  # bool [n]: what the assistant wrote
+    turns: int  # the assistant's turns that are targets here
 
 
 def encode_chat(
     messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, place: str = "this chat"
-) -> tuple[list[int], np.ndarray]:
-    """Token ids of a chat in the tokenizer's template, and the mask of those that are targets: the assistant's turns.
+) -> list[ChatRow]:
+    """A chat in the tokenizer's template; its targets are the assistant's turns, as far as they can be told.
 
-    A template with `{% generation %}` blocks says itself which tokens are the assistant's. Otherwise the chat is
-    rendered up to each assistant turn, without and with that turn; both must begin the whole chat's text, or else a
-    model would be trained on something it never sees when it generates. Each turn is tokenised apart from what stands
-    before it, since that is how a prompt reaches the model. A turn ends with its end-of-turn token; white space that
-    the template puts behind is no target.
+    That is one row, unless the template rewrites earlier turns: see `render_turns`. A turn is tokenised apart from
+    what stands before it, since that is how a prompt reaches the model. It ends with its end-of-turn token.
 
     Args:
         place: what the errors call this chat.
 
     Raises:
-        BadRow: no template, no assistant turn, a chat that the template refuses, or a template that rewrites
-            earlier turns (some cut out the reasoning of all but the last).
+        ValueError: there is no template.
+        BadRow: no assistant turn, none that can be told, or a chat that the template or the tokenizer refuses.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow(
@@ -40,61 +46,46 @@ def encode_chat(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template and can't encode {place}; use the "
             "tokenizer of a chat model, or set tokenizer.chat_template"
         )
-    try:
-        if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-            encoded: Any = tokenizer.apply_chat_template(
-                list(messages), return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, targets = encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
-        else:
-            ids, targets = _encode_by_prefixes(list(messages), tokenizer, place)
-    except BadRow:
-        raise
-    except Exception as error:  # of any kind: a template is a program
-        raise BadRow(f"the tokenizer's chat template refuses {place} ({type(error).__name__}: {error})") from error
-    if not targets.any():
-        raise BadRow(f"{place} has no target: the chat template marks none of its tokens as the assistant's")
-    return ids, targets
+    rows = []
+    for rendering in render_turns(messages, tokenizer, place=place):
+        try:
+            ids, targets = _tokenize(rendering, tokenizer, place)
+        except BadRow:
+            raise
+        except Exception as error:  # of any kind, as the tokenizer pleases
+            raise BadRow(f"{place} cannot be tokenised ({type(error).__name__}: {error})") from error
+        rows.append(ChatRow(ids, targets, len(rendering.spans)))
+    return rows
 
 
-def _encode_by_prefixes(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, place: str
-) -> tuple[list[int], np.ndarray]:
-    def render(count: int, *, prompt: bool = False) -> str:
-        text = str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-        check_text(text, place)
-        return text
-
-    if messages[0]["role"] == "assistant":
+def _tokenize(rendering: Rendering, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list[int], np.ndarray]:
+    """The tokens of a rendering, and which of them lie in its spans."""
+    text, cuts = rendering.text, [0, *(cut for span in rendering.spans for cut in span), len(rendering.text)]
+    parts = [text[start:end] for start, end in pairwise(cuts)]  # every second one is a target
+    encoded = tokenizer([*parts, text], add_special_tokens=False, verbose=False)["input_ids"]
+    pieces, whole = encoded[:-1], encoded[-1]
+    ids = [token for piece in pieces for token in piece]
+    if ids == whole or tokenizer.decode(ids) == tokenizer.decode(whole):
+        return ids, np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces])
+    # This tokenizer swallows white space behind some tokens, or adds some in front of each text.
+    if not tokenizer.is_fast:
         raise BadRow(
-            f"{place} begins with an assistant turn, so nothing tells where the template's own text ends; drop that "
-            "turn, or use a template with {% generation %} blocks"
+            f"the tokenizer {tokenizer.name_or_path!r} changes {place} when it is tokenised turn by turn, and does "
+            "not tell where its tokens stand; use a fast one"
         )
-    text = render(len(messages))
-    ids: list[int] = []
-    targets: list[bool] = []
-    done = 0  # characters of the text that are tokenised
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(index, prompt=True), render(index + 1)
-        if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
+    offsets = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    targets = np.zeros(len(whole), dtype=bool)
+    spans = iter(rendering.spans)
+    start, end = next(spans)
+    for index, (first, last) in enumerate(offsets):
+        word = text[first:last]
+        first += len(word) - len(word.lstrip()) if word.strip() else 0  # white space that a control token swallows
+        while first >= end:
+            start, end = next(spans, (len(text), len(text) + 1))
+        targets[index] = first >= start
+        if (first < start < last and text[start:last].strip()) or (first >= start and text[end:last].strip()):
             raise BadRow(
-                f"the chat template renders {place} up to turn {index} differently than inside the whole chat, so "
-                "the assistant's tokens can't be told exactly; use a template with {% generation %} blocks, or cut "
-                "the chats to a single assistant turn"
+                f"the tokenizer {tokenizer.name_or_path!r} has one token for text on both sides of a turn's edge in "
+                f"{place}: {word!r}; give it a chat template that parts turns by control tokens"
             )
-        for part, is_target in ((text[done : len(before)], False), (after[len(before) :].rstrip(), True)):
-            part_ids = tokenizer.encode(part, add_special_tokens=False) if part else []
-            ids += part_ids
-            targets += [is_target] * len(part_ids)
-        done = len(before) + len(after[len(before) :].rstrip())
-    rest = tokenizer.encode(text[done:], add_special_tokens=False) if text[done:] else []
-    ids, targets = ids + rest, targets + [False] * len(rest)
-    whole = tokenizer.encode(text, add_special_tokens=False)
-    if ids != whole and tokenizer.decode(ids) != tokenizer.decode(whole):
-        raise BadRow(
-            f"the tokenizer {tokenizer.name_or_path!r} adds text when {place} is tokenised turn by turn; give it a "
-            "chat template with {% generation %} blocks"
-        )
-    return ids, np.array(targets, dtype=bool)
+    return whole, targets

@@ -121,7 +121,7 @@ def check_text(text: str, place: str) -> None:
     except UnicodeEncodeError as error:
         raise BadRow(
             f"{place} holds a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start + 1:,}: half "
-            "of a character, which no text can have; repair or drop the row"
+            "of a character, which no text can have; repair it, or leave it out"
         ) from None
 
 
@@ -191,11 +191,10 @@ def _list_entries(text: str, file: Path) -> Iterator[Row]:
     try:
         text.encode()
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(file)!r} is not valid JSON at line {error.lineno}: {error.msg}") from error
     except (ValueError, RecursionError):  # the fault of some entries, each to be parsed alone
-        for number, entry in enumerate(_split_list(text, file), start=1):
-            yield f"entry {number} of {str(file)!r}", partial(_parse, entry, file, f"in entry {number}")
+        for number, (line, entry) in enumerate(_split_list(text, file), start=1):
+            place = f"entry {number}, line {line},"
+            yield f"{place} of {str(file)!r}", partial(_parse, entry, file, f"in {place[:-1]}")
     else:
         for number, entry in enumerate(entries, start=1):
             yield f"entry {number} of {str(file)!r}", partial(_same, entry)
@@ -205,22 +204,30 @@ def _same(entry: Any) -> Any:
     return entry
 
 
-def _split_list(text: str, file: Path) -> Iterator[str]:
-    """The text of each entry of a JSON list."""
+def _split_list(text: str, file: Path) -> Iterator[tuple[int, str]]:
+    """The line and the text of each entry of a JSON list."""
     depth = start = 0
+    line = 1
     for token in JSON_TOKEN.finditer(text):
         mark = token[0]
         if mark in ("[", "{"):
             depth += 1
-            start = token.end() if depth == 1 else start
+            if depth == 1:
+                start = token.end()
+                line += text.count("\n", 0, start)
         elif mark in ("]", "}"):
             depth -= 1
         if (mark == "," and depth == 1) or depth == 0:
-            yield text[start : token.start()]
+            entry = text[start : token.start()]
+            begins = len(entry) - len(entry.lstrip())
+            yield line + text.count("\n", start, start + begins), entry
+            line += text.count("\n", start, token.end())
             start = token.end()
         if depth == 0:
-            return
-    raise ValueError(f"{str(file)!r} is not valid JSON: its list has no end")
+            break
+    if depth or text[start:].strip():
+        what = "its list has no end" if depth else "there is more behind its list"
+        raise ValueError(f"{str(file)!r} is not valid JSON at line {line}: {what}")
 
 
 def _parse(text: str, file: Path, where: str) -> Any:

@@ -23,6 +23,8 @@ class Reading:
     source: str
     documents: int = 0
     tokens: int = 0
+    turns: int = 0  # the assistant's turns in chats that are targets
+    lost_turns: int = 0  # those that the template does not tell
     bad_rows: int = 0
     examples: list[str] = field(default_factory=list)  # what was wrong with the first bad rows
 
@@ -33,6 +35,8 @@ class Reading:
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.documents:,} documents, {self.tokens:,} tokens"
+        if self.turns:
+            text += f", {self.turns:,} of {self.turns + self.lost_turns:,} assistant turns are targets"
         if self.bad_rows:
             text += f", {self.bad_rows:,} bad rows skipped, the first: {self.examples[0]}"
         return text
@@ -73,6 +77,8 @@ def read_tokens(
                     found.append(document)
                     reading.documents += 1
                     reading.tokens += len(document.ids)
+                    reading.turns += document.turns
+                    reading.lost_turns += document.lost_turns
                     bar.update(1 if token_budget is None else len(document.ids))
                     if token_budget is not None and reading.tokens >= token_budget:
                         return found, reading

@@ -16,11 +16,13 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """The tokens of one document, `document_prefix` included, and which of them are targets."""
+    """The tokens of one document, of a text with `document_prefix`, and which of them are targets."""
 
     work: str
     ids: np.ndarray  # int32 [n]
     targets: np.ndarray | None = None  # bool [n]; None: all of them
+    turns: int = 0  # the assistant's turns of a chat that are targets here
+    lost_turns: int = 0  # those of the chat that are targets nowhere, counted at its first document
 
 
 def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -45,6 +47,8 @@ def tokenize_documents(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64, progress: bool = True
 ) -> list[TokenDocument]:
     """Token ids of texts and chats, in order; in chats only the assistant's turns are targets.
+
+    A chat is several documents where the template rewrites earlier turns; see `render_turns`.
 
     Args:
         batch_size: texts handed to the tokenizer at a time.
@@ -80,13 +84,23 @@ def tokenize_batch(
                 ids = _encode_alone(document.text, tokenizer, place) if encoded is None else next(encoded)
                 result.append(TokenDocument(document.work, np.array(prefix + ids, dtype=np.int32)))
             else:
-                ids, targets = encode_chat(document.messages, tokenizer, place=place)
-                result.append(TokenDocument(document.work, np.array(ids, dtype=np.int32), targets))
+                result += _chat_documents(document, tokenizer, place)
         except BadRow as error:
             if on_bad_row is None:
                 raise
             on_bad_row(str(error))
     return result
+
+
+def _chat_documents(document: Document, tokenizer: PreTrainedTokenizerBase, place: str) -> list[TokenDocument]:
+    assert document.messages is not None
+    rows = encode_chat(document.messages, tokenizer, place=place)
+    turns = sum(message["role"] == "assistant" for message in document.messages)
+    lost = [max(0, turns - sum(row.turns for row in rows))] + [0] * (len(rows) - 1)
+    return [
+        TokenDocument(document.work, np.array(row.ids, dtype=np.int32), row.targets, min(row.turns, turns), lost_turns)
+        for row, lost_turns in zip(rows, lost, strict=True)
+    ]
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

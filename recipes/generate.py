@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from retention_gates.data.files import check_text
 from retention_gates.data.tokens import document_prefix
 from retention_gates.gates.adapter import generate_arguments
 from retention_gates.gates.adapter.model import find_gated_model
@@ -128,7 +129,9 @@ def _write_on(
 
 def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is None:
-        return options.text if options.prompt is None else options.prompt
+        prompt: str = options.text if options.prompt is None else options.prompt
+        check_text(prompt, "The prompt")
+        return prompt
     try:
         return Path(options.prompt_file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,6 +1,6 @@
 """Rows of tokens on their way into the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,10 @@ from retention_gates.kernels.distill_loss import NO_TARGET
 from retention_gates.trainers.distributed.sequence_parallel import check_row_length
 
 COLUMNS = ("input_ids", "position_ids", "labels")
+PACKING = (
+    "texts and chats are tokenised and packed first, with tokenize_documents of retention_gates.data.tokens and "
+    "pack_rows of retention_gates.data.packing"
+)
 SHARES = 1021  # a prime
 
 
@@ -19,7 +23,7 @@ class RowCollator:
     Beside them stands `counts`: how many positions KL counts in the batch, and how many the next-token loss.
 
     A row is full: there is no padding. position_ids start anew at 0 with every document packed into it; labels are the
-    row's own tokens, -100 where a token is no target.
+    row's own tokens, -100 where a token is no target. A row of input_ids alone is one document, all of it targets.
 
     Args:
         max_length: the most tokens of a row.
@@ -34,11 +38,15 @@ class RowCollator:
         self.max_length, self.part, self.parts, self.longest = max_length, part, parts, longest
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        rows = [complete_row(row) for row in rows]
         for row in rows:
             self.check(row)
         lengths = sorted({len(row["input_ids"]) for row in rows})
         if len(lengths) > 1:
-            raise ValueError(f"Rows of {lengths} tokens meet in one batch: pack all of them to the same length.")
+            raise ValueError(
+                f"Rows of {lengths} tokens meet in one batch, which has no padding: pack all to the same length, "
+                "as pack_rows of retention_gates.data.packing does."
+            )
         ids, positions, labels = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in COLUMNS)
         targets, counted = next_token_targets(labels, packed_documents(positions))
         whole = {"input_ids": ids, "position_ids": positions, "targets": targets, "counted": counted}
@@ -51,9 +59,7 @@ class RowCollator:
 
     def check(self, row: dict[str, Any]) -> None:
         """Raises ValueError unless the row can be trained on."""
-        missing = [name for name in COLUMNS if name not in row]
-        if missing:
-            raise ValueError(f"A training row has {sorted(row)} but needs {list(COLUMNS)}: {missing[0]!r} is missing.")
+        row = complete_row(row)
         lengths = {name: len(row[name]) for name in COLUMNS}
         length = lengths["input_ids"]
         if len(set(lengths.values())) > 1:
@@ -71,6 +77,37 @@ class RowCollator:
                 f"A training row of {length} tokens has no target: no label other than {NO_TARGET} follows a token of "
                 "the same document. Leave such rows out."
             )
+
+
+def complete_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The three columns of a row; one that has input_ids alone is one document, all of it targets.
+
+    Raises:
+        ValueError: for a row without input_ids, or with padding.
+    """
+    if "input_ids" not in row:
+        raise ValueError(f"A training row has the columns {sorted(map(str, row))}, but no input_ids: {PACKING}.")
+    ids = torch.as_tensor(row["input_ids"])
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise ValueError(f"A training row has input_ids of {ids.dtype} {list(ids.shape)}: give the ids of one row.")
+    if "attention_mask" in row and not bool(torch.as_tensor(row["attention_mask"]).all()):
+        raise ValueError(f"A training row has padding (zeros in attention_mask), which no row may have: {PACKING}.")
+    found = {"input_ids": ids, "position_ids": torch.arange(len(ids)), "labels": ids}
+    return {name: torch.as_tensor(row[name]) if name in row else found[name] for name in COLUMNS}
+
+
+def check_rows(rows: Any, collator: RowCollator) -> None:
+    """Raises ValueError unless `rows` is a sequence of rows, the first of which can be trained on."""
+    if isinstance(rows, Mapping):
+        raise ValueError(f"train_dataset has the splits {', '.join(map(str, rows))}: give one of them.")
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise ValueError(
+            f"train_dataset ({type(rows).__name__}) has no row that can be asked for by its number, so that no run "
+            f"could be resumed: read what it needs of it; {PACKING}."
+        )
+    if len(rows) == 0:
+        raise ValueError("train_dataset is empty: it needs at least one row.")
+    collator.check(rows[0])
 
 
 def row_shares(ids: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ from retention_gates.trainers.losses import capacity_loss
 from retention_gates.trainers.output_head import OutputHead
 from retention_gates.trainers.phases import PhaseClock, peak_memory
 from retention_gates.trainers.pictures import portray, show
-from retention_gates.trainers.rows import RowCollator, forward_arguments, set_shares
+from retention_gates.trainers.rows import RowCollator, check_rows, forward_arguments, set_shares
 from retention_gates.trainers.run_folder.inputs import inputs_of
 from retention_gates.trainers.run_folder.resuming import find_start
 from retention_gates.trainers.run_folder.writing_alone import writing_alone
@@ -62,7 +62,8 @@ class RetentionTrainer(Trainer):
 
     Args:
         model: a PeftModel with retention gates: `get_peft_model(base, RetentionGateConfig())`.
-        train_dataset: rows as `data.packing` makes them; see `trainers.rows.RowCollator`.
+        train_dataset: rows as `data.packing` makes them, or of equally many input_ids, such as a tokenised data set of
+            Hugging Face; see `trainers.rows.RowCollator`.
         eval_dataset: token ids [R, T], one document each; what `evaluate` scores.
 
     Raises:
@@ -90,9 +91,7 @@ class RetentionTrainer(Trainer):
         positions = getattr(text_config(find_gated_model(model).model), "max_position_embeddings", None)
         part, parts = args.process_index % args.ranks_per_row, args.ranks_per_row
         collator = RowCollator(positions, part, parts, args.longest_stretch)
-        if len(train_dataset) == 0:
-            raise ValueError("train_dataset is empty: it needs at least one row.")
-        collator.check(train_dataset[0])
+        check_rows(train_dataset, collator)
         if eval_dataset is not None and len(eval_dataset) < args.world_size:
             raise ValueError(f"eval_dataset has {len(eval_dataset)} rows for {args.world_size} ranks: give each one.")
         if eval_dataset is not None:

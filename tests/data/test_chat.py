@@ -1,5 +1,5 @@
 import pytest
-from chats import target_texts, with_template
+from chats import one_row, target_texts, with_template
 from transformers import PreTrainedTokenizerFast
 
 from retention_gates.data.chat import encode_chat
@@ -22,13 +22,13 @@ GENERATION_TEMPLATE = (
 
 
 def test_only_the_assistants_turns_are_targets(tokenizer):
-    ids, targets = encode_chat(CHAT, tokenizer)
+    ids, targets = one_row(CHAT, tokenizer)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert target_texts(ids, targets, tokenizer) == ["\n\n old stone<|im_end|>", "quiet<|im_end|>"]
 
 
 def test_what_precedes_a_turn_is_what_a_prompt_would_be(tokenizer):
-    ids, targets = encode_chat(CHAT, tokenizer)
+    ids, targets = one_row(CHAT, tokenizer)
     prompt = tokenizer.apply_chat_template(CHAT[:4], add_generation_prompt=True, return_dict=True)["input_ids"]
     last = len(ids) - targets[::-1].tolist().index(True)
     answer = tokenizer.encode("quiet<|im_end|>")
@@ -38,27 +38,19 @@ def test_what_precedes_a_turn_is_what_a_prompt_would_be(tokenizer):
 
 def test_generation_blocks_give_the_same_targets(tokenizer):
     other = with_template(tokenizer, GENERATION_TEMPLATE)
-    ids, targets = encode_chat(CHAT, other)
+    ids, targets = one_row(CHAT, other)
     assert target_texts(ids, targets, other) == ["\n\n old stone<|im_end|>", "quiet<|im_end|>"]
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    cuts = (
-        "{% for message in messages %}{{ message['role'] + ':' }}"
-        "{% if loop.last or message['role'] != 'assistant' %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    )
-    other = with_template(tokenizer, cuts)
-    assert encode_chat(CHAT[:3], other)[1].any()
-    with pytest.raises(ValueError, match="up to turn 2 differently.*generation"):
-        encode_chat(CHAT, other)
 
 
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [
         (CHAT[:2], "{{ messages }}", "line 7 has no assistant turn \\(roles: system, user\\).*no target"),
-        (CHAT[2:], CHAT_TEMPLATE, "line 7 begins with an assistant turn"),
+        (
+            CHAT,
+            "{{ messages[-1]['content'] if add_generation_prompt else messages | length }}",
+            "no assistant's turn of line 7",
+        ),
         (CHAT, None, "has no chat template"),
         (
             CHAT,
@@ -77,11 +69,12 @@ def test_bad_chats_name_the_chat(tokenizer, messages, template, message):
         encode_chat(messages, with_template(tokenizer, template), place="line 7")
 
 
-def test_a_tokenizer_that_adds_text_to_each_part_is_refused():
+def test_a_tokenizer_that_adds_text_to_each_part_reads_the_whole():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "▁", "▁a", "▁b", "a", "b", ":"])}
-    prefixing = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "▁", "▁a", "▁b", "a", "b", ":", "▁ab"])}
+    merges = [("▁", "a"), ("▁", "b"), ("▁a", "b")]
+    prefixing = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
     prefixing.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     prefixing.decoder = decoders.Metaspace(prepend_scheme="always")
     fast = PreTrainedTokenizerFast(tokenizer_object=prefixing, unk_token="<unk>")
@@ -89,8 +82,12 @@ def test_a_tokenizer_that_adds_text_to_each_part_is_refused():
         "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'user' %}:{% endif %}"
         "{% endfor %}"
     )
-    with pytest.raises(ValueError, match="adds text when this chat is tokenised turn by turn"):
-        encode_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], fast)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, targets = one_row(messages, fast)
+    assert fast.convert_ids_to_tokens(ids) == ["▁a", ":", "b"] and targets.tolist() == [False, False, True]
+    joined = with_template(fast, fast.chat_template.replace(":", ""))
+    with pytest.raises(ValueError, match="one token for text on both sides of a turn's edge in this chat: 'ab'"):
+        one_row(messages, joined)
 
 
 def test_texts_and_chats_are_tokenised_in_order(tokenizer):
@@ -98,7 +95,7 @@ def test_texts_and_chats_are_tokenised_in_order(tokenizer):
     first, chat, last = tokenize_documents(documents, tokenizer, batch_size=2, progress=False)
     assert [first.work, chat.work, last.work] == ["a", "b", "c"]
     assert tokenizer.decode(first.ids) == "<|endoftext|>the river" and first.targets is None
-    assert chat.ids.tolist() == encode_chat(CHAT, tokenizer)[0] and len(chat.targets) == len(chat.ids)
+    assert chat.ids.tolist() == one_row(CHAT, tokenizer)[0] and len(chat.targets) == len(chat.ids)
     assert tokenizer.decode(last.ids) == "<|endoftext|>a stone"
     with pytest.raises(ValueError, match="data set is empty"):
         tokenize_documents([], tokenizer)

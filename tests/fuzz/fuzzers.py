@@ -105,6 +105,17 @@ def adapter(folder: Path) -> Case:
     return case
 
 
+def rows(folder: Path) -> Case:
+    """Rows that can be read are read, and targets are what the assistant would write."""
+    from row_cases import check_chat, check_file
+
+    def case(rng: random.Random) -> None:
+        check_file(rng, folder)
+        check_chat(rng)
+
+    return case
+
+
 def checkpoint(folder: Path) -> Case:
     """Of two checkpoints of which the last is damaged, the last whole one is found, or none with a ValueError."""
     from tiny_training import trainer_of
@@ -159,6 +170,7 @@ FUZZERS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "memory_file": (memory_file, 1),
     "adapter": (adapter, 1),
     "checkpoint": (checkpoint, 1),
+    "rows": (rows, 1),
     "kills": (kills, 4),
 }
 

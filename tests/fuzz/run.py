@@ -61,7 +61,7 @@ def fuzz(name: str, seed: int, first: int, cases: int | None, seconds: float) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    names = ["cache", "simulation", "memory_file", "adapter", "checkpoint", "kills"]
+    names = ["cache", "simulation", "memory_file", "adapter", "checkpoint", "rows", "kills"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="for all fuzzers together (default: 10)")
     parser.add_argument(

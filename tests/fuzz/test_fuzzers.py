@@ -4,7 +4,7 @@ import fuzzers
 import pytest
 import run
 
-QUICK = ["cache", "simulation", "memory_file", "adapter", "checkpoint"]  # kills have a test of their own
+QUICK = ["cache", "simulation", "memory_file", "adapter", "checkpoint", "rows"]  # kills have a test of their own
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 from retention_gates.cli import main
 from retention_gates.gates.cache import BoundedCache
-from retention_gates.recipes.generate import _agreement, full_cache_bytes, prompt_ids
+from retention_gates.recipes.generate import _agreement, _prompt, full_cache_bytes, prompt_ids
 from retention_gates.recipes.loading.models import load_model, load_tokenizer
 
 PROMPT = "king and queen"  # the tiny model goes on with words, not with special tokens, which are not shown
@@ -151,6 +152,17 @@ def test_a_chat_prompt_is_in_the_models_own_form(files):
     ids = prompt_ids(tokenizer, "the sea", chat=True)
     assert tokenizer.decode(ids) == "king the sea storm queen"
     assert prompt_ids(tokenizer, "the sea", chat=False)[0] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+
+def test_a_prompt_is_text_without_a_byte_order_mark(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("\ufeffÄhre\n".encode())
+    assert _prompt(Namespace(prompt=None, text=None, prompt_file=str(file))) == "Ähre\n"
+    file.write_bytes("Ähre".encode("latin-1"))
+    with pytest.raises(ValueError, match="prompt.txt cannot be read as UTF-8 text"):
+        _prompt(Namespace(prompt=None, text=None, prompt_file=str(file)))
+    with pytest.raises(ValueError, match="The prompt holds a lone surrogate, U\\+DCC4 at character 1"):
+        _prompt(Namespace(prompt="\udcc4hre", text=None, prompt_file=None))
 
 
 def test_a_text_is_read_once_and_answered_later(files, tmp_path, capsys):

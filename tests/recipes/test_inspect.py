@@ -94,7 +94,7 @@ def test_the_command_writes_pictures_and_a_page(files, tmp_path):
     from matplotlib.image import imread
 
     shown, out = tmp_path / "shown.txt", tmp_path / "out"
-    shown.write_text("the old ship <b> sings & runs " * 9, encoding="utf-8")
+    shown.write_text("the old ship <b> sings & runs " * 9, encoding="utf-8-sig")
     arguments = [*files.arguments, "--length", "40", "--rows", "2", "--memory-size", "8", "--output", str(out)]
     assert main(["inspect", *arguments, "--show", str(shown)]) == 0
     pictures = ["half_life.png", "kept_tokens.png", "retained_mass.png"]

@@ -64,7 +64,9 @@ def test_a_base_that_does_not_keep_packed_documents_apart_trains_layer_by_layer_
         (Rows(labels=torch.full((48,), -100)), "has no target"),
         (Rows(positions=torch.zeros(48, dtype=torch.long)), "has no target"),  # 48 documents of one token
         (Rows(labels=torch.arange(3)), "differ in length"),
-        ([{"input_ids": torch.arange(4), "labels": torch.arange(4)}], "'position_ids' is missing"),
+        ([{"labels": torch.arange(4)}], r"has the columns \['labels'\], but no input_ids: .*pack_rows"),
+        ([{"input_ids": torch.ones(4)}], r"input_ids of torch.float32 \[4\]"),
+        ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], r"input_ids of torch.int64 \[1, 4\]"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused(tmp_path: Path, rows, match: str):
