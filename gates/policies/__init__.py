@@ -20,10 +20,14 @@ from retention_gates.gates.policies.sliding_window import SLIDING_WINDOW
 from retention_gates.gates.policies.snapkv import SNAPKV
 from retention_gates.gates.policies.streaming_llm import STREAMING_LLM
 from retention_gates.gates.policies.tova import TOVA
+from retention_gates.gates.policies.triattention import TRIATTENTION
 from retention_gates.gates.policies.value_norm import VALUE_NORM
+from retention_gates.gates.policies.vase import VASE
 
 KNOWN_AHEAD = (RETENTION, STREAMING_LLM, SLIDING_WINDOW, RANDOM, KEY_NORM, VALUE_NORM)
-FED_BACK = (H2O, TOVA, SNAPKV, MORPHKV, RAAS, RKV, KEYDIFF, LAGKV, EXPECTED_ATTENTION, CITRUS, MERGING)
+FED_BACK = (
+    *(H2O, TOVA, SNAPKV, MORPHKV, RAAS, RKV, KEYDIFF, LAGKV, EXPECTED_ATTENTION, TRIATTENTION, VASE, CITRUS, MERGING),
+)
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (*KNOWN_AHEAD, *FED_BACK)}
 
 __all__ = [

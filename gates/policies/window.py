@@ -8,9 +8,13 @@ from retention_gates.gates.policies.held import Held
 from retention_gates.gates.policies.policy import NewTokens
 
 
-def observe_window(held: Held, weights: torch.Tensor) -> torch.Tensor:
-    """Each entry's state is what it received of the last K queries, that of step t in place t mod K."""
-    window = held.state.shape[3]
+def observe_window(held: Held, weights: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """The first K numbers of each entry's state are what it received of the last K queries, of step t in t mod K.
+
+    Args:
+        window: K; the whole state if not given.
+    """
+    window = window or held.state.shape[3]
     weights, is_real = weights[:, :, -window:], held.is_real[:, -window:]
     place = held.query_steps[-window:] % window
     received = weights.transpose(2, 3)  # [B, H, S, n]

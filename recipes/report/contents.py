@@ -35,6 +35,8 @@ NAMES = {  # as their papers write them
     "keydiff": "KeyDiff",
     "lagkv": "LagKV",
     "expected_attention": "Expected Attention",
+    "triattention": "TriAttention",
+    "vase": "VaSE",
     "citrus": "CItruS",
 }
 Key = tuple[str, int, str]  # policy, memory size, budgets

@@ -181,6 +181,9 @@ def test_untrained_gates_run_the_policies_that_need_none(files, tmp_path):
     assert {r["budgets"] for r in records} == {"uniform", None}
 
 
+ROTATING = ("expected_attention", "triattention")  # queries
+
+
 def test_policies_that_a_model_cannot_have(files, tmp_path, monkeypatch, capsys):
     """Of all that there are they are left out, which is said; by name they are refused."""
 
@@ -196,14 +199,14 @@ def test_policies_that_a_model_cannot_have(files, tmp_path, monkeypatch, capsys)
     assert main(["evaluate", *arguments]) == 0
     assert "without expected_attention: no expected_attention here" in capsys.readouterr().out
     assert {r["policy"] for r in read(tmp_path / "out")[1]} == {
-        *("full", *(name for name in POLICIES if can_run(name, None) and name != "expected_attention"))
+        *("full", *(name for name in POLICIES if can_run(name, None) and name not in ROTATING))
     }
-    assert "; without expected_attention, which" in (tmp_path / "out" / "report.md").read_text()
+    assert "; without expected_attention, triattention, which" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_gemma_has_two_rotary_embeddings():
-    assert list(_unfit(["tova", "expected_attention"], gated_model("gemma3_text"))) == ["expected_attention"]
-    assert _unfit(["tova", "expected_attention"], gated_model("llama")) == {}
+    assert tuple(_unfit(["tova", *ROTATING], gated_model("gemma3_text"))) == ROTATING
+    assert _unfit(["tova", *ROTATING], gated_model("llama")) == {}
 
 
 def test_a_folder_of_folders_of_ours_is_ours(evaluated, files, tmp_path):

@@ -4,6 +4,7 @@ One step is: the new token enters, the weights that the query gives every held e
 more than its budget the entries of lowest priority go.
 """
 
+import cmath
 import math
 from dataclasses import dataclass, field
 
@@ -145,6 +146,54 @@ def expected_attention(layer: PlainLayer, head: int, step: int) -> Priorities:
     return result | {p: share * math.sqrt(dot(entries[p].value, entries[p].value)) for p, share in shares.items()}
 
 
+def triattention(layer: PlainLayer, head: int, step: int) -> Priorities:
+    entries, half = layer.heads[head], len(layer.frequencies)
+    result = dict.fromkeys(entries, -math.inf)
+    for q in layer.queries(head):
+        before = [rotate(layer.query[q][t], -t, layer.frequencies) for t in range(step + 1)]
+        scores = dict.fromkeys(entries, 0.0)
+        for f, frequency in enumerate(layer.frequencies):
+            pairs = [complex(x[f], x[f + half]) for x in before]
+            centre = sum(pairs) / len(pairs)
+            mean_length = sum(map(abs, pairs)) / len(pairs)
+            for p, entry in entries.items():
+                original = rotate(entry.key, -p, layer.frequencies)
+                key = complex(original[f], original[f + half])
+                phase = cmath.phase(centre) - cmath.phase(key)
+                for ahead in (2**i for i in range(17)):
+                    angle = frequency * (step + ahead - p) + phase
+                    scores[p] += abs(centre) * abs(key) * math.cos(angle) / 17
+                scores[p] += (mean_length - abs(centre)) * abs(key)
+        mean = sum(scores.values()) / len(scores)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in scores.values()) / len(scores))
+        result = {p: max(result[p], (scores[p] - mean) / max(deviation, 1e-6)) for p in entries}
+    return result
+
+
+def vase(layer: PlainLayer, head: int, step: int) -> Priorities:
+    entries, order = layer.heads[head], sorted(layer.heads[head])
+    means = [sum(entries[p].received[-64:]) / min(step - p + 1, 64) / layer.group for p in order]
+    sizes = {p: math.inf if p < 4 else max(e.value) - min(e.value) for p, e in entries.items()}
+    recent = min(layer.budget // 2, 64)
+    older = [p for p in order if step - p > recent - 8]
+    large = sorted(older, key=lambda p: sizes[p], reverse=True)[: layer.budget // 4]
+    result = dict.fromkeys(large, math.inf)
+    for i, p in enumerate(order):
+        if p not in large:
+            weight = max(sum(means[max(0, i - 2) : i + 3]) / 5, 1e-30)
+            seed = murmur(murmur(head + murmur(murmur(0) + 0)) + p) >> 8  # run, layer, head, token
+            draw = murmur(seed + murmur(step)) >> 8
+            result[p] = math.log(weight) - math.log(-math.log((draw + 0.5) / 2**24))
+    return result
+
+
+def murmur(x: int) -> int:
+    """The finaliser of murmur3, in 32 bits."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+    return x ^ (x >> 16)
+
+
 def citrus(layer: PlainLayer, head: int, step: int) -> Priorities:
     entries = layer.heads[head]
     instruction = [t for start, stop in layer.protected[1:] for t in range(start, stop) if t <= step][-16:]
@@ -195,12 +244,15 @@ def rotate(x: list[float], position: int, frequencies: list[float]) -> list[floa
     return first + [x[i + half] * cos[i] + x[i] * sin[i] for i in range(half)]
 
 
-PLAIN = {f.__name__: f for f in (h2o, tova, snapkv, morphkv, raas, keydiff, rkv, lagkv, expected_attention, citrus)}
+PLAIN = {
+    f.__name__: f
+    for f in (h2o, tova, snapkv, morphkv, raas, keydiff, rkv, lagkv, expected_attention, triattention, vase, citrus)
+}
 PLAIN["merging"] = h2o
 # the share of the budget, and at most so many tokens, that the youngest entries are sure of
 RECENT = dict.fromkeys(("h2o", "lagkv", "expected_attention", "citrus", "merging", "value_norm"), (0.5, None))
-RECENT |= {"snapkv": (0.5, 32), "morphkv": (0.5, 32), "rkv": (0.5, 8)}
-INTERVAL = {"rkv": 8, "expected_attention": 8}  # steps for which a priority holds
+RECENT |= {"snapkv": (0.5, 32), "morphkv": (0.5, 32), "rkv": (0.5, 8), "triattention": (0.5, 128), "vase": (0.5, 64)}
+INTERVAL = {"rkv": 8, "expected_attention": 8, "triattention": 8, "vase": 8}  # steps for which a priority holds
 
 
 def value_norm(layer: PlainLayer, head: int, step: int) -> Priorities:

@@ -30,7 +30,7 @@ def test_other_policies(device, policy):
     assert_same(model, *caches(model, policy=policy, buffer_size=3), **padded_batch(device), **GREEDY)
 
 
-@pytest.mark.parametrize("policy", ["rkv", "expected_attention"])
+@pytest.mark.parametrize("policy", ["rkv", "expected_attention", "triattention", "vase"])
 def test_priorities_that_hold_for_several_steps_are_two_kinds_of_step(device, policy, captures):
     model = on(device)
     captured, plain = caches(model, memory_size=20, policy=policy)

@@ -195,3 +195,36 @@ def test_victims_that_are_merged_together():
                 mean = (old[0, head, group] * mass[:, None]).sum(0) / mass.sum()
                 torch.testing.assert_close(new[0, head, survivor], mean)
                 assert others or torch.equal(new[0, head, survivor], old[0, head, survivor])
+
+
+def test_vase_keeps_large_values_and_draws_the_others_in_proportion_to_their_attention():
+    heads, weights = 20_000, torch.tensor([0.01, 0.02, 0.9, 0.01, 0.06, 0.3])
+    tokens, policy = len(weights), POLICIES["vase"]
+    new = NewTokens(
+        log_beta=torch.zeros(1, heads, tokens),
+        key=torch.zeros(1, heads, tokens, 2),
+        value=torch.zeros(1, heads, tokens, 2),
+        offset=torch.arange(10, 10 + tokens)[None],
+        seed=5,
+        layer=2,
+    )
+    new.value[:, :, 3, 1] = 9.0
+    state = policy.initial_state(new)
+    state[..., 0] = 64 * weights  # all that the last 64 queries gave
+    drawn = []
+    for step in (200, 201):
+        setting = Setting(torch.full((1, heads), 4), 1.0, torch.empty(0), ())
+        held = Held(
+            new.offset[:, None].expand(-1, heads, -1), state, torch.empty(1, heads, 0), torch.zeros(1, heads, 1, 2),
+            torch.ones(1, 1, dtype=torch.bool), torch.tensor(step), torch.zeros(1, dtype=torch.int64),
+            {"values": new.value}.__getitem__, setting,
+        )  # fmt: skip
+        priority = policy.priority(held)[0]
+        assert (priority[:, 3] == float("inf")).all() and priority[:, [0, 1, 2, 4, 5]].isfinite().all()
+        drawn.append(priority.masked_fill(priority.isinf(), float("-inf")).argmax(1))
+    padded = torch.nn.functional.pad(weights, (2, 2))
+    pooled = torch.stack([padded[i : i + 5].mean() for i in range(tokens)])
+    pooled[3] = 0
+    shares = torch.stack([(drawn[0] == i).float().mean() for i in range(tokens)])
+    assert (shares - pooled / pooled.sum()).abs().max() < 0.014  # four standard errors of 20,000 draws
+    assert 0.15 < (drawn[0] == drawn[1]).float().mean() < 0.35  # another step is another draw

@@ -64,7 +64,7 @@ def test_equals_step_by_step(policy):
     compare(two_layers(), token_ids(2, 45), mask, memory_size=14, policy=policy, budgets=budgets, seed=3, pin=pin)
 
 
-@pytest.mark.parametrize("policy", ["rkv", "expected_attention"])
+@pytest.mark.parametrize("policy", ["rkv", "expected_attention", "triattention", "vase"])
 def test_priorities_that_hold_for_some_steps(policy):
     # with budgets as small as in the test above they are computed at every step
     mask = torch.ones(2, 60, dtype=torch.int64)
@@ -185,7 +185,9 @@ def test_bad_arguments_are_those_of_the_bounded_cache():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", ["h2o", "snapkv", "rkv", "lagkv", "expected_attention", "merging"])
+@pytest.mark.parametrize(
+    "policy", ["h2o", "snapkv", "rkv", "lagkv", "expected_attention", "triattention", "vase", "merging"]
+)
 def test_captured_steps_are_the_steps(policy):
     plain = replace(POLICIES[policy], reads_back=True)  # which no graph is captured of
     model, ids = gated_model().cuda(), token_ids(2, 80).cuda()
