@@ -1,5 +1,6 @@
 """The wrapper around one attention module of the base model."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from retention_gates.compat import attention_implementation
 from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.adapter.gate import GATES, RetentionGate
 from retention_gates.gates.adapter.gate_outputs import Recording
+from retention_gates.gates.adapter.placement import check_gradient_arrives
 from retention_gates.gates.attention.cache_argument import find_layer_cache
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.attention.documents import (
@@ -164,6 +166,8 @@ class RetentionGatedAttention(nn.Module, BaseTunerLayer):
             hidden_states = hidden_states.detach()
         documents = document_ids_from(*self._of_whole_rows(kwargs), len(hidden_states))
         log_beta = gate(hidden_states)
+        if log_beta.requires_grad and not torch.compiler.is_compiling():
+            log_beta.register_hook(partial(check_gradient_arrives, gate, self.base_layer.layer_idx))
         if self.row_group is not None:
             kwargs["row_group"] = self.row_group
             log_beta = self.row_group.whole(log_beta)

@@ -59,3 +59,16 @@ def check_trainable_placement(model: nn.Module, gates: dict[str, nn.Parameter], 
             f"{offloaded[0]} is offloaded (accelerate's cpu_offload, disk_offload or dispatch_model) and there during "
             f"a forward pass only, so that nothing would be trained: {BACK}."
         )
+
+
+def check_gradient_arrives(gate: nn.Module, layer: int, gradient: torch.Tensor) -> None:
+    """Raises ValueError in a backward pass whose gradient of the gate is lost.
+
+    Accelerate's hooks put other parameters in the place of offloaded ones for the forward pass. Those get the
+    gradient, while the ones that an optimiser holds stay without, and a training loop changes nothing.
+    """
+    if any(parameter.is_meta for parameter in gate.parameters()):
+        raise ValueError(
+            f"The gate of layer {layer} is offloaded (accelerate's cpu_offload, disk_offload or dispatch_model), and "
+            f"its gradient would be lost, so that nothing would be trained: {BACK}. Then make the optimizer anew."
+        )
