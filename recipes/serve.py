@@ -8,7 +8,7 @@ import socket
 import sys
 from importlib.util import find_spec
 
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
 from retention_gates.recipes.serving.admission import Admission, Limits
@@ -37,9 +37,9 @@ def main(options: argparse.Namespace) -> None:
         if count < 1:
             raise ValueError(f"--cache-gib {options.cache_gib} has no room for two rows: raise it.")
     rows = make_rows(count)
-    ends = model.generation_config.eos_token_id
-    eos = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    engine = Engine(rows, count, tokenizer, eos=eos, most_waiting=options.max_waiting)
+    engine = Engine(
+        rows, count, tokenizer, eos=end_tokens(model.generation_config, tokenizer), most_waiting=options.max_waiting
+    )
     limits = Limits(
         rows.context,
         options.max_tokens,
@@ -64,6 +64,12 @@ def main(options: argparse.Namespace) -> None:
     server.run()
     if not server.started:
         raise ValueError(f"--host {options.host} --port {options.port}: the server did not start, as its log says.")
+
+
+def end_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Tokens that end an answer: those of the generation config, else the tokenizer's own."""
+    ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -145,7 +145,7 @@ def step_ms(
 def rows_ms(model: PeftModel, batch: int, memory_size: int, steps: int = 128) -> tuple[float, float]:
     """Median and range of the time of one step of the endpoint's rows, the choice of each row's token included."""
     rows = ChatRows(model, memory_size, rows=batch, chunk_size=512, budgets="uniform")
-    samplers = {row: Sampler(Sampling(steps, temperature=0.0), model.device) for row in range(batch)}
+    samplers = {row: Sampler(Sampling(steps, temperature=0.0)) for row in range(batch)}
     times, tokens = [], [0] * batch
     for repeat in range(4):  # the first is not counted
         synchronize(model)

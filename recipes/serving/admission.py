@@ -15,6 +15,7 @@ from retention_gates.data.tokens import document_prefix
 from retention_gates.recipes.serving.chat import Refused
 from retention_gates.recipes.serving.engine import shutting_down
 from retention_gates.recipes.serving.protocol import Wish, bad, read_wish
+from retention_gates.recipes.serving.text import special_tokens
 
 if TYPE_CHECKING:  # of the extra "serve"
     from starlette.requests import Request
@@ -50,6 +51,7 @@ class Admission:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", model: str, limits: Limits):
         self.tokenizer, self.model, self.limits = tokenizer, model, limits
+        self.special = special_tokens(tokenizer)
         self.prefix = document_prefix(tokenizer)
         # what a tokenizer's file may ask for; changed here only, because threads that encode borrow the tokenizer
         tokenizer.backend_tokenizer.no_truncation()
@@ -80,6 +82,7 @@ class Admission:
         async with self._limit(self.limits.timeout), self._body(request) as body:
             wish = read_wish(parsed(body), is_chat=is_chat, model=self.model, most_tokens=self.limits.most_tokens)
             body.clear()
+            self._check_stops(wish.sampling.stop)
             characters = wish.characters
             self._check_characters(wish, characters)
             thread = self._threads[characters > SMALL]
@@ -133,6 +136,12 @@ class Admission:
                 code="context_length_exceeded",
                 param=wish.where,
             )
+
+    def _check_stops(self, stop: tuple[str, ...]) -> None:
+        for one in stop:
+            inside = next((token for token in self.special if token in one and token != one), None)
+            if inside is not None and one not in self.special:
+                raise bad("stop", f"stop={one!r} has {inside!r}, a special token, which is no text: name it alone.")
 
     def _token_ids(self, wish: Wish) -> "array[int]":
         tokenizer = self.tokenizer

@@ -39,10 +39,12 @@ class Chat:
         deliver: Callable[[str | Ended], None],
         *,
         timeout: float,
+        is_continuation: bool = False,
     ):
         self.ids = ids
         self.sampling = sampling
         self.deliver = deliver
+        self.is_continuation = is_continuation  # whether the answer is to be read behind the prompt, as one text
         self.arrived = time.monotonic()  # seconds
         self.deadline = self.arrived + timeout
         self.is_cancelled = False

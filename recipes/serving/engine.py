@@ -15,7 +15,7 @@ from retention_gates.gates.policies.eviction_rule import MOST_TOKENS
 from retention_gates.recipes.serving.chat import Chat, Refused
 from retention_gates.recipes.serving.rows import ChatRows
 from retention_gates.recipes.serving.sampling import Sampler, next_tokens
-from retention_gates.recipes.serving.text import TextStream
+from retention_gates.recipes.serving.text import TextStream, special_tokens
 
 logger = logging.getLogger(__name__)
 UNHEALTHY = 3  # steps that fail in a row
@@ -47,6 +47,7 @@ class Engine:
     ):
         self.rows = rows
         self.tokenizer = tokenizer
+        self.special = special_tokens(tokenizer)
         self.eos = eos
         self.most_waiting = most_waiting
         self.running: list[Chat | None] = [None] * count
@@ -211,8 +212,9 @@ class Engine:
             chat.read += len(chunk)
             if chat.read < len(chat.ids):
                 return
-            chat.sampler = Sampler(chat.sampling, logits.device)
-            chat.text = TextStream(self.tokenizer, chat.sampling.stop)
+            chat.sampler = Sampler(chat.sampling)
+            before = chat.ids if chat.is_continuation else ()
+            chat.text = TextStream(self.tokenizer, chat.sampling.stop, self.special, before)
             first = next_tokens(logits, {0: chat.sampler})[0]
             row = self.running.index(None)
             self.rows.place(row)
@@ -242,7 +244,15 @@ class Engine:
             self._take(chat, chosen[row])
 
     def _take(self, chat: Chat, token: int | None) -> None:
-        """One more token of a chat's answer, which may be the last."""
+        """One more token of a chat's answer, which may be the last; what goes wrong with it is the chat's own."""
+        try:
+            self._write(chat, token)
+        except Exception as error:
+            logger.exception("Token %s of a chat could not be written", token)
+            if chat in self.running:
+                self._end(chat, "error", Refused(500, f"Text failed: {type(error).__name__}.", code="server_error"))
+
+    def _write(self, chat: Chat, token: int | None) -> None:
         if token is None:
             return self._end(chat, "error", Refused(500, "The model gave NaN.", code="model_error"))
         chat.tokens += 1

@@ -42,6 +42,7 @@ class Wish:
     messages: list[dict[str, str]] | None = None
     prompt: str | list[int] | None = None
     has_own_length: bool = True  # whether the request said max_tokens itself
+    is_chat: bool = False
 
     @property
     def where(self) -> str:
@@ -98,6 +99,7 @@ def read_wish(body: Any, *, is_chat: bool, model: str, most_tokens: int) -> Wish
         messages=_messages(given.get("messages")) if is_chat else None,
         prompt=None if is_chat else _prompt(given.get("prompt")),
         has_own_length=length in given,
+        is_chat=is_chat,
     )
 
 

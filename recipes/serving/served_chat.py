@@ -25,7 +25,7 @@ class ServedChat:
         def deliver(one: str | Ended) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self.events.put_nowait, one)
 
-        self.chat = Chat(ids, wish.sampling, deliver, timeout=timeout)
+        self.chat = Chat(ids, wish.sampling, deliver, timeout=timeout, is_continuation=not wish.is_chat)
 
     async def watch(self, request: "Request") -> None:
         """Ends the chat when the client leaves."""

@@ -144,6 +144,26 @@ class Letters:
         return tokenizer
 
 
+def test_a_chat_whose_text_fails_ends_alone(engine, monkeypatch, caplog):
+    """Whatever goes wrong with one chat's text, its neighbours get theirs and the server stays healthy."""
+    expected = [ask(engine, prompt).answer() for prompt in PROMPTS[:2]]
+    slow_and_endless(engine, monkeypatch)
+    add = TextStream.add
+
+    def failing(stream, token):
+        if stream.stop == ("never",) and len(stream.ids) == 5:
+            raise UnicodeError("no text")
+        return add(stream, token)
+
+    monkeypatch.setattr(TextStream, "add", failing)
+    for _ in range(4):  # more than make a server unhealthy
+        chats = [ask(engine, PROMPTS[0]), ask(engine, PROMPTS[0], stop=("never",)), ask(engine, PROMPTS[1])]
+        first, failed, last = (chat.answer() for chat in chats)
+        assert failed[1].error.status == 500 and failed[1].error.message == "Text failed: UnicodeError."
+        assert [text for text, _ in (first, last)] == [text for text, _ in expected]
+    assert engine.is_healthy and engine.active == 0 and "could not be written" in caplog.text
+
+
 @pytest.mark.parametrize(
     "text, stop, expected",
     [
