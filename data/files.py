@@ -1,8 +1,10 @@
 """Reads the records of local files: JSON lines, JSON, Parquet and plain text."""
 
 import glob
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-TABLE_SUFFIXES = (".jsonl", ".json", ".parquet")
+TABLE_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = TABLE_SUFFIXES + TEXT_SUFFIXES
 
@@ -38,7 +40,7 @@ def looks_local(source: str) -> bool:
     """Whether `source` means a path or a glob rather than the name of a data set."""
     path = Path(source).expanduser()
     return (
-        path.exists() or path.suffix in SUFFIXES or source.startswith((".", "~", "/")) or glob.has_magic(str(source))
+        path.exists() or _suffix(path) in SUFFIXES or source.startswith((".", "~", "/")) or glob.has_magic(str(source))
     )
 
 
@@ -51,7 +53,7 @@ def find_files(source: str) -> tuple[Path, list[Path]]:
     path = Path(source).expanduser()
     if path.is_dir():
         root = path
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
     elif path.is_file():
         root, files = path.parent, [path]
     elif glob.has_magic(str(path)):
@@ -64,15 +66,15 @@ def find_files(source: str) -> tuple[Path, list[Path]]:
         )
     if not files:
         raise ValueError(f"{source!r} holds no file that can be read; allowed are {', '.join(SUFFIXES)}")
-    unknown = [file for file in files if file.suffix not in SUFFIXES]
+    unknown = [file for file in files if _suffix(file) not in SUFFIXES]
     if unknown:
         raise ValueError(
-            f"{str(unknown[0])!r} has an unknown form {unknown[0].suffix!r}; allowed: {', '.join(SUFFIXES)}"
+            f"{str(unknown[0])!r} has an unknown form {_suffix(unknown[0])!r}; allowed: {', '.join(SUFFIXES)}"
         )
-    if len({file.suffix in TABLE_SUFFIXES for file in files}) == 2:
+    if len({_suffix(file) in TABLE_SUFFIXES for file in files}) == 2:
         raise ValueError(
             f"{source!r} holds both tables ({', '.join(TABLE_SUFFIXES)}) and texts ({', '.join(TEXT_SUFFIXES)}); "
-            f"say which by a glob such as {str(root / '**' / ('*' + files[0].suffix))!r}"
+            f"say which by a glob such as {str(root / '**' / ('*' + _suffix(files[0])))!r}"
         )
     return root, files
 
@@ -125,6 +127,11 @@ def check_text(text: str, place: str) -> None:
         ) from None
 
 
+def _suffix(file: Path) -> str:
+    """The end of a file's name; that of a compressed file has two parts."""
+    return Path(file.stem).suffix + file.suffix if file.suffix == ".gz" else file.suffix
+
+
 def _rows(file: Path) -> Iterator[Row]:
     if file.suffix in TEXT_SUFFIXES:
         yield repr(str(file)), partial(_read_text, file)
@@ -175,16 +182,21 @@ def _json_rows(file: Path) -> Iterator[Row]:
 
     Bytes that are not UTF-8 are read as lone surrogates, so that only their row is lost.
     """
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        is_list = file.suffix == ".json" and next((line.lstrip() for line in lines if line.strip()), "")[:1] == "["
-        lines.seek(0)
-        if is_list:
-            yield from _list_entries(lines.read(), file)
-            return
-        for number, line in enumerate(lines, start=1):
-            text = line.removeprefix(BYTE_ORDER_MARK)  # one stands inside where files were laid end to end
-            if text.strip():
-                yield f"line {number} of {str(file)!r}", partial(_parse, text, file, f"at line {number}")
+    opened = gzip.open if file.suffix == ".gz" else open
+    number, may_be_list = 0, _suffix(file).startswith(".json") and not _suffix(file).startswith(".jsonl")
+    try:
+        with opened(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
+            is_list = may_be_list and next((line.lstrip() for line in lines if line.strip()), "")[:1] == "["
+            lines.seek(0)
+            if is_list:
+                yield from _list_entries(lines.read(), file)
+                return
+            for number, line in enumerate(lines, start=1):
+                text = line.removeprefix(BYTE_ORDER_MARK)  # one stands inside where files were laid end to end
+                if text.strip():
+                    yield f"line {number} of {str(file)!r}", partial(_parse, text, file, f"at line {number}")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{str(file)!r} is damaged behind line {number}: {error}") from error
 
 
 def _list_entries(text: str, file: Path) -> Iterator[Row]:

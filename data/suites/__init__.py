@@ -5,6 +5,7 @@ from retention_gates.data.suites.base import Record, Suite, SuiteExample
 from retention_gates.data.suites.encoding import EncodedQuestion, encode_questions
 from retention_gates.data.suites.gsm8k import GSM8K
 from retention_gates.data.suites.infinitebench import INFINITEBENCH
+from retention_gates.data.suites.kv_retrieval import KV_RETRIEVAL
 from retention_gates.data.suites.longbench import LONGBENCH
 from retention_gates.data.suites.longbench_v2 import LONGBENCH_V2
 from retention_gates.data.suites.longmemeval import LONGMEMEVAL
@@ -26,6 +27,7 @@ SUITES: dict[str, Suite] = {
         LONGMEMEVAL,
         LONGPROC,
         INFINITEBENCH,
+        KV_RETRIEVAL,
     )
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from retention_gates.data.files import find_files, looks_local, read_records
@@ -106,14 +107,18 @@ class Suite:
         subsets: configurations of the data set; `load` takes the first if none is named.
         read: from a record and its subset to its questions; none, if it has only such as can't be scored here.
         files: for a data set of bare JSON files, the path within it of each subset.
+        hub_name: None for a data set that is not on the Hub but at `home`.
+        convert: from the records of a local file, its folder and the subset to records in the Hub's form.
     """
 
     name: str
-    hub_name: str
+    hub_name: str | None
     subsets: tuple[str, ...]
     split: str
     read: Callable[[Record, str], list[SuiteExample]]
     files: Mapping[str, str] | None = None
+    home: str | None = None
+    convert: Callable[[Iterator[Record], Path, str], Iterator[Record]] | None = None
 
     def load(
         self, subset: str | None = None, *, source: str | None = None, limit: int | None = None
@@ -121,7 +126,8 @@ class Suite:
         """The questions of a subset, or of the first `limit` records of it.
 
         Args:
-            source: a .jsonl, .json or .parquet file with records in the data set's form instead of the Hub.
+            source: a .jsonl, .json (both also as .gz) or .parquet file with records in the data set's form, instead
+                of the Hub.
 
         Raises:
             ValueError: an unknown subset, a source that is not there, or a record of another form.
@@ -131,19 +137,26 @@ class Suite:
             raise ValueError(f"{self.name} has no subset {subset!r}; choose {', '.join(self.subsets)}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit} records; give 1 or more, or None for all of them")
-        records = islice(self._local(source) if source is not None else self._hub(subset), limit)
+        records = islice(self._local(source, subset) if source is not None else self._hub(subset), limit)
         examples = [example for record in records for example in self.read(record, subset)]
         if not examples:
             raise ValueError(f"{self.name}: there is no question in {source or self.hub_name}")
         return examples
 
-    def _local(self, source: str) -> Iterator[Record]:
+    def _local(self, source: str, subset: str) -> Iterator[Record]:
         if not looks_local(source):
-            raise ValueError(f"{self.name}: there is no file {source!r}; leave source out to load {self.hub_name}")
-        for row in read_records(*find_files(source)):
-            yield Record(self.name, row.name, row.columns)
+            instead = f"leave source out to load {self.hub_name}" if self.hub_name else f"it is at {self.home}"
+            raise ValueError(f"{self.name}: there is no file {source!r}; {instead}")
+        root, files = find_files(source)
+        records = (Record(self.name, row.name, row.columns) for row in read_records(root, files))
+        yield from records if self.convert is None else self.convert(records, files[0].parent, subset)
 
     def _hub(self, subset: str) -> Iterator[Record]:
+        if self.hub_name is None:
+            raise ValueError(
+                f"{self.name} is not on the Hub: download it from {self.home}, and name the file: "
+                f"--suites {self.name}/{subset}=FILE"
+            )
         import datasets  # 1-2 s to import
 
         try:

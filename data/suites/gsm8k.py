@@ -1,10 +1,14 @@
 """GSM8K: word problems of grade-school arithmetic (arXiv 2110.14168).
 
-Asked without examples, and for a boxed answer; the wording is ours. lm-eval's task `gsm8k` gives five examples.
+Asked without examples, and for a boxed answer; the wording is ours. Published figures of base models have five or
+eight worked examples before the question (lm-eval's task `gsm8k`: five), and read the number behind `####` or the
+last one. Here the last boxed expression counts, else what follows "answer is", else the last number, and math-verify
+says whether it is the reference: "18 dollars" and "18.00" are 18. An answer that is cut at 1,024 tokens is read as
+far as it went.
 """
 
 from retention_gates.data.suites.base import Record, Suite, SuiteExample
-from retention_gates.data.suites.math_answers import math_answer
+from retention_gates.data.suites.math_answers import check_installed, math_answer
 
 MAX_NEW_TOKENS = 1024
 INSTRUCTION = "Reason step by step and put the final answer into \\boxed{}."
@@ -12,6 +16,7 @@ INSTRUCTION = "Reason step by step and put the final answer into \\boxed{}."
 
 def read(record: Record, subset: str) -> list[SuiteExample]:
     """A problem, whose answer stands behind `####` at the end of its solution."""
+    check_installed("gsm8k")
     solution = record.text("answer")
     _, mark, answer = solution.rpartition("####")
     if not mark or not answer.strip():

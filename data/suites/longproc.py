@@ -1,7 +1,9 @@
 """LongProc: long outputs that follow a procedure step by step (arXiv 2501.05414).
 
-The prompts are part of the data. Translating pseudocode into C++ is left out: its score compiles and runs what the
-model wrote.
+The prompts are part of the data; a local file may have the Hub's form or the repository's (`longproc_files.py`).
+Scores are the published strict ones, 1 or 0 for a whole output (F1 for tables); the partial credit that is published
+beside them is left out, and so is translating pseudocode into C++, whose score compiles and runs what the model wrote.
+Answers may have half as many tokens again as the references of their size.
 """
 
 import json
@@ -10,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from retention_gates.data.suites.base import Record, Scorer, Suite, SuiteExample
+from retention_gates.data.suites.longproc_files import convert
 from retention_gates.data.suites.procedures import (
     countdown_solved,
     same_beliefs,
@@ -63,4 +66,4 @@ def _details(record: Record) -> Callable[[str, type], Any]:
 
 
 SUBSETS = tuple(f"{kind}_{size}" for kind, sizes in SIZES.items() for size in sizes)
-LONGPROC = Suite("longproc", "PrincetonPli/LongProc", SUBSETS, "test", read)
+LONGPROC = Suite("longproc", "PrincetonPli/LongProc", SUBSETS, "test", read, convert=convert)

@@ -90,6 +90,10 @@ ANSWERS = {
             ],
         )
     ],  # fmt: skip
+    "kv_retrieval__75_keys": [
+        (["ffff4-9d4e", 'It is "FFFF4-9d4e".'], ["ffff0-9d0e", "ffff4", ""]),
+        (["ffff0-9d0e"], ["ffff4-9d4e"]),
+    ],
     "infinitebench__passkey": [(["71717", " 71717."], ["7171", ""]), (["80080"], ["1 80080"])],
     "infinitebench__longbook_choice_eng": [(["C", "C. by the back door"], ["A"])],
     "infinitebench__math_calc": [(["[5, 7, 4]"], [("5, 7, 3", 2 / 3), "[7, 4]"])],
@@ -130,6 +134,7 @@ FIELDS = {
     "longmemeval__oracle": ["question", "answer", "question_type", "question_date", "haystack_sessions"],
     "longproc__path_traversal_0.5k": ["input_prompt", "reference_output"],
     "longproc__countdown_0.5k": ["metadata"],
+    "kv_retrieval__75_keys": ["ordered_kv_records", "key", "value"],
     "infinitebench__passkey": ["context", "question", "answer_prefix", "answer", "max_new_tokens"],
 }  # fmt: skip
 
@@ -169,6 +174,8 @@ def test_a_field_that_is_missing_or_of_another_type_is_named(file, field):
             {"multi_turns": [{"input": "a", "answer": "x", "task": "chess"}]},
             "field 'task' .* is 'chess'; known: scbench_summary, scbench_passkey",
         ),
+        ("kv_retrieval__75_keys", {"ordered_kv_records": [["a", 1]]}, "must be pairs of texts, the one of 'key'"),
+        ("kv_retrieval__75_keys", {"value": "b"}, "must be pairs of texts, the one of 'key' and 'value' among them"),
         ("longmemeval__oracle", {"haystack_dates": ["x"]}, "1 'haystack_dates' and 2 'haystack_sessions'"),
         ("longmemeval__oracle", {"question_type": "chess"}, "field 'question_type' of record 0 is 'chess'"),
         (
@@ -227,6 +234,13 @@ def test_loading_refuses_what_is_not_there(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             load_suite(name, **options)
+
+
+def test_what_is_not_on_the_hub_says_where_it_is():
+    with pytest.raises(ValueError, match="kv_retrieval is not on the Hub: download it from https://github.com/nelson"):
+        load_suite("kv_retrieval/140_keys")
+    with pytest.raises(ValueError, match="there is no file 'nowhere'; it is at https://github.com/nelson"):
+        load_suite("kv_retrieval", source="nowhere")
 
 
 def test_the_hub_is_asked_for_the_right_data_set(monkeypatch):
