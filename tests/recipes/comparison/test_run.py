@@ -247,7 +247,7 @@ def test_make_compare_trains_what_is_missing(monkeypatch):
         ["make", "--dry-run", "--always-make", "compare"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     commands = [shlex.split(line) for line in printed.replace("\\\n", " ").splitlines() if "retention_gates" in line]
-    *trainings, comparing = [command[command.index("--") + 1 :] for command in commands]
+    *trainings, comparing = [command[command.index("retention_gates") + 1 :] for command in commands]
     assert comparing == ["evaluate", "recipes/runs/compare_smollm2.yaml"]
     monkeypatch.setattr(packaged_models, "find_packaged", lambda package: (package, "a.gguf"))
     given = build_comparison(read_comparison(ROOT / comparing[1], []))
