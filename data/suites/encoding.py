@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -65,12 +66,31 @@ def encode_questions(
     return encoded
 
 
-def _chat_ids(question: SuiteExample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_prompt(
+    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, place: str, answer_prefix: str = ""
+) -> list[int]:
+    """Token ids of a chat that the model is to go on with, in its own form.
+
+    Args:
+        place: what an error calls the chat.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so that the model cannot be asked: name "
+            "a chat model"
+        )
     try:
-        text = tokenizer.apply_chat_template(list(question.messages), add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except jinja2.TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses a question of {question.task}: {error}") from error
-    return tokenizer.encode(f"{text}{question.answer_prefix}", add_special_tokens=False, verbose=False)
+        raise ValueError(f"the tokenizer's chat template refuses {place}: {error}") from error
+    return tokenizer.encode(f"{text}{answer_prefix}", add_special_tokens=False, verbose=False)
+
+
+def _chat_ids(question: SuiteExample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return chat_prompt(question.messages, tokenizer, f"a question of {question.task}", question.answer_prefix)
 
 
 def _plain_ids(question: SuiteExample, tokenizer: PreTrainedTokenizerBase) -> list[int]:

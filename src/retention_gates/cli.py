@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("train", "train gates on a base model, as a YAML file says"),
     "evaluate": ("evaluate", "compare policies and memory sizes with the full cache"),
     "generate": ("generate", "generate text with a bounded memory"),
+    "answers": ("answers", "write the base model's own answers to questions, to train gates on"),
     "calibrate": ("calibrate", "measure each head's share of the memory and store it in the adapter"),
     "inspect": ("inspect_gates", "draw what the gates have learnt"),
     "serve": ("serve", "serve a model under the OpenAI API, each chat with a bounded memory"),

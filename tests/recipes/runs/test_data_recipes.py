@@ -95,3 +95,45 @@ def test_a_recipe_runs_on_files_of_the_same_form(tmp_path: Path, name: str, caps
     ):
         assert part in summary
     assert "- tokens per second: " in summary and "- most memory (process): " in summary
+
+
+@pytest.mark.parametrize("name", ["qwen2.5_coder_0.5b", "qwen2.5_coder_1.5b"])
+def test_a_recipe_for_own_answers_runs_on_what_answers_writes(tmp_path: Path, name: str):
+    recipe = RECIPES / "runs" / f"{name}.yaml"
+    config = load_config(recipe, [])
+    assert {Path(source.source).parts[1] for source in config.data.sources} == {name}
+    model = make_model(tmp_path / "model", layers=2)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    run = yaml.safe_load(recipe.read_text())
+    asked = [line for line in recipe.read_text().splitlines() if "$ask" in line]
+    assert len(asked) == len(run["data"]["sources"])
+    for i, (line, source) in enumerate(zip(asked, run["data"]["sources"], strict=True)):
+        column = line.split("--text-field ")[1].split()[0]
+        output = Path(source["source"]).parent
+        assert f"--output {output}" in line
+        questions = tmp_path / f"{i}.jsonl"
+        questions.write_text("".join(json.dumps({column: words(100 * i + k, 8)}) + "\n" for k in range(8)))
+        given = ["answers", str(questions), "--model", str(model), "--text-field", column, "--temperature", "2"]
+        given += [
+            "--samples",
+            "4",
+            "--max-new-tokens",
+            "60",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path / output.name),
+        ]
+        assert cli.main(given) == 0
+        source["source"] = str(tmp_path / output.name / "answers.jsonl")
+    run["model"] = {"name": str(model)}
+    run["data"] |= {"row_length": 64, "task_share": 0.0, "tasks": [], "test_fraction": 0.3}
+    run["calibration"] = {"rows": 2, "row_length": 32}
+    run["training"] |= {"output_dir": str(tmp_path / "out"), "max_steps": 2, "use_cpu": True, "cuda_graph": False}
+    run["training"] |= {"memory_size": 8, "disable_tqdm": True, "report_to": [], "dataloader_num_workers": 0}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run))
+    assert cli.main(["train", str(file)]) == 0
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
