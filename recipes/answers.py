@@ -28,6 +28,7 @@ from retention_gates.data.suites.encoding import chat_prompt
 from retention_gates.gates.adapter.base_identity import fingerprint
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.cache.bounded_cache import BoundedCache
 from retention_gates.recipes.loading.line_file import LineFile
 from retention_gates.recipes.loading.models import load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
@@ -92,12 +93,18 @@ def _write(
     asks = [(question, sample) for question in questions for sample in range(options.samples)]
     missing = [(question, sample) for question, sample in asks if (question.digest, sample) not in known]
     tokens, endings = 0, ending_tokens(model)
+    longest = max(len(question.prompt_ids) for question in questions) + options.max_new_tokens
+
+    def cache_of() -> BoundedCache:
+        # with an entry for every token nothing is evicted, and steps of a fixed size are captured on a GPU
+        return BoundedCache(model, longest, policy="streaming_llm", budgets="uniform")
+
     with tqdm(total=len(asks), initial=len(asks) - len(missing), desc="answering", unit="answer") as bar:
         try:
             for number, ids in answer_prompts(
                 model,
                 [question.prompt_ids for question, _ in missing],
-                cache_of=None,
+                cache_of=cache_of,
                 batch_size=options.batch_size,
                 max_new_tokens=options.max_new_tokens,
                 temperature=options.temperature,
