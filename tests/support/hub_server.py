@@ -53,6 +53,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.break_after: int | None = None  # bytes of the next large file, after which the connection is gone
         self.out_of_order = False  # large files cannot be had at all
+        self.busy: dict[str, int] = {}  # method -> how many of the next requests for files are answered with 503
         self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
         self.port = 0
@@ -190,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, entries)
 
     def resolve(self, name: str, revision: str, path: str) -> None:
+        if self.is_busy():
+            return
         if not ((repository := self.open(name)) and (found := self.files_at(repository, revision))):
             return
         commit, files = found
@@ -206,7 +209,17 @@ class _Handler(BaseHTTPRequestHandler):
         # another host, as the Hub's is: the client must not send its token there
         self.send(302, Location=f"http://localhost:{self.hub.port}/cdn/{sha}", **large)
 
+    def is_busy(self) -> bool:
+        with self.hub.lock:
+            if left := self.hub.busy.get(self.command, 0):
+                self.hub.busy[self.command] = left - 1
+        if left:
+            self.send(503, b"busy")
+        return left > 0
+
     def large_file(self, sha: str) -> None:
+        if self.is_busy():
+            return
         content, status, headers = self.hub.objects[sha], 200, {"ETag": f'"{sha}"', "Accept_Ranges": "bytes"}
         if self.record.range:
             start = int(re.fullmatch(r"bytes=(\d+)-", self.record.range)[1])
