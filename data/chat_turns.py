@@ -106,10 +106,15 @@ class _Chat:
             prompt = None
         if prompt is not None and text.startswith(prompt):
             return len(prompt)
-        # The prompt opens a block of reasoning, say, that the template leaves out later. The turn starts where content
-        # of our own would stand.
-        content = "content"
-        while content in text:
+        start = self._start_of_content(index, text)
+        if start is None and prompt is not None:
+            return self._start_behind_control_token(index, text, prompt)
+        return start
+
+    def _start_of_content(self, index: int, text: str) -> int | None:
+        """Where content of our own would stand: the prompt opens reasoning, say, that is left out of the turn."""
+        content, given = "content", text + str(self.messages)
+        while content in given:
             content += "-of-turn"
         try:
             probe = self._render([*self.messages[:index], {"role": "assistant", "content": content}])
@@ -117,6 +122,24 @@ class _Chat:
             return None
         header, found, _ = probe.partition(content)
         return len(header) if found and text.startswith(header) else None
+
+    def _start_behind_control_token(self, index: int, text: str, prompt: str) -> int | None:
+        """Where prompt and turn part, behind a control token: the prompt closes reasoning that the turn has."""
+        same = self._shared(prompt, text)
+        ends_in_token = re.compile(rf"(?:{self._control_tokens.pattern})\s*\Z")
+        if not ends_in_token.search(text[max(0, same - LONGEST_CONTROL_TOKEN) : same]):
+            return None
+        return same if same > self._shared(prompt, self.render(index)) else None
+
+    def _shared(self, one: str, other: str) -> int:
+        """Length of the beginning that both have, up to whole control tokens."""
+        pairs = enumerate(zip(one, other, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+        for text in (one, other):
+            first = max(0, same - LONGEST_CONTROL_TOKEN)
+            tokens = self._control_tokens.finditer(text[: same + LONGEST_CONTROL_TOKEN], first)
+            same = next((token.start() for token in tokens if token.start() < same < token.end()), same)
+        return same
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
@@ -135,12 +158,7 @@ class _Chat:
         if text.startswith(turn.text, start):
             same = len(turn.text)
         else:
-            there = text[start : start + len(turn.text) + LONGEST_CONTROL_TOKEN]
-            pairs = enumerate(zip(turn.text, there, strict=False))
-            same = next((i for i, (one, other) in pairs if one != other), min(len(turn.text), len(there)))
-            for one in (turn.text, there):  # no cut inside a control token
-                tokens = self._control_tokens.finditer(one[: same + LONGEST_CONTROL_TOKEN])
-                same = next((token.start() for token in tokens if token.start() < same < token.end()), same)
+            same = self._shared(turn.text, text[start : start + len(turn.text) + LONGEST_CONTROL_TOKEN])
             if self._control_tokens.sub("", turn.text[same:]).strip():
                 return None
         end = start + len(turn.text[:same].rstrip())

@@ -155,13 +155,16 @@ def sample_windows(
 ) -> torch.Tensor:
     """Windows of single documents for evaluation, int64 `[count, row_length]`: no two overlap, works take turns.
 
-    A window from inside a document begins with `prefix_ids`. The same seed gives the same windows.
+    A window from inside a document begins with `prefix_ids`. The same seed gives the same windows. Documents that
+    repeat the text of another one are left out.
     """
     check_row_length(row_length, prefix_ids)
     rng = np.random.default_rng(seed)
     payload = row_length - len(prefix_ids)
     by_work: dict[str, list[np.ndarray]] = {}
     for document in documents:
+        if document.is_repeat:
+            continue
         body = document.ids[len(prefix_ids) :] if _starts_with(document.ids, prefix_ids) else document.ids
         windows, spare = divmod(len(body), payload)
         phase = int(rng.integers(spare + 1))

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import pyarrow  # type: ignore[import-untyped]
 
 from retention_gates.data.files import BadRow, OnBadRow, Record, check_text, find_files, looks_local, read_records
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SHUFFLE_BUFFER = 10_000  # documents held to shuffle a stream: a few tens of MB of ordinary text
 ROW_FAULTS = (ValueError, TypeError, RecursionError)  # of a data set's row: bytes that are no text, other types
-MOST_IN_A_ROW = 10  # bad rows after which a stream counts as broken
+MOST_RESTARTS = 10  # without a row that can be read, after which a stream counts as broken
 
 
 @dataclass(frozen=True)
@@ -314,31 +315,48 @@ def _hub_records(
 
 
 def _readable_rows(rows: Any, name: str, on_bad_row: OnBadRow | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a data set and their numbers, without those that it cannot decode.
+    """The rows of a data set and their numbers, without those that cannot be decoded.
 
-    An iterator of the datasets library ends with an error that it raises; another one takes over behind that row.
+    They are asked for as tables and decoded here, since an iterator of the datasets library ends with an error that it
+    raises. Where one does, another takes over behind that row, for which a stream is read anew.
 
     Raises:
-        ValueError: so many bad rows follow each other that the source itself must be broken.
+        ValueError: so many iterators begin with an error that the source itself must be broken.
     """
-    iterator, index, in_a_row, has_failed = iter(rows), 0, 0, False
+    features, rows = rows.features, rows.with_format("arrow")
+    iterator, index, restarts, has_failed = iter(rows), 0, 0, False
     while True:
+        fault: Exception | None = None
         try:
-            row = next(iterator)
+            table = next(iterator)
         except StopIteration:
             if not has_failed:
                 return
             is_table = hasattr(rows, "__len__")  # unlike a stream
             iterator = map(rows.__getitem__, range(index, len(rows))) if is_table else iter(rows.skip(index))
-            has_failed = False
+            restarts, has_failed = restarts + 1, False
+            continue
         except ROW_FAULTS as error:
-            problem = f"{f'{name}:{index}'!r} cannot be read ({type(error).__name__}: {error})"
-            if on_bad_row is None:
-                raise BadRow(problem) from error
-            if in_a_row == MOST_IN_A_ROW:
-                raise ValueError(f"{problem}, nor can the {in_a_row} rows before it: the source is broken") from error
-            on_bad_row(problem)
-            index, in_a_row, has_failed = index + 1, in_a_row + 1, True
+            fault, has_failed = error, True
         else:
+            restarts, has_failed = 0, False
+            try:
+                row = _decode(table, features)
+            except ROW_FAULTS as error:
+                fault = error
+        if fault is None:
             yield index, row
-            index, in_a_row, has_failed = index + 1, 0, False
+        else:
+            problem = f"{f'{name}:{index}'!r} cannot be read ({type(fault).__name__}: {fault})"
+            if on_bad_row is None:
+                raise BadRow(problem) from fault
+            if restarts == MOST_RESTARTS:
+                raise ValueError(f"{problem}, nor can the {restarts} rows before it: the source is broken") from fault
+            on_bad_row(problem)
+        index += 1
+
+
+def _decode(table: pyarrow.Table, features: Any) -> dict[str, Any]:
+    """The one row of a table; what some streams have for features is None."""
+    (row,) = table.to_pylist()
+    return dict(row if features is None else features.decode_example(row))

@@ -23,6 +23,7 @@ class TokenDocument:
     targets: np.ndarray | None = None  # bool [n]; None: all of them
     turns: int = 0  # the assistant's turns of a chat that are targets here
     lost_turns: int = 0  # those of the chat that are targets nowhere, counted at its first document
+    is_repeat: bool = False  # whether its text, but the last turn, stands in an earlier document of the chat, too
 
 
 def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -96,11 +97,13 @@ def _chat_documents(document: Document, tokenizer: PreTrainedTokenizerBase, plac
     assert document.messages is not None
     rows = encode_chat(document.messages, tokenizer, place=place)
     turns = sum(message["role"] == "assistant" for message in document.messages)
-    lost = [max(0, turns - sum(row.turns for row in rows))] + [0] * (len(rows) - 1)
-    return [
-        TokenDocument(document.work, np.array(row.ids, dtype=np.int32), row.targets, min(row.turns, turns), lost_turns)
-        for row, lost_turns in zip(rows, lost, strict=True)
-    ]
+    lost = max(0, turns - sum(row.turns for row in rows))
+    documents = []
+    for index, row in enumerate(rows):
+        ids, told = np.array(row.ids, dtype=np.int32), min(row.turns, turns)
+        is_repeat, lost_turns = index > 0, lost if index == 0 else 0
+        documents.append(TokenDocument(document.work, ids, row.targets, told, lost_turns, is_repeat))
+    return documents
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -164,7 +164,9 @@ def test_a_damaged_parquet_file_is_no_matter_of_a_row(tmp_path: Path):
 
 
 class Failing:
-    """Rows of which some cannot be read; its iterator goes on behind them, or ends there."""
+    """A data set whose iterator fails at some rows, and goes on behind them or ends there."""
+
+    features = None
 
     def __init__(self, count: int, bad: set[int], goes_on: bool, first: int = 0):
         self.count, self.bad, self.goes_on, self.next = count, bad, goes_on, first
@@ -176,13 +178,17 @@ class Failing:
         while self.next < self.count:
             yield self.__next__()
 
-    def __next__(self) -> dict:
+    def with_format(self, kind: str):
+        assert kind == "arrow"
+        return self
+
+    def __next__(self) -> pyarrow.Table:
         if self.next == self.count:
             raise StopIteration
         self.next += 1
         if self.next - 1 in self.bad:
             raise TypeError("no such row")
-        return {"text": f"row {self.next - 1}"}
+        return pyarrow.table({"text": [f"row {self.next - 1}"]})
 
     def skip(self, count: int):
         return Failing(self.count, self.bad, self.goes_on, count)
@@ -207,6 +213,21 @@ def test_a_data_set_goes_on_behind_bad_rows(tmp_path: Path, monkeypatch: pytest.
     expected = [f"row {i}" for i in range(12) if i not in bad]
     assert (sorted(texts(found)) == sorted(expected)) if kind == "shuffled" else (texts(found) == expected)
     assert len(problems) == len(bad) and all("'user/name/train:" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("kind", ["table", "goes on"])
+def test_where_nothing_is_read_anew_any_number_of_bad_rows_may_follow_each_other(
+    tmp_path: Path, monkeypatch, kind: str
+):
+    bad = set(range(3, 50))
+    bad_parquet(tmp_path / "r.parquet", 52, bad)
+    rows = Failing(52, bad, goes_on=True)
+    if kind == "table":
+        options = {"split": "train", "cache_dir": str(tmp_path)}
+        rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "r.parquet"), **options)
+    give(monkeypatch, rows)
+    found, problems = skipping("user/name")
+    assert texts(found) == [f"row {i}" for i in range(52) if i not in bad] and len(problems) == len(bad)
 
 
 def test_a_data_set_that_is_broken_ends_with_an_error(monkeypatch: pytest.MonkeyPatch):

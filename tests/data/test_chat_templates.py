@@ -6,6 +6,7 @@ import pytest
 from chat_templates import (
     BLOCKS,
     CHANNELS,
+    CLOSED_REASONING,
     LAST_REASONING,
     NO_REASONING,
     OPENED_REASONING,
@@ -115,6 +116,13 @@ def test_a_turn_behind_a_header_that_the_prompt_goes_beyond(controlled):
     assert targets_of(letters, r1) == [["content <thin<|end|>"]]
 
 
+def test_a_turn_with_reasoning_that_the_prompt_closes(controlled):
+    chat = with_template(controlled, CLOSED_REASONING)
+    assert targets_of(PLAIN[:2], chat) == [["old stone<|im_end|>"]]
+    assert targets_of(with_reasoning(PLAIN[:2]), chat) == [["hm, 1\n</think>\n\nold stone<|im_end|>"]]
+    assert targets_of([user("a"), assistant("<think>\n\n\nb</think>c")], chat) == [["b\n</think>\n\nc<|im_end|>"]]
+
+
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_chat_may_begin_with_the_assistant(controlled, template):
     chat = [assistant("welcome"), *PLAIN[:2]]
@@ -195,4 +203,5 @@ def test_turns_are_counted_once(controlled):
     assert [(d.work, d.turns, d.lost_turns) for d in found] == [("a", 3, 0), ("b", 3, 0), ("c", 0, 0)]
     found = tokenize_documents(documents[:1], with_template(controlled, LAST_REASONING), progress=False)
     assert [(d.work, d.turns, d.lost_turns) for d in found] == [("a", 1, 0)] * 3
+    assert [d.is_repeat for d in found] == [False, True, True]
     assert "2 of 3 assistant turns are targets" in str(Reading("r", 1, 9, turns=2, lost_turns=1))

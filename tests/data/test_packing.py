@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -152,8 +154,9 @@ def test_windows_lie_in_one_document_and_never_overlap(lengths, opening, data):
     assert torch.equal(windows, sample_windows(documents, 8, count, seed=3, prefix_ids=prefix))
 
 
-def test_windows_take_turns_among_works():
+def test_windows_take_turns_among_works_and_leave_out_what_is_repeated():
     documents = make_documents([100, 100, 100])
+    documents[1:1] = [replace(document, is_repeat=True) for document in documents]
     windows = sample_windows(documents, 10, 9, seed=0)
     works = ((windows[:, 0] - 100) // 100).tolist()
     assert all(sorted(works[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6))

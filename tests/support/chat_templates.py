@@ -30,6 +30,9 @@ OPENED_REASONING = LAST_REASONING[: LAST_REASONING.rindex("{%- if add")] + (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"
 )
 
+# The same, and the prompt closes it.
+CLOSED_REASONING = OPENED_REASONING.replace("<think>\n' -}}{%- endif", "<think>\n\n</think>\n\n' -}}{%- endif")
+
 # A chat that is no prompt ends with another token.
 TOKEN_AT_THE_END = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
@@ -57,6 +60,7 @@ NO_REASONING = (
 TEMPLATES = {
     "last reasoning": LAST_REASONING,
     "opened reasoning": OPENED_REASONING,
+    "closed reasoning": CLOSED_REASONING,
     "token at the end": TOKEN_AT_THE_END,
     "channels": CHANNELS,
     "no reasoning": NO_REASONING,
