@@ -38,6 +38,7 @@ nitpick_ignore_regex = [("py:.*", r"(torch|transformers|peft|collections|pathlib
 nb_execution_mode = "force"
 nb_execution_timeout = 170
 nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # progress bars
 
 
 def read_source(app: Any, name: str, source: list[str]) -> None:

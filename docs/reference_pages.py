@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from repository_links import repository_pages
 from transformers import TrainingArguments
 
-from repository_links import repository_pages
 from retention_gates.gates import policies
 from retention_gates.gates.policies import POLICIES, FeedbackPolicy, Policy, ScoredPolicy
 from retention_gates.recipes.comparison import comparison_config
@@ -192,8 +192,8 @@ def policy_page() -> str:
     parts = [
         "# Policies",
         "Every policy runs in the same cache under the same rule, so that a comparison differs in nothing else. A "
-        "policy *known ahead* sets a score when a token is created; one that is *fed back* looks at what is held and at the "
-        "attention that it receives. Written from `gates/policies/`; CONTRIBUTING.md shows how to add one.",
+        "policy *known ahead* sets a score when a token is created; one that is *fed back* looks at what is held "
+        "and at the attention that it receives. Written from `gates/policies/`; CONTRIBUTING.md shows how to add one.",
         "\n".join(lines),
         "Protected tokens are the cache's: by default as many as the adapter was trained with, so 4 for untrained "
         "policies without an adapter of their own. `streaming_llm` is a window with these as its attention sinks.",

@@ -1,4 +1,4 @@
-"""Brings the repository's other Markdown files into the documentation, and turns links to them into links between pages."""
+"""Brings other Markdown files of the repository into the documentation, with links that work there."""
 
 import re
 from pathlib import Path

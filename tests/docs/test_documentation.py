@@ -1,12 +1,13 @@
-"""The documentation's pages agree with the code, the records and each other; `make docs` builds them and runs the notebook."""
+"""The documentation's pages agree with the code, the records and each other. `make docs` builds them."""
 
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import reference_pages
+import repository_links
+import result_tables
 import torch
 from tiny_models import FAMILIES
 from tiny_run import make_model
@@ -18,55 +19,39 @@ from retention_gates.recipes.loading import packaged_models, run_config
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def docs_can_be_imported() -> Iterator[None]:
-    sys.path.insert(0, str(DOCS))
-    yield
-    sys.path.remove(str(DOCS))
-
-
 @pytest.mark.parametrize("page", ["results.md", "speed.md"])
 def test_tables_are_those_of_the_records(page):
-    import tables
-
     text = (DOCS / page).read_text(encoding="utf-8")
-    assert list(tables.names(text)), "no table is marked"
-    assert tables.filled(text) == text, "run: python docs/tables.py"
+    assert list(result_tables.names(text)), "no table is marked"
+    assert result_tables.filled(text) == text, "run: python docs/result_tables.py"
 
 
 def test_every_table_is_shown_once():
-    import tables
-
-    shown = [name for page in tables.PAGES for name in tables.names((DOCS / page).read_text(encoding="utf-8"))]
-    assert sorted(shown) == sorted(tables.TABLES)
+    shown = [
+        name for page in result_tables.PAGES for name in result_tables.names((DOCS / page).read_text(encoding="utf-8"))
+    ]
+    assert sorted(shown) == sorted(result_tables.TABLES)
 
 
 def test_a_table_of_mixed_or_missing_records_is_refused(monkeypatch):
-    import tables
-
     record = {"commit": "a", "gpu": None, "case": "x", "contender": "ours", "value": 1.0, "unit": "s", "limit": None}
-    monkeypatch.setattr(
-        tables, "read", lambda bench: [record | {"torch": v, "triton": None} for v in ("2.11", "2.13")]
-    )
+    found = [record | {"torch": version, "triton": None} for version in ("2.11", "2.13")]
+    monkeypatch.setattr(result_tables, "read", lambda bench: found)
     with pytest.raises(ValueError, match="mixes versions"):
-        tables.speed("decode", "a", None)
+        result_tables.speed("decode", "a", None)
     with pytest.raises(ValueError, match="has no record of b"):
-        tables.speed("decode", "b", None)
+        result_tables.speed("decode", "b", None)
     with pytest.raises(ValueError, match="no table 'of-nothing'"):
-        tables.filled("<!-- table of-nothing -->\n<!-- end -->")
+        result_tables.filled("<!-- table of-nothing -->\n<!-- end -->")
 
 
 def test_limits_are_shares_of_the_best_that_is_possible():
-    import tables
-
-    assert tables.limits({"value": 50.0, "limit": 200.0, "unit": "tok/s"}) == ["200 tok/s", "0.25"]
-    assert tables.limits({"value": 50.0, "limit": 20.0, "unit": "ms"}) == ["20 ms", "0.40"]
-    assert tables.limits({"value": 50.0, "limit": None, "unit": "ms"}) == ["", ""]
+    assert result_tables.limits({"value": 50.0, "limit": 200.0, "unit": "tok/s"}) == ["200 tok/s", "0.25"]
+    assert result_tables.limits({"value": 50.0, "limit": 20.0, "unit": "ms"}) == ["20 ms", "0.40"]
+    assert result_tables.limits({"value": 50.0, "limit": None, "unit": "ms"}) == ["", ""]
 
 
 def test_the_reference_has_every_key():
-    import reference_pages
-
     page = reference_pages.configuration()
     sections = run_config.SECTIONS | comparison_config.SINGLE | comparison_config.MANY
     for cls in (run_config.Source, *sections.values()):
@@ -79,8 +64,6 @@ def test_the_reference_has_every_key():
 
 
 def test_the_reference_has_every_policy_with_paper_and_tests(monkeypatch):
-    import reference_pages
-
     facts = {each.policy.name: each for each in reference_pages.all_facts()}
     assert list(facts) == list(POLICIES)
     assert facts["snapkv"].papers == ["2404.14469"] and "window 32 (queries)" in facts["snapkv"].constants
@@ -93,8 +76,6 @@ def test_the_reference_has_every_policy_with_paper_and_tests(monkeypatch):
 
 
 def test_links_between_pages_and_files_exist():
-    import repository_links
-
     for page in sorted(DOCS.rglob("*.md")):
         if "generated" not in page.parts:
             repository_links.with_page_links(page.read_text(encoding="utf-8"), page)
@@ -104,8 +85,6 @@ def test_links_between_pages_and_files_exist():
 
 
 def test_a_link_to_nothing_is_refused():
-    import repository_links
-
     page = DOCS / "guides" / "train.md"
     same = "```\n[x](nothing.md)\n```\n[y](https://example.org/z.md) [z](#here)"
     assert repository_links.with_page_links(same, page) == same
@@ -156,6 +135,6 @@ def test_the_notebooks_policy_is_ten_lines():
     notebook = json.loads((DOCS / "notebooks" / "first_steps.ipynb").read_text(encoding="utf-8"))
     (cell,) = [cell for cell in notebook["cells"] if "MINE = " in "".join(cell["source"])]
     assert len([line for line in cell["source"] if line.strip()]) <= 10
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"torch": torch}
     exec("".join(cell["source"]), names)
-    assert isinstance(names["MINE"], policy.ScoredPolicy)
+    assert isinstance(names["MINE"], policy.Policy)

@@ -1,4 +1,4 @@
-"""README's Python blocks run in their order as they are written, on a small model that has the named one's place."""
+"""Python blocks of README and the guides run as they are written, on a small model in the place of the named one."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,12 @@ from tiny_run import make_model
 from retention_gates import RetentionGateConfig, RetentionTrainingArguments
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = ("README.md", "docs/guides/generate.md", "docs/guides/memories.md", "docs/guides/train.md")
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
 def test_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -31,6 +36,12 @@ def test_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Monk
     names: dict[str, object] = {}
     with torch.random.fork_rng():
         for block in BLOCKS:
-            exec(compile(block, "README.md", "exec"), names)
-    assert len(BLOCKS) == 3 and (tmp_path / "book.memory.safetensors").is_file()
-    assert (tmp_path / "out" / "run").is_dir() and capsys.readouterr().out.strip()
+            exec(compile(block, "a block", "exec"), names)
+    assert len(BLOCKS) == len(PAGES) and (tmp_path / "book.memory.safetensors").is_file()
+    assert (tmp_path / "out" / "run").is_dir() and "BoundedCache(memory_size=64" in capsys.readouterr().out
+
+
+def test_readme_is_a_first_screen():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    assert not re.search(r"\bcommit [0-9a-f]{7}|\bgoal\b", text)
