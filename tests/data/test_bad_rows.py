@@ -270,6 +270,16 @@ def test_what_a_template_cannot_render_is_a_bad_row(tmp_path: Path, tokenizer):
     assert "line 2" in reading.examples[0] and "line 3" in reading.examples[1] and "U+D83D" in reading.examples[1]
 
 
+def test_a_call_may_stand_without_a_text(tmp_path: Path, tokenizer):
+    silent = [CALLS[0], {**CALLS[1], "content": None}]
+    rows = [silent, [CALLS[0], {"role": "assistant", "content": None, "tool_calls": None}]]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+    other = with_template(tokenizer, WALKS_A_MAPPING.replace("m.content", "(m.content or '')"))
+    (found,), reading = read_tokens(str(tmp_path / "r.jsonl"), other, skip_bad_rows=True, progress=False)
+    assert tokenizer.decode(found.ids[found.targets]) == "place=here"
+    assert reading.bad_rows == 1 and "is not a chat" in reading.examples[0]
+
+
 def test_a_text_that_the_tokenizer_refuses_costs_no_other(tokenizer):
     class Picky:
         def __call__(self, texts, **options):

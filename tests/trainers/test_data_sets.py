@@ -51,6 +51,20 @@ def test_one_word_on_texts(tmp_path: Path, column: str):
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluation_rows_are_a_tensor_of_ids(tmp_path: Path):
+    rows = as_data_set(ONE_DOCUMENT, "input_ids")
+    for given, message in (
+        (rows, "eval_dataset is Dataset: give token ids"),
+        (torch.ones(3, 9), "a tensor .3, 9., tor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(tmp_path, rows=rows, eval_rows=given)
+    trainer = trainer_of(tmp_path, rows=rows, eval_rows=torch.tensor(rows["input_ids"][:2]))
+    assert "eval_kl_8" in trainer.evaluate()
+    with pytest.raises(ValueError, match=r"input_ids\"\]"):
+        trainer.evaluate(rows)
+
+
 def test_what_is_no_sequence_of_full_rows_is_refused(tmp_path: Path):
     rows = as_data_set(ONE_DOCUMENT, "input_ids")
     padded = as_data_set(ONE_DOCUMENT, "input_ids", attention_mask=[1] * 20 + [0] * 4)
