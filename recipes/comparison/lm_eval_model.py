@@ -68,7 +68,7 @@ class BoundedCacheLM(HFLM):
         assert self.contender is not None
         contender = self.contender
         return kind(
-            self.model, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=self.seed
+            self.model, contender.memory_size, policy=contender.policy, budgets=contender.division, seed=self.seed
         )
 
     # What lm-eval would cut off with a warning is refused.

@@ -1,6 +1,7 @@
 """Runs a comparison: loads each model, scores its contenders, and writes results and reports."""
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ from retention_gates.recipes.report.differing_answers import differing_answers
 from retention_gates.recipes.report.figures import require_matplotlib
 from retention_gates.recipes.report.gate_reading import median_half_lives, read_text
 from retention_gates.trainers.evaluation.cache_bytes import memory_bytes
-from retention_gates.trainers.evaluation.contenders import Contender, contenders
+from retention_gates.trainers.evaluation.contenders import MEASURED, Contender, contenders
+from retention_gates.trainers.evaluation.kept_mass import with_measured_budgets
 from retention_gates.trainers.evaluation.paired_statistics import aggregate
 
 SUMMARY, PAGE, PICTURE = "summary.jsonl", "report.html", "score.png"
@@ -145,6 +147,10 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
         print(f"{source.title} without {name}: {reason}")
     policies = [name for name in source.policies if name not in left_out]
     chosen = _contenders(policies, config.contenders, config.contenders.budgets or _budgets_of(model))
+    if any(contender.budgets == MEASURED for contender in chosen):
+        asked = _asked(config)
+        others = load_token_documents(asked, tokenizer, training_works=True)
+        chosen = with_measured_budgets(model, chosen, load_rows(asked, tokenizer, others), _announce)
     records = Scorer(model, chosen, store, config.run.batch_size, pin=config.contenders.pin).score(blocks)
     rows = blocks[0].items
     sizes = memory_bytes(model, rows[0], chosen)
@@ -184,13 +190,7 @@ def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
 
 def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", start: int) -> list[Block]:
     """Rows of text, then the examples of each task; seeds draw from the same documents."""
-    text, seeds = config.text, config.run.seeds
-    asked = argparse.Namespace(
-        **{name: getattr(text, name) for name in ("split", "subset", "text_field", "work_field")},
-        **{name: getattr(text, name) for name in ("test_fraction", "test_works", "split_seed", "length", "rows")},
-        text=text.source,
-        seed=seeds[0],
-    )
+    text, seeds, asked = config.text, config.run.seeds, _asked(config)
     asked.rows = text.rows * len(seeds)  # passages that the documents should at least have
     documents = load_token_documents(asked, tokenizer)
     blocks = []
@@ -215,8 +215,23 @@ def _shown(model: "nn.Module", rows: "Sequence[torch.Tensor]", chosen: "Sequence
     some = torch.stack(list(rows[:HALF_LIFE_ROWS]))
     layers = find_gated_model(model).active_config.gated_layers
     assert layers is not None
-    reading = read_text(model, rows[0], memory_size=one.memory_size, budgets=one.budgets)
+    reading = read_text(model, rows[0], memory_size=one.memory_size, budgets=one.division)
     return Shown(median_half_lives(model, some), len(some), reading, list(layers), one.memory_size, one.budgets)
+
+
+def _asked(config: ComparisonConfig) -> argparse.Namespace:
+    """The text as the text arguments of commands name it."""
+    text = config.text
+    return argparse.Namespace(
+        **{name: getattr(text, name) for name in ("split", "subset", "text_field", "work_field")},
+        **{name: getattr(text, name) for name in ("test_fraction", "test_works", "split_seed", "length", "rows")},
+        text=text.source,
+        seed=config.run.seeds[0],
+    )
+
+
+def _announce(policy: str) -> None:
+    print(f"measuring the kept mass of {policy}", file=sys.stderr)
 
 
 def _budgets_of(model: "nn.Module") -> list[str]:

@@ -10,7 +10,7 @@ from retention_gates.gates.policies import find_policy
 from retention_gates.recipes.comparison import fingerprints
 from retention_gates.recipes.comparison.result_store import Unit
 from retention_gates.recipes.loading.provenance import PACKAGES, machine_and_versions
-from retention_gates.trainers.evaluation.contenders import Contender
+from retention_gates.trainers.evaluation.contenders import MEASURED, Contender
 
 
 class Units:
@@ -30,6 +30,6 @@ class Units:
         unit = self.setup | what
         if contender is None:
             return unit
-        if find_policy(contender.policy).needs_gates or contender.budgets != "uniform":
+        if find_policy(contender.policy).needs_gates or contender.budgets not in ("uniform", MEASURED):
             unit["gates"] = self.digests.gates
         return unit | {"contender": asdict(contender), "protected": self.protected}

@@ -9,6 +9,7 @@ summary.jsonl (every mean, as benchmarks write theirs) and answers.jsonl, from w
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,14 +28,17 @@ from retention_gates.recipes.comparison.lm_eval_model import check_installed, ru
 from retention_gates.recipes.loading.models import base_name, check_gates_trained, load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
 from retention_gates.recipes.loading.provenance import machine_and_versions
+from retention_gates.recipes.loading.rows import calibration_rows
 from retention_gates.recipes.report import evaluation_report
-from retention_gates.trainers.evaluation.contenders import FULL_CACHE, Contender, contenders, name_of
+from retention_gates.trainers.evaluation.contenders import FULL_CACHE, MEASURED, Contender, contenders, name_of
+from retention_gates.trainers.evaluation.kept_mass import with_measured_budgets
 from retention_gates.trainers.evaluation.paired_statistics import Summary, aggregate, mean_over_samples
 from retention_gates.trainers.evaluation.written import Ask, Effort, check_samples, compare_generations
 
 SUMMARY = "summary.jsonl"
 POLICIES = ("retention", "streaming_llm", "random", "key_norm")
 REFERENCE = "streaming_llm"
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 1024  # of measured budgets
 
 
 def wanted(options: argparse.Namespace) -> bool:
@@ -59,10 +63,17 @@ def main(options: argparse.Namespace) -> None:
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
     encoded = encode_questions(questions, tokenizer, longest_prompt=options.longest_prompt)
+    rows = None
+    if options.calibrate_on is not None:
+        rows = calibration_rows(options.calibrate_on, tokenizer, CALIBRATION_ROWS, CALIBRATION_LENGTH, options.seed)
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     calibrated = bool(find_gated_model(model).active_config.budget_shares)
     budgets = options.budgets or (["uniform", "calibrated"] if calibrated else ["uniform"])
     chosen = contenders(policies, options.memory_size, budgets)
+    if rows is not None:
+        chosen = with_measured_budgets(
+            model, chosen, rows, lambda policy: print(f"measuring the kept mass of {policy}", file=sys.stderr)
+        )
     efforts: list[Effort] = []
     records = _answer(model, tokenizer, encoded, chosen, options, efforts)
     reference = REFERENCE if REFERENCE in policies and "uniform" in budgets else None
@@ -81,6 +92,7 @@ def main(options: argparse.Namespace) -> None:
         "longest_prompt": options.longest_prompt,
         "tokens_left_out": sum(question.cut for question in encoded),
         "seed": options.seed,
+        "calibrate_on": options.calibrate_on,
         **machine_and_versions(model),
         "time": began.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 1),
@@ -204,6 +216,11 @@ def _check(options: argparse.Namespace, policies: Sequence[str]) -> None:
         raise ValueError(f"--samples {options.samples} --temperature {options.temperature:g}: {error}") from error
     if options.lm_eval and (options.samples, options.temperature) != (1, 0.0):
         raise ValueError("--samples and --temperature are for --suites; lm-eval's tasks say themselves how they draw.")
+    if (MEASURED in (options.budgets or [])) != (options.calibrate_on is not None):
+        raise ValueError(
+            "--budgets measured and --calibrate-on SOURCE go together: measured budgets are found on texts that are "
+            "not scored."
+        )
     if min(options.memory_size) < 1:
         raise ValueError(f"--memory-size {min(options.memory_size)} must be 1 or more.")
     if options.lm_eval:  # before anything is loaded

@@ -2,11 +2,12 @@
 
 import argparse
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from retention_gates.data.packing import sample_windows
-from retention_gates.data.sources import load_documents, split_by_work
+from retention_gates.data.sources import load_documents, split_by_work, stream_documents
 from retention_gates.data.tokens import TokenDocument, document_prefix, tokenize_documents
 
 DOCUMENTS_AT_A_TIME, PASSAGES_TO_CHOOSE_FROM = 64, 4
@@ -45,6 +46,28 @@ def load_token_documents(
         ):
             break
     return tokenized
+
+
+def calibration_rows(
+    source: str, tokenizer: "PreTrainedTokenizerBase", rows: int, length: int, seed: int
+) -> "torch.Tensor":
+    """Token ids [rows, length] of texts or chats, one after the other where they are shorter.
+
+    Raises:
+        ValueError: if the source has fewer tokens.
+    """
+    prefix = document_prefix(tokenizer)
+    found: list[np.ndarray] = []
+    tokens = 0
+    for document in stream_documents(source, seed=seed):
+        found += [each.ids for each in tokenize_documents([document], tokenizer, progress=False)]
+        tokens = sum(len(ids) for ids in found)
+        if tokens > rows * length:
+            break
+    if tokens <= rows * length:
+        raise ValueError(f"{source} has {tokens} tokens, where {rows} rows of {length} are wanted: name more texts.")
+    whole = TokenDocument(source, np.concatenate(found))
+    return sample_windows([whole], length, rows, seed=seed, prefix_ids=prefix)
 
 
 def load_rows(

@@ -9,6 +9,7 @@ from torch import nn
 from retention_gates.gates.adapter.gate import half_life
 from retention_gates.gates.adapter.gate_outputs import record
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.cache.budgets import Budgets
 from retention_gates.gates.simulation.simulated_cache import SimulatedCache
 from retention_gates.trainers.evaluation.forward_passes import check_length
 
@@ -29,7 +30,9 @@ class Reading:
         return self.half_lives.shape[-1]
 
 
-def read_text(model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budgets: str | None) -> Reading:
+def read_text(
+    model: "nn.Module", ids: "torch.Tensor", *, memory_size: int, budgets: "str | Budgets | None"
+) -> Reading:
     """Half-lives and eviction times of a text's tokens [T], as a bounded cache would see them step by step.
 
     Raises:

@@ -243,3 +243,21 @@ def test_results_outlive_a_picture_that_cannot_be_drawn(files, tmp_path, monkeyp
     assert "no picture today" in capsys.readouterr().err
     _, records = read(tmp_path / "out")
     assert records and not (tmp_path / "out" / "score.png").exists()
+
+
+def test_rivals_with_measured_budgets(files, tmp_path, capsys):
+    """They are measured on the works that are not scored, and a run without such works is refused."""
+    arguments = ["evaluate", "--model", str(files.model), "--text", str(files.texts), "--length", "60"]
+    arguments += ["--memory-size", "16", "--policies", "snapkv", "tova", "--budgets", "uniform", "measured"]
+    arguments += ["--documents", "2", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "Measured budgets need works that are not scored" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--test-works", "work3"]) == 0
+    records = [r for r in read(tmp_path / "out")[1] if r["policy"] != "full"]
+    names = {(r["policy"], r["budgets"]) for r in records}
+    assert names == {(policy, budgets) for policy in ("snapkv", "tova") for budgets in ("uniform", "measured")}
+    scores = {name: [r["kl"] for r in records if (r["policy"], r["budgets"]) == name] for name in names}
+    assert scores["snapkv", "uniform"] != scores["snapkv", "measured"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "SnapKV, measured" in report or "| measured |" in report

@@ -37,7 +37,7 @@ def memory_bytes(model: nn.Module, ids: torch.Tensor, chosen: Sequence[Contender
     others = sum(nbytes for index, nbytes in enumerate(held) if index not in evicting)
     sizes = [sum(held)]
     for contender in chosen:
-        cache = BoundedCache(gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets)
+        cache = BoundedCache(gated, contender.memory_size, policy=contender.policy, budgets=contender.division)
         gated(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, last_hidden_state_only=True)
         sizes.append(others + sum(layer.memory_bytes() for layer in cache.gated_layers))
     return sizes

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retention_gates.gates.cache.budgets import BUDGETS
+from retention_gates.gates.cache.budgets import BUDGETS, Budgets
 from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, find_policy
 
 FULL_CACHE = "full"
+MEASURED = "measured"  # budgets that a policy keeps most attention with, see kept_mass.py
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,20 @@ class Contender:
 
     Args:
         pin: pin the spans that an example asks for, such as its system prompt; records call the policy "NAME+pin".
+        entries: of every gated layer and KV head, if budgets are "measured" and have been.
     """
 
     policy: str | Policy  # its name, or itself
     memory_size: int  # mean entries per KV head
     budgets: str = "uniform"
     pin: bool = False
+    entries: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         policy = find_policy(self.policy)
-        if self.budgets not in BUDGETS:
-            raise ValueError(f"budgets={self.budgets!r} is unknown: choose among {', '.join(map(repr, BUDGETS))}.")
+        if self.budgets not in (*BUDGETS, MEASURED):
+            allowed = ", ".join(map(repr, (*BUDGETS, MEASURED)))
+            raise ValueError(f"budgets={self.budgets!r} is unknown: choose among {allowed}.")
         if isinstance(policy, FeedbackPolicy) and policy.needs_instruction:
             raise ValueError(
                 f"Policy {policy.name!r} needs an instruction, and contenders get texts and prompts without one: "
@@ -40,8 +44,21 @@ class Contender:
         if self.budgets == "calibrated" and not policy.needs_gates:
             raise ValueError(
                 f"Calibrated budgets follow what the gates retain, which policy {policy.name!r} does not look at: "
-                "give it uniform budgets."
+                "give it uniform budgets, or measured ones."
             )
+
+    @property
+    def division(self) -> str | Budgets:
+        """The budgets as a cache takes them.
+
+        Raises:
+            ValueError: for measured ones that have not been measured.
+        """
+        if self.budgets != MEASURED:
+            return self.budgets
+        if self.entries is None:
+            raise ValueError(f"Measured budgets of {self.policy!r} have no numbers: see with_measured_budgets.")
+        return [list(layer) for layer in self.entries]
 
 
 def contenders(policies: Sequence[str], memory_sizes: Sequence[int], budgets: Sequence[str]) -> list[Contender]:

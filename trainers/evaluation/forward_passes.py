@@ -51,7 +51,7 @@ def hidden_states(
             full = model(input_ids=ids, use_cache=False, last_hidden_state_only=True)
         progress(len(ids))
         yield [None], [full]
-        for some in _passes(chosen, max(1, _tokens_at_a_time(gated, ids.device) // ids.numel())):
+        for some in _passes(chosen, max(1, tokens_at_a_time(gated, ids.device) // ids.numel())):
             hidden = model(
                 input_ids=ids.repeat(len(some), 1),
                 past_key_values=SimulatedCache.side_by_side(
@@ -85,7 +85,7 @@ def _passes(chosen: Sequence[Contender], at_a_time: int) -> Iterator[list[Conten
         yield some
 
 
-def _tokens_at_a_time(gated: RetentionGateModel, device: torch.device) -> int:
+def tokens_at_a_time(gated: RetentionGateModel, device: torch.device) -> int:
     """On a GPU what a third of the free memory has room for."""
     if device.type != "cuda":
         return TOKENS_AT_A_TIME[0]
@@ -99,7 +99,7 @@ def _tokens_at_a_time(gated: RetentionGateModel, device: torch.device) -> int:
 def _cache_of(gated: RetentionGateModel, contender: Contender, pinned: Sequence[tuple[int, int]]) -> SimulatedCache:
     if contender.pin and not pinned:
         raise ValueError(f"{contender} pins, but what is scored has no spans to pin: leave pin=False.")
-    cache = SimulatedCache(gated, contender.memory_size, policy=contender.policy, budgets=contender.budgets)
+    cache = SimulatedCache(gated, contender.memory_size, policy=contender.policy, budgets=contender.division)
     for span in pinned if contender.pin else ():
         cache.pin(*span)
     return cache

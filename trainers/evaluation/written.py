@@ -176,7 +176,7 @@ def _asks(questions: Sequence[Question], contender: Contender | None, samples: i
 
 def _cache_of(model: nn.Module, contender: Contender, seed: int) -> Callable[[], BoundedCache]:
     return lambda: BoundedCache(
-        model, contender.memory_size, policy=contender.policy, budgets=contender.budgets, seed=seed
+        model, contender.memory_size, policy=contender.policy, budgets=contender.division, seed=seed
     )
 
 

@@ -150,3 +150,29 @@ def test_what_is_not_installed_is_named(files, tmp_path, capsys, monkeypatch):
 
     with pytest.raises(ValueError, match="needs the package kvpress: pip install kvpress"):
         RetentionPress(adapter=str(files.adapter))
+
+
+def test_rivals_with_measured_budgets(files, tmp_path, capsys):
+    copy = f"aime24={FIXTURES / 'aime24__default.jsonl'}"
+    arguments = ["evaluate", "--model", str(files.model), "--suites", copy, "--memory-size", "16", "--limit", "1"]
+    arguments += ["--policies", "snapkv", "--max-new-tokens", "3", "--output", str(tmp_path / "out")]
+    for more in (["--budgets", "measured"], ["--calibrate-on", str(files.texts)]):
+        assert main([*arguments, *more]) == 2
+        assert "--budgets measured and --calibrate-on SOURCE go together" in capsys.readouterr().err
+    short = tmp_path / "short.txt"
+    short.write_text("the old ship")
+    assert main([*arguments, "--budgets", "measured", "--calibrate-on", str(short)]) == 2
+    assert "short.txt has 4 tokens, where 8 rows of 1024 are wanted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_measured_budgets_are_told_in_the_table(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("retention_gates.recipes.comparison.written_answers.CALIBRATION_LENGTH", 100)
+    copy = f"aime24={FIXTURES / 'aime24__default.jsonl'}"
+    arguments = ["evaluate", "--model", str(files.model), "--suites", copy, "--memory-size", "16", "--limit", "1"]
+    arguments += ["--policies", "snapkv", "--max-new-tokens", "3", "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--budgets", "uniform", "measured", "--calibrate-on", str(files.texts)]) == 0
+    header, *records = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert header["calibrate_on"] == str(files.texts)
+    assert [r["budgets"] for r in records] == [None, "uniform", "measured"]
+    assert "| snapkv | measured |" in (tmp_path / "out" / "report.md").read_text()
