@@ -4,12 +4,14 @@ retention-gates serve --adapter user/adapter --memory-size 512 --max-chats 32 --
 """
 
 import argparse
+import math
 import socket
 import sys
 from importlib.util import find_spec
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from retention_gates.gates.adapter.placement import check_room, device_of
 from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
 from retention_gates.recipes.serving.admission import Admission, Limits
 from retention_gates.recipes.serving.engine import Engine
@@ -33,6 +35,7 @@ def main(options: argparse.Namespace) -> None:
 
     count = options.max_chats or 16
     if options.cache_gib is not None:
+        check_room("--cache-gib", math.ceil(options.cache_gib), lambda gib: gib * 2**30, device_of(model), "for chats")
         count = int(options.cache_gib * 2**30 / make_rows(1).bytes_per_row) - 1  # one more reads prompts
         if count < 1:
             raise ValueError(f"--cache-gib {options.cache_gib} has no room for two rows: raise it.")

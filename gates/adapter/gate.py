@@ -141,6 +141,17 @@ class LinearGate(RetentionGate):
 GATES: dict[str, type[RetentionGate]] = {"mlp": MLPGate, "linear": LinearGate, "tied_mlp": TiedMLPGate}
 
 
+def gate_bytes(config: RetentionGateConfig, width: int) -> int:
+    """Bytes of the gates of all layers that a config names, if their layers were so wide; of shared modules once."""
+    assert (
+        config.hidden_size is not None and config.num_key_value_heads is not None and config.gated_layers is not None
+    )
+    kind = GATES[config.gate_type]
+    shapes = kind.shapes(config.hidden_size, config.num_key_value_heads, width)
+    copies = {name: 1 if name.split(".")[0] in kind.shared else len(config.gated_layers) for name in shapes}
+    return sum(4 * copies[name] * math.prod(shape) for name, shape in shapes.items())
+
+
 def half_life_to_bias(half_life: float) -> float:
     """The bias b whose retention halves after `half_life` tokens: half_life = ln 2 * exp(b)."""
     return math.log(half_life / math.log(2.0))

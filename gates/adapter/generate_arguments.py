@@ -12,6 +12,7 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.placement import check_weights_are_there
 from retention_gates.gates.attention.cache_argument import find_cache, named_for
 from retention_gates.gates.attention.cache_layer import EvictingLayer
+from retention_gates.gates.policies.eviction_rule import MOST_TOKENS
 
 ROLLS_BACK = {
     "assistant_model": "assisted decoding",
@@ -112,6 +113,11 @@ def prepared(model: Any, args: tuple, kwargs: dict[str, Any], *, gates_on: bool)
     if seen:
         check_later_turn(cache, prompt, mask, seen)
     unread = prompt.shape[1] - (seen if holds_all else 0)
+    if seen + unread + new > MOST_TOKENS:
+        raise ValueError(
+            f"max_new_tokens={new} after {seen + unread} tokens would pass {MOST_TOKENS:,}, as many as a sequence in "
+            f"a bounded cache may have: ask for at most {max(0, MOST_TOKENS - seen - unread):,}."
+        )
     return kwargs | {"prefill_chunk_size": chunk_size(option("prefill_chunk_size"), unread, seen)}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from retention_gates.gates.adapter.base_identity import check_same, identity, ro
 from retention_gates.gates.adapter.checks import check_digest, check_state_dict, digest
 from retention_gates.gates.adapter.config import PEFT_TYPE, RetentionGateConfig
 from retention_gates.gates.adapter.families import full_attention_layers, key_value_heads, module_pattern, text_config
-from retention_gates.gates.adapter.gate import GATES, RetentionGate
+from retention_gates.gates.adapter.gate import GATES, RetentionGate, gate_bytes
 from retention_gates.gates.adapter.generate_arguments import (
     digest_of_text,
     evicting_cache_in,
@@ -26,7 +27,7 @@ from retention_gates.gates.adapter.generate_arguments import (
 from retention_gates.gates.adapter.layer import RetentionGatedAttention
 from retention_gates.gates.adapter.modes import evaluating, temporarily
 from retention_gates.gates.adapter.peft_habits import GatesOnly, is_loading_files, refuse_injection
-from retention_gates.gates.adapter.placement import check_placement
+from retention_gates.gates.adapter.placement import check_placement, check_room, device_of
 from retention_gates.gates.attention.cache_argument import named_for
 from retention_gates.gates.attention.fading import Fading
 from retention_gates.gates.attention.interface import PREFIX, base_implementation_of, gated_implementation
@@ -204,6 +205,8 @@ class RetentionGateModel(BaseTuner):
                 f"{[len(row) for row in shares]} heads in {len(shares)} layers: take them out of adapter_config.json "
                 "and run retention-gates calibrate."
             )
+        room = partial(gate_bytes, peft_config)
+        check_room("gate_width", peft_config.gate_width, room, device_of(model), f"for gates in {len(chosen)} layers")
         if peft_config.awaits_weights:
             warn_if_another_base(peft_config, model)
             return

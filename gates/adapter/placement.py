@@ -1,4 +1,7 @@
-"""Where a base model and its gates lie: refused where one cannot follow the other."""
+"""Where a base model and its gates lie, and what there is room for: what cannot be is refused."""
+
+import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -72,3 +75,31 @@ def check_gradient_arrives(gate: nn.Module, layer: int, gradient: torch.Tensor) 
             f"The gate of layer {layer} is offloaded (accelerate's cpu_offload, disk_offload or dispatch_model), and "
             f"its gradient would be lost, so that nothing would be trained: {BACK}. Then make the optimizer anew."
         )
+
+
+def device_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has in all, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_room(name: str, value: int, bytes_of: Callable[[int], int], device: torch.device, why: str) -> None:
+    """Raises ValueError for a number that takes more memory than a device has in all, before anything is allocated.
+
+    Args:
+        name: of the option, with value as the user gave it.
+        bytes_of: bytes that a value takes at least; more for a larger one.
+        why: what takes them, such as "for the rows of all chats".
+    """
+    wanted, there = bytes_of(value), device_bytes(device)
+    if wanted <= there:
+        return
+    least, most = 0, value  # the largest value that fits lies from least to below most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if bytes_of(middle) <= there else (least, middle)
+    way_out = f"choose at most {least:,}" if least else "not even 1 fits, so that a smaller model is needed"
+    raise ValueError(
+        f"{name}={value} takes {wanted // 2**30:,} GiB {why}, and {device} has {there // 2**30:,} GiB: {way_out}."
+    )

@@ -11,13 +11,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.placement import check_room, device_of
 from retention_gates.gates.attention.cache_layer import EvictingLayer, storage_bytes
-from retention_gates.gates.cache.checks import (
-    check_integer,
-    check_room,
-    check_rows,
-    why_rows_stay,
-)
+from retention_gates.gates.cache.checks import check_integer, check_rows, row_bytes, why_rows_stay
 from retention_gates.gates.cache.evicting_cache import EvictingCache
 from retention_gates.gates.cache.feedback_layer import FeedbackSlotLayer
 from retention_gates.gates.cache.pool_layer import PoolLayer
@@ -80,7 +76,12 @@ class BoundedCache(EvictingCache):
         if compile and not graph:
             raise ValueError("compile=True compiles the step that the graph captures: it needs graph=True.")
         super().__init__(model, memory_size, **options)
-        check_room(find_gated_model(model).model, self.slots, memory_size)
+        base, slots = find_gated_model(model).model, self.slots
+
+        def bytes_of(size: int) -> int:  # slots are in proportion to it, but for what protection adds
+            return row_bytes(base, slots * size // memory_size)
+
+        check_room("memory_size", memory_size, bytes_of, device_of(base), f"for one row of text ({slots:,} entries)")
         self.decode_step = DecodeStep(compile) if graph else None
         kinds = getattr(text_config(find_gated_model(model).model), "layer_types", None) or ()
         for index, layer in enumerate(self.layers):

@@ -1,10 +1,8 @@
 """What the arguments of a cache must be."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from retention_gates.gates.adapter.families import text_config
@@ -98,26 +96,9 @@ def check_rows(
             )
 
 
-def device_bytes(device: torch.device) -> int:
-    """Bytes of memory that a device has in all, used or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_room(model: nn.Module, slots: int, memory_size: int) -> None:
-    """Raises ValueError for a cache of which a single row would not fit the memory that the device has in all.
-
-    Args:
-        slots: entries of one row, over all layers and heads.
-    """
+def row_bytes(model: nn.Module, slots: int) -> int:
+    """Bytes of one row of a cache with so many entries, over all layers and heads, at least."""
     config, weight = text_config(model), next(model.parameters())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # key and value, and score, position and mark
-    wanted, there = slots * (2 * head_dim * weight.dtype.itemsize + 13), device_bytes(weight.device)
-    if wanted > there:
-        raise ValueError(
-            f"memory_size={memory_size} takes {wanted // 2**30:,} GiB for one row of text ({slots:,} entries in all "
-            f"layers and heads), and {weight.device} has {there // 2**30:,} GiB: choose at most "
-            f"{memory_size * there // wanted:,}."
-        )
+    return slots * (2 * head_dim * weight.dtype.itemsize + 13)

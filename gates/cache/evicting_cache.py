@@ -25,6 +25,7 @@ from retention_gates.gates.cache.pool import Pool
 from retention_gates.gates.cache.rotary_frequencies import rotary_frequencies
 from retention_gates.gates.policies import FeedbackPolicy, Policy, ScoredPolicy, as_feedback, find_policy
 from retention_gates.gates.policies.eviction_rule import (
+    MOST_SEED,
     MOST_SPANS,
     EvictionRule,
     Reserve,
@@ -64,7 +65,7 @@ class EvictingCache(Cache):
         check_integer("memory_size", memory_size, least=1)
         check_integer("protected_tokens", protected_tokens, least=0)
         check_integer("buffer_size", buffer_size, least=1)
-        check_integer("seed", seed, least=0, most=2**32 - 1)
+        check_integer("seed", seed, least=0, most=MOST_SEED)
         self.reserved = checked_reserves(reserved)
         self.cache_dtype = cache_dtype
         self.memory_size = memory_size

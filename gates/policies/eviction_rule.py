@@ -11,6 +11,7 @@ from retention_gates.gates.policies import FeedbackPolicy, NewTokens, Policy, Se
 SURE_SHARE = 0.2  # of its budget that a head keeps when the heads share them, alpha in AdaKV, arXiv 2407.11550
 # ages become fp32 when they are multiplied with scores, which holds every whole number up to here
 MOST_TOKENS = 2**24
+MOST_SEED = 2**32 - 1
 MOST_SPANS = 256  # protected ones that do not touch
 Reserve = tuple[int, int, int]  # start, stop, and the entries of the span that each head keeps at least
 Span = tuple[int, int]  # offsets start <= offset < stop, counted from a row's first real token

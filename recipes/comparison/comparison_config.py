@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retention_gates.gates.policies.eviction_rule import MOST_SEED
 from retention_gates.recipes.loading.config_file import build, check_count, check_mapping, override, read, unknown
 from retention_gates.recipes.loading.packaged_models import settle_model
 from retention_gates.trainers.evaluation.contenders import MEASURED
@@ -93,7 +94,7 @@ class RunSection:
                 f"run.matmul_precision={self.matmul_precision!r} is unknown: choose among {', '.join(PRECISIONS)}."
             )
         for seed in self.seeds:
-            check_count("run.seeds", seed, least=0)
+            check_count("run.seeds", seed, least=0, most=MOST_SEED)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"run.seeds={self.seeds} must be one or more different numbers.")
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from retention_gates.checkpoints.evaluation_files import REPORT, RESULTS
 from retention_gates.data.tasks import build_tasks
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.placement import check_room
 from retention_gates.gates.cache.rotary_frequencies import rotary_frequencies
 from retention_gates.gates.policies import POLICIES, FeedbackPolicy, find_policy
 from retention_gates.recipes.comparison.comparison_config import ComparisonConfig, ContenderSection, ModelEntry
@@ -62,6 +65,7 @@ def run(config: ComparisonConfig) -> None:
     folder = Path(config.run.output)
     check_output(folder)
     require_matplotlib()
+    _check_room(config)
     start = config.start
     sources = [_settle(title, entry, config) for title, entry in config.models.items()]
     store = ResultStore(folder)
@@ -186,6 +190,14 @@ def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
             except ValueError as error:
                 reasons[name] = str(error)
     return reasons
+
+
+def _check_room(config: ComparisonConfig) -> None:
+    """Raises ValueError for tasks with more examples than there is memory for their ids, 8 bytes each."""
+    host = torch.device("cpu")
+    for name, task in config.tasks.items():
+        each = 8 * sum(task.lengths or []) * len(config.run.seeds)
+        check_room(f"tasks.{name}.examples", task.examples, partial(mul, each), host, "for their ids")
 
 
 def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", start: int) -> list[Block]:

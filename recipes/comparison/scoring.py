@@ -6,6 +6,8 @@ once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from operator import mul
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from retention_gates.data.tasks.pitfalls import leaks
+from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.placement import check_room, device_of
 from retention_gates.recipes.comparison import fingerprints
 from retention_gates.recipes.comparison.result_store import Records, ResultStore, Unit
 from retention_gates.recipes.comparison.units import Units
@@ -80,6 +85,12 @@ class Scorer:
                     records += [record | place for record in own + leaks(own)]
         return records
 
+    def _check_room(self, rows: int, tokens: int) -> None:
+        """Of a batch the hidden states of one contender must fit at least."""
+        base = find_gated_model(self.model).model
+        each = tokens * text_config(base).hidden_size * next(base.parameters()).itemsize
+        check_room("batch_size", rows, partial(mul, each), device_of(base), "for the hidden states of their rows")
+
     def _contenders(self, block: Block) -> "list[Contender]":
         return with_pinned(self.chosen, block.items) if self.pin and block.start is None else self.chosen
 
@@ -91,6 +102,7 @@ class Scorer:
             rows += [(block, index) for index in range(len(block.items))]
         batches = []
         for rows in alike.values():
+            self._check_room(min(self.batch_size, len(rows)), rows[0][0].length)
             for first in range(0, len(rows), self.batch_size):
                 some = rows[first : first + self.batch_size]
                 lacking = {}  # in the order of the contenders

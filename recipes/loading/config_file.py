@@ -108,9 +108,10 @@ def check_mapping(name: str, value: object) -> None:
         raise ValueError(f"The section {name!r} must be a mapping of keys to values, not {value!r}.")
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
+def check_count(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limit = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={value!r} must be a whole number, {limit}.")
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from retention_gates.data.packing import sample_windows
 from retention_gates.data.sources import load_documents, split_by_work, stream_documents
 from retention_gates.data.tokens import TokenDocument, document_prefix, tokenize_documents
+from retention_gates.gates.policies.eviction_rule import MOST_SEED
 
 DOCUMENTS_AT_A_TIME, PASSAGES_TO_CHOOSE_FROM = 64, 4
 
@@ -22,8 +23,8 @@ def load_token_documents(
         training_works: take the works that --test-fraction or --test-works leaves for training, not the others.
     """
 
-    if options.seed < 0:
-        raise ValueError(f"--seed {options.seed} must be 0 or more.")
+    if not 0 <= options.seed <= MOST_SEED:
+        raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}.")
     documents = load_documents(
         options.text,
         split=options.split,

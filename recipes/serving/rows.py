@@ -7,8 +7,10 @@ from torch import nn
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.placement import check_room
 from retention_gates.gates.attention.cache_layer import EvictingLayer
 from retention_gates.gates.cache.bounded_cache import BoundedCache
+from retention_gates.gates.cache.checks import row_bytes
 
 STEPS_TO_CAPTURE = 4  # after which a step that can be captured is
 
@@ -36,6 +38,7 @@ class ChatRows:
         self.chunk_size = chunk_size
         self.context = _context(model)
         self.prompt = BoundedCache(model, memory_size, budgets=budgets)
+        self._check_room(rows)
         self.cache = BoundedCache(model, memory_size, budgets=budgets)
         self._check()
         self.steps = 0  # since the last reset
@@ -49,6 +52,15 @@ class ChatRows:
         self.read([0], 0)
         self.bytes_per_row = self.prompt.memory_bytes()
         self.reset()
+
+    def _check_room(self, rows: int) -> None:
+        base = find_gated_model(self.model).model
+        row, logits = row_bytes(base, self.prompt.slots), 4 * text_config(base).vocab_size
+
+        def bytes_of(chats: int) -> int:
+            return (chats + 1) * row + chats * logits  # one more row reads prompts
+
+        check_room("max_chats", rows, bytes_of, self.device, "for their rows and forecasts")
 
     def _check(self) -> None:
         others = sorted({type(layer).__name__ for layer in self.cache.layers if not isinstance(layer, EvictingLayer)})

@@ -8,6 +8,8 @@ sliding windows and the full cache, answer batches of prompts that are padded on
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from operator import mul
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.generate_arguments import chunk_size, refuse_dropped_cache
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.adapter.modes import evaluating
+from retention_gates.gates.adapter.placement import check_room
 from retention_gates.gates.attention.cache_argument import named_for
 from retention_gates.gates.cache.bounded_cache import BoundedCache
+from retention_gates.gates.cache.checks import row_bytes
 from retention_gates.gates.policies.eviction_rule import MOST_TOKENS
 from retention_gates.trainers.evaluation.answer_rows import AnswerRows, Job
 
@@ -139,6 +143,11 @@ class _Writer:
     def _rows(self, rows: int, jobs: Sequence[Job]) -> AnswerRows:
         return AnswerRows(rows, max(job.most for job in jobs), self.eos, self.temperature, self.device)
 
+    def _check_room(self, rows: int, jobs: Sequence[Job], cache: BoundedCache) -> None:
+        row, most = row_bytes(self.base, cache.slots), max(job.most for job in jobs)
+        each = row + 8 * most + 4 * text_config(self.base).vocab_size
+        check_room("batch_size", rows, partial(mul, each), self.device, "for rows, answers and forecasts")
+
     def _chunk_size(self, job: Job) -> int | None:
         return None if self.is_full else chunk_size(self.prefill_chunk_size, len(job.ids), 0)
 
@@ -186,6 +195,7 @@ class _Writer:
     def _joining(self, jobs: list[Job], cache: BoundedCache) -> Iterator[tuple[Job, list[int]]]:
         """Answers in a batch whose rows go to the next prompts when theirs end."""
         count = min(self.batch_size, len(jobs))
+        self._check_room(count, jobs, cache)
         rows, period = self._rows(count, jobs), max(layer.step_period for layer in cache.gated_layers)
         waiting = self._waiting(jobs, period)
         longest, column = max(len(job.ids) for job in jobs), 0

@@ -8,18 +8,23 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
+from retention_gates.gates.adapter.placement import check_room
 from retention_gates.gates.cache.bounded_cache import BoundedCache
 from retention_gates.trainers.evaluation.answer_batches import answer_prompts, ending_tokens
 from retention_gates.trainers.evaluation.contenders import Contender, name_of
 
 Record = dict[str, Any]
+ANSWER_BYTES = 500  # that a question's record takes at least, with what asks for it
 REPEATS, LEAST_REPEATED = 4, 32  # a loop: so many times the same at an answer's end, together so many tokens
 
 
@@ -102,6 +107,8 @@ def compare_generations(
     if any(contender.pin for contender in chosen):
         raise ValueError("Questions have no spans to pin: give contenders with pin=False.")
     check_samples(samples, temperature)
+    each = ANSWER_BYTES * len(questions) * (1 + len(chosen))
+    check_room("samples", samples, partial(mul, each), torch.device("cpu"), "for a record of each answer")
     gated = find_gated_model(model)
     longest = [max_new_tokens or question.max_new_tokens for question in questions]
     for index, (question, new_tokens) in enumerate(zip(questions, longest, strict=True)):
