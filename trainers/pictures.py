@@ -18,7 +18,7 @@ from retention_gates.gates.adapter.modes import evaluating
 from retention_gates.gates.cache.budgets import RetainedMass
 
 EDGES = np.arange(0.0, 20.5, 0.5)  # of the histogram, in log2 of tokens; tokens beyond count in the outermost bins
-CELL = 12  # pixels
+CELL, WIDTH = 12, 240  # pixels: of a cell at least, and of a picture; with few heads, cells are wider than high
 COLOURS = np.array([[16, 18, 48], [62, 40, 120], [160, 50, 110], [235, 110, 60], [252, 230, 150]])
 
 
@@ -33,7 +33,8 @@ class Portrait:
         scaled = mass / max(mass.max(), 1e-9)
         places = np.linspace(0, 1, len(COLOURS))
         cells = np.stack([np.interp(scaled, places, channel) for channel in COLOURS.T], axis=-1)
-        return cells.repeat(CELL, axis=0).repeat(CELL, axis=1).astype(np.uint8)
+        across = max(CELL, WIDTH // mass.shape[1])
+        return cells.repeat(CELL, axis=0).repeat(across, axis=1).astype(np.uint8)
 
 
 @torch.no_grad()

@@ -35,9 +35,15 @@ def test_a_portrait_is_what_the_gates_say():
 
 def test_the_map_is_brighter_where_more_is_kept():
     image = Portrait(np.array([[1.0, 100.0], [10.0, 0.0]]), np.zeros(len(EDGES) - 1)).heat_map()
-    assert image.shape == (24, 24, 3) and image.dtype == np.uint8
+    assert image.shape == (24, 240, 3) and image.dtype == np.uint8
     light = image.astype(int).sum(-1)
-    assert light[0, 12] > light[12, 0] > light[0, 0] > light[12, 12]
+    assert light[0, 120] > light[12, 0] > light[0, 0] > light[12, 120]
+    assert (light[:12, :120] == light[0, 0]).all() and (light[12:, 120:] == light[12, 120]).all()
+
+
+@pytest.mark.parametrize(("layers", "heads", "width"), [(30, 3, 240), (36, 8, 240), (16, 32, 384), (1, 1, 240)])
+def test_the_map_is_wide_enough_to_be_seen(layers, heads, width):
+    assert Portrait(np.ones((layers, heads)), np.zeros(len(EDGES) - 1)).heat_map().shape == (12 * layers, width, 3)
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path):
