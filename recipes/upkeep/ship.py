@@ -19,7 +19,7 @@ from retention_gates.gates.adapter.config import RetentionGateConfig
 from retention_gates.gates.adapter.files import CONFIG_NAME, WEIGHTS_NAME
 from retention_gates.recipes.loading.output_folder import copy_file, write_text
 
-MOST_BYTES = 4_000_000  # of weights in a repository of text
+MOST_BYTES = 8_000_000  # of weights in a repository of text
 
 
 def ship(

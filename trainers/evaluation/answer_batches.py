@@ -29,7 +29,7 @@ from retention_gates.gates.policies.eviction_rule import MOST_TOKENS
 from retention_gates.trainers.evaluation.answer_rows import AnswerRows, Job
 
 Answers = Iterator[tuple[int, list[int]]]
-READ_TOKENS = 16_384  # of prompts that are read together, padding included
+READ_TOKENS = 16_384  # of prompts that are read together, to join a batch that writes
 STEPS_BETWEEN_LOOKS = {"cpu": 1}  # by the type of device; others queue steps while they work, and a look waits
 STEPS_BETWEEN_LOOKS_ELSEWHERE = 8
 FREE_SHARE = 8  # prompts are read when a row in so many is free: few at a time take as long as many
@@ -158,13 +158,17 @@ class _Writer:
             waiting.setdefault(len(job.ids) % period, deque()).append(job)
         return waiting
 
-    def _next(self, queue: deque[Job], most: int) -> list[Job]:
-        """The next prompts that are read together, at most so many; one that is read in chunks is read alone."""
+    def _next(self, queue: deque[Job], most: int, tokens: int = MOST_TOKENS) -> list[Job]:
+        """The next prompts that are read together, at most so many; one that is read in chunks is read alone.
+
+        Args:
+            tokens: that are read at once, padding included, unless a single prompt has more.
+        """
         chosen = [queue.popleft()]
         longest = len(chosen[0].ids)
         chunk = self._chunk_size(chosen[0])
         if chunk is None or longest <= chunk:
-            most = min(most, max(1, READ_TOKENS // longest))
+            most = min(most, max(1, tokens // longest))
             while queue and len(chosen) < most:
                 chosen.append(queue.popleft())
         return chosen
@@ -217,7 +221,7 @@ class _Writer:
                 free = rows.free
                 if queue and has_room and len(free) >= min(len(queue), max(1, count // FREE_SHARE)):
                     while queue and free:
-                        self._join(self._next(queue, len(free)), free, rows, cache, column)
+                        self._join(self._next(queue, len(free), READ_TOKENS), free, rows, cache, column)
                         free = rows.free
                 for _ in range(self._steps_to_go(waiting, column, period)):
                     self._step(step, rows, cache)
