@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -30,12 +31,13 @@ from retention_gates.recipes.loading.output_folder import check_output, claim_ou
 from retention_gates.recipes.loading.provenance import machine_and_versions
 from retention_gates.recipes.loading.rows import calibration_rows
 from retention_gates.recipes.report import evaluation_report
+from retention_gates.recipes.report.answers_page import answers_page
 from retention_gates.trainers.evaluation.contenders import FULL_CACHE, MEASURED, Contender, contenders, name_of
 from retention_gates.trainers.evaluation.kept_mass import with_measured_budgets
 from retention_gates.trainers.evaluation.paired_statistics import Summary, aggregate, mean_over_samples
 from retention_gates.trainers.evaluation.written import Ask, Effort, check_samples, compare_generations
 
-SUMMARY = "summary.jsonl"
+SUMMARY, PAGE = "summary.jsonl", "report.html"
 POLICIES = ("retention", "streaming_llm", "random", "key_norm")
 REFERENCE = "streaming_llm"
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 1024  # of measured budgets
@@ -104,27 +106,20 @@ def main(options: argparse.Namespace) -> None:
     write_text(folder / RESULTS, evaluation_report.json_lines(header, records))
     write_text(folder / REPORT, text)
     write_text(folder / SUMMARY, summary_lines(header, summaries))
-    files = [RESULTS, REPORT, SUMMARY]
+    title = display_name(name, options.gguf_file)
+    page = answers_page(title, facts_of(header), summaries, records, by_task_and_row(encoded))
+    write_text(folder / PAGE, page)
+    files = [RESULTS, REPORT, SUMMARY, PAGE]
     print(text)
     print(f"written: {', '.join(str(folder / file) for file in files)}")
 
 
 def markdown(header: dict[str, Any], summaries: "Sequence[Summary]", reference: str | None) -> str:
     """One table for all tasks: mean score ± its standard error, and how often a contender beats the reference."""
-    name = without_folders(header["model"])
-    file = f" (`{header['gguf_file']}`)" if header["gguf_file"] else ""
-    drawn = "the likeliest token each time"
-    if header["temperature"]:
-        drawn = f"mean of {header['samples']} to each question, drawn at temperature {header['temperature']:g}"
     lines = [
         "# Written answers with a bounded memory",
         "",
-        f"- model: `{name}`{file}; adapter: {header['adapter'] or 'none, gates untrained'}",
-        f"- suites: {', '.join(header['suites']) or 'none'}; lm-eval: {header['lm_eval'] or 'none'}; "
-        f"records of each: {header['limit'] or 'all'}; tokens of prompts left out: {header['tokens_left_out']}",
-        f"- answers: {drawn}; {header['batch_size']} at a time; seed {header['seed']}",
-        f"- run: retention-gates {header['retention_gates']}, {header['device']}, {header['dtype']}; "
-        f"{header['time']}, {header['seconds']:.0f} s",
+        *(f"- {line}" for line in facts_of(header)),
         "",
         "| task | entries per head | policy | budgets | score | questions | better / worse than "
         f"{reference or 'the reference'} | p of that |",
@@ -156,6 +151,33 @@ def markdown(header: dict[str, Any], summaries: "Sequence[Summary]", reference: 
         cells += [effort["budgets"] or "", str(effort["answers"]), str(effort["tokens"]), f"{effort['seconds']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def facts_of(header: dict[str, Any]) -> list[str]:
+    """What was run, a line each; names are in backticks."""
+    name = without_folders(header["model"])
+    file = f" (`{header['gguf_file']}`)" if header["gguf_file"] else ""
+    drawn = "the likeliest token each time"
+    if header["temperature"]:
+        drawn = f"mean of {header['samples']} to each question, drawn at temperature {header['temperature']:g}"
+    return [
+        f"model: `{name}`{file}; adapter: {header['adapter'] or 'none, gates untrained'}",
+        f"suites: {', '.join(header['suites']) or 'none'}; lm-eval: {header['lm_eval'] or 'none'}; "
+        f"records of each: {header['limit'] or 'all'}; tokens of prompts left out: {header['tokens_left_out']}",
+        f"answers: {drawn}; {header['batch_size']} at a time; seed {header['seed']}",
+        f"run: retention-gates {header['retention_gates']}, {header['device']}, {header['dtype']}; "
+        f"{header['time']}, {header['seconds']:.0f} s",
+    ]
+
+
+def by_task_and_row(questions: Sequence[EncodedQuestion]) -> dict[tuple[str, int], EncodedQuestion]:
+    """Questions by their task and their place among those of the task, as records name them."""
+    rows: Counter[str] = Counter()
+    found = {}
+    for question in questions:
+        found[question.task, rows[question.task]] = question
+        rows[question.task] += 1
+    return found
 
 
 def summary_lines(header: dict[str, Any], summaries: Sequence[Summary]) -> str:

@@ -1,6 +1,6 @@
 """What the reports are made of, and what both of them say of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ METRICS = {  # metric -> heading and digits after the point
     "agreement": ("same top-1 token", 3),
     "token_accuracy": ("answer tokens right", 2),
     "exact": ("answers exact", 2),
+    "score": ("score", 3),  # of written answers
 }
 LOWER_IS_BETTER = ("kl", "perplexity_ratio")
 NAMES = {  # as their papers write them
@@ -84,6 +85,12 @@ def metric_of(task: str) -> str:
     return "kl" if task == TEXT else "token_accuracy"
 
 
+def metric_in(summaries: "Sequence[Summary]") -> str:
+    """What contenders of one panel are ranked and paired by: their task's metric, or the score of written answers."""
+    first = summaries[0]
+    return "score" if "score" in first.scores else metric_of(first.task)
+
+
 def panel_title(task: str, length: int | None) -> str:
     name = "Text" if task == TEXT else task[:1].upper() + task[1:].replace("_", " ")
     return name if length is None else f"{name}, {length:,} tokens"
@@ -128,7 +135,7 @@ def by_contender(summaries: "list[Summary]", metric: str) -> "list[tuple[str, di
     return sorted(found.items(), key=rank)
 
 
-def memory_sizes(summaries: "list[Summary]") -> list[int]:
+def memory_sizes(summaries: "Sequence[Summary]") -> list[int]:
     return sorted({summary.memory_size for summary in summaries if summary.memory_size is not None})
 
 
@@ -143,19 +150,23 @@ class Duel:
 
 
 def duels(model: ModelReport, task: str, summaries: "list[Summary]") -> list[Duel]:
+    """One for each memory size; none if there are no gates or no rivals."""
+    return duels_among(summaries, metric_of(task), model.is_gated)
+
+
+def duels_among(summaries: "Sequence[Summary]", metric: str, is_gated: "Callable[[Summary], bool]") -> "list[Duel]":
     """One for each memory size; none if there are no gates or no rivals.
 
     Both are chosen by the scores that they are then compared by. Of many rivals, the one that looks best is partly
     lucky, which works against the gates.
     """
-    metric = metric_of(task)
     sign = 1 if metric in LOWER_IS_BETTER else -1
     found = []
     for size in memory_sizes(summaries):
         of_size = [summary for summary in summaries if summary.memory_size == size]
         ranked = sorted(of_size, key=lambda summary: sign * summary.scores[metric].mean)
-        gates = [summary for summary in ranked if model.is_gated(summary)]
-        rivals = [summary for summary in ranked if not model.is_gated(summary)]
+        gates = [summary for summary in ranked if is_gated(summary)]
+        rivals = [summary for summary in ranked if not is_gated(summary)]
         if gates and rivals:
             values = [each[0].scores[metric].values for each in (gates, rivals)]
             found.append(Duel(size, gates[0], rivals[0], pair(*values, lower_is_better=LOWER[metric])))

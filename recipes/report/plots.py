@@ -13,7 +13,7 @@ from retention_gates.recipes.report.contents import (
     by_contender,
     contender_name,
     memory_sizes,
-    metric_of,
+    metric_in,
     panel_title,
     pareto_front,
 )
@@ -63,8 +63,8 @@ def colours_of(panels: "Sequence[tuple[str, Sequence[Summary]]]") -> dict[str, s
     Those that stand in colour in any panel come first, so that colours recur late among them.
     """
     names: dict[str, None] = {}
-    for task, summaries in panels:
-        grey = grey_ones(summaries, metric_of(task))
+    for _, summaries in panels:
+        grey = grey_ones(summaries, metric_in(summaries))
         names |= dict.fromkeys(name for kind in _kinds(summaries) if (name := contender_name(*kind)) not in grey)
     names |= dict.fromkeys(contender_name(*kind) for _, summaries in panels for kind in _kinds(summaries))
     gated = {contender_name(*kind) for _, summaries in panels for kind in _kinds(summaries) if has_gates(kind[0])}
@@ -112,7 +112,7 @@ def score_figure(summaries: Sequence["Summary"]) -> Any:
     colours = colours_of([(task, own) for (task, _), own in panels.items()])
     for index, ((task, length), own) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
-        grey = grey_ones(own, metric_of(task))
+        grey = grey_ones(own, metric_in(own))
         _draw_scores(axes, own, task, length, colours=colours, series=None, sizes=None)
         for kind in _kinds(own):
             if (name := contender_name(*kind)) not in grey:
@@ -191,7 +191,7 @@ def _draw_scores(
     series: Sequence[str] | None,
     sizes: dict[Any, int] | None,
 ) -> None:
-    metric = metric_of(task)
+    metric = metric_in(summaries)
     bounded = [summary for summary in summaries if summary.policy != FULL_CACHE]
     kinds, grey = _kinds(summaries), grey_ones(summaries, metric)
     for index, kind in enumerate(kinds):

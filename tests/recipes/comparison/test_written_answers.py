@@ -44,6 +44,9 @@ def test_answers_are_written_and_scored(files, local_suites, tmp_path):
     assert len(table) == 5 and all(line.count("|") == 9 for line in table)
     assert table[0].startswith("| gsm8k | all | full |  | 0.000 ± 0.000 | 2 |")
     assert "| 0 / 0 | 1 |" in table[1], "neither policy answers anything right"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "<h3>ruler/qa_1</h3>" in page and "<svg" in page
+    assert "gsm8k: the full cache scores 0.000 ± 0.000 on 2 questions" in page
 
 
 def test_a_local_copy_is_read_by_its_name(files, tmp_path):
