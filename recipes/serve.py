@@ -5,44 +5,44 @@ retention-gates serve --adapter user/adapter --memory-size 512 --max-chats 32 --
 
 import argparse
 import math
+import os
 import socket
 import sys
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from retention_gates.gates.adapter.placement import check_room, device_of
-from retention_gates.recipes.loading.models import base_name, load_model, load_tokenizer
+from retention_gates.gates.adapter.families import text_config
+from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.placement import check_room
+from retention_gates.recipes.loading.models import base_name, chosen_device, load_model, load_tokenizer
+from retention_gates.recipes.serving.access import LOCAL, Rules
 from retention_gates.recipes.serving.admission import Admission, Limits
 from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.rows import ChatRows
+from retention_gates.recipes.serving.start import check_memory, client_name, servable_row, skeleton
+
+KEY_VARIABLE = "RETENTION_GATES_API_KEY"
 
 
 def main(options: argparse.Namespace) -> None:
     _check(options)
+    access_rules(options)
     from retention_gates.recipes.serving.server import make_server
 
     name = base_name(options.model, options.adapter)
     tokenizer = load_tokenizer(name, gguf_file=options.gguf_file)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"The tokenizer of {name} is a {type(tokenizer).__name__}, and serving needs a fast one.")
+    count = chats_that_fit(options, name)  # before minutes are spent on loading
     model = load_model(name, options.adapter, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
-
-    def make_rows(count: int) -> ChatRows:
-        return ChatRows(
-            model, options.memory_size, rows=count, chunk_size=options.prefill_chunk_size, budgets=options.budgets
-        )
-
-    count = options.max_chats or 16
-    if options.cache_gib is not None:
-        check_room("--cache-gib", math.ceil(options.cache_gib), lambda gib: gib * 2**30, device_of(model), "for chats")
-        count = int(options.cache_gib * 2**30 / make_rows(1).bytes_per_row) - 1  # one more reads prompts
-        if count < 1:
-            raise ValueError(f"--cache-gib {options.cache_gib} has no room for two rows: raise it.")
-    rows = make_rows(count)
-    engine = Engine(
-        rows, count, tokenizer, eos=end_tokens(model.generation_config, tokenizer), most_waiting=options.max_waiting
+    rows = ChatRows(
+        model, options.memory_size, rows=count, chunk_size=options.prefill_chunk_size, budgets=options.budgets
     )
+    eos = end_tokens(model.generation_config, tokenizer)
+    engine = Engine(rows, count, tokenizer, eos=eos, most_waiting=options.max_waiting)
     limits = Limits(
         rows.context,
         options.max_tokens,
@@ -50,13 +50,14 @@ def main(options: argparse.Namespace) -> None:
         timeout=options.timeout,
         most_characters=options.max_characters,
     )
-    admission = Admission(tokenizer, options.name or options.adapter, limits)
+    admission = Admission(tokenizer, options.name or client_name(options.adapter), limits)
     server = make_server(
         engine,
         admission,
         host=options.host,
         port=options.port,
         shutdown_timeout=options.shutdown_timeout,
+        rules=access_rules(options),
         max_connections=options.max_connections,
     )
     print(
@@ -67,6 +68,46 @@ def main(options: argparse.Namespace) -> None:
     server.run()
     if not server.started:
         raise ValueError(f"--host {options.host} --port {options.port}: the server did not start, as its log says.")
+
+
+def chats_that_fit(options: argparse.Namespace, name: str) -> int:
+    """As many as were asked for, in number or memory.
+
+    Raises:
+        ValueError: for a model that cannot be served, and for more memory than there is.
+    """
+    model = skeleton(name, options.adapter, options.gguf_file)
+    device = chosen_device(options.device)
+    config_dtype = getattr(text_config(find_gated_model(model).model), "dtype", None) or torch.float32
+    automatic = torch.float32 if device.type == "cpu" else config_dtype
+    dtype = automatic if options.dtype == "auto" else getattr(torch, options.dtype)
+    row = servable_row(model, options.memory_size, options.budgets, dtype)
+    count = options.max_chats or 16
+    if options.cache_gib is not None:
+        check_room("--cache-gib", math.ceil(options.cache_gib), lambda gib: gib * 2**30, device, "for chats")
+        count = int(options.cache_gib * 2**30 / row) - 1  # one more reads prompts
+        if count < 1:
+            raise ValueError(
+                f"--cache-gib {options.cache_gib} has no room for two rows of {row / 2**20:.3g} MiB: raise it."
+            )
+    check_room("max_chats", count, lambda chats: (chats + 1) * row, device, "for their rows")
+    check_memory(model, row, count, device, dtype)
+    return count
+
+
+def access_rules(options: argparse.Namespace) -> Rules:
+    keys = tuple(options.api_key or filter(None, [os.environ.get(KEY_VARIABLE)]))
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise ValueError("--api-key must be of printable ASCII characters without spaces.")
+    origins = tuple(options.cors_origin or ())
+    for origin in origins:
+        parts = urlsplit(origin)
+        if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+            raise ValueError(f"--cors-origin {origin!r} must be such as https://chat.example, without a path, or *.")
+    hosts: tuple[str, ...] | None = (*LOCAL, options.host, *(options.allowed_host or ()))
+    if options.host not in LOCAL and not options.allowed_host:
+        hosts = None  # by what name others call this machine is not known here
+    return Rules(keys, origins, hosts)
 
 
 def end_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> set[int]:

@@ -49,6 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds in which chats that run may end after SIGTERM (default: 30)",
     )
-    parser.add_argument("--name", help="of the model, for clients (default: the adapter's)")
+    parser.add_argument("--name", help="of the model, for clients (default: the adapter's, of a folder its last part)")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="that clients must send, one of those given (default: RETENTION_GATES_API_KEY, if set, else none)",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="of web pages that may ask, such as https://chat.example",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        help="that clients may call the server by (default: localhost; any, if --host is another machine's view)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")

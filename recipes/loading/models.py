@@ -55,7 +55,7 @@ def load_base(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose among {', '.join(DTYPES)}.")
-    place = _device(device)
+    place = chosen_device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -190,7 +190,12 @@ def _commit_in_cache(name: str, revision: str | None) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None
 
 
-def _device(device: "str | torch.device | None") -> "torch.device":
+def chosen_device(device: "str | torch.device | None") -> "torch.device":
+    """The device that was asked for, else CUDA where there is one.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,20 +6,25 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from retention_gates.recipes.serving.access import Access, Rules
 from retention_gates.recipes.serving.admission import Admission
 from retention_gates.recipes.serving.chat import Refused
 from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.metrics import metrics_text
+from retention_gates.recipes.serving.protocol import check_model
 from retention_gates.recipes.serving.responses import Form, error_object
 from retention_gates.recipes.serving.served_chat import ServedChat
+
+READ = ["GET", "HEAD"]
 
 if TYPE_CHECKING:  # of the extra "serve"
     from fastapi import FastAPI
 
 
-def build_app(engine: Engine, admission: Admission) -> "FastAPI":
+def build_app(engine: Engine, admission: Admission, rules: Rules) -> "FastAPI":
     """The application; it starts the engine and, when it ends, closes it."""
     from fastapi import FastAPI
+    from fastapi.middleware.cors import CORSMiddleware
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
@@ -36,6 +41,15 @@ def build_app(engine: Engine, admission: Admission) -> "FastAPI":
 
     app = FastAPI(title="retention-gates", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
+    app.add_middleware(Access, rules=rules)
+    if rules.origins:  # outside of it, so that pages can read what is refused
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=rules.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+
     @app.exception_handler(Refused)
     async def refuse(_: Request, error: Refused) -> Response:
         headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
@@ -44,7 +58,10 @@ def build_app(engine: Engine, admission: Admission) -> "FastAPI":
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return await refuse(request, Refused(error.status_code, message, code="unknown_url"))
+        code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
+        answer = await refuse(request, Refused(error.status_code, message, code=code))
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(Exception)
     async def fail(_: Request, error: Exception) -> Response:  # the traceback goes to the log
@@ -81,19 +98,25 @@ def build_app(engine: Engine, admission: Admission) -> "FastAPI":
     async def completions(request: Request) -> Response:
         return await answer(request, is_chat=False)
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        one = {"id": model, "object": "model", "created": 0, "owned_by": "retention-gates"}
-        return JSONResponse({"object": "list", "data": [one]})
+    card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "retention-gates"}
 
-    @app.get("/health")
+    @app.api_route("/v1/models", methods=READ)
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    @app.api_route("/v1/models/{name:path}", methods=READ)
+    async def one_model(name: str) -> Response:
+        check_model(name, model)
+        return JSONResponse(card)
+
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         status = "stopping" if engine.is_draining else "ok" if engine.is_healthy else "failing"
         state = {"status": status, "running": engine.active}
         state |= {"waiting": engine.pending, "rows": len(engine.running)}
         return JSONResponse(state, status_code=200 if engine.is_healthy else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         content, kind = metrics_text(engine)
         return Response(content, headers={"Content-Type": kind})

@@ -77,13 +77,12 @@ def read_wish(body: Any, *, is_chat: bool, model: str, most_tokens: int) -> Wish
         if name not in SETTINGS | UNUSED | NEUTRAL.keys() | own:
             raise bad(name, f"{name} is no field that this server knows.")
     given = {name: value for name, value in body.items() if value is not None}
-    if given.get("model", model) != model:
-        raise Refused(
-            404, f"There is no model {_short(given['model'])}, only {model!r}.", code="model_not_found", param="model"
-        )
+    check_model(given.get("model", model), model)
     options = given.get("stream_options", {})
-    if not isinstance(options, dict) or options.keys() - {"include_usage"}:
+    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
         raise bad("stream_options", 'stream_options may be {"include_usage": true} or false.')
+    if _flag(options, "include_obfuscation"):
+        raise bad("stream_options", "include_obfuscation=true is not supported: events are as long as their text.")
     length = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
     sampling = Sampling(
         max_tokens=_number(given, length, 1, most_tokens, default=most_tokens, whole=True),
@@ -101,6 +100,14 @@ def read_wish(body: Any, *, is_chat: bool, model: str, most_tokens: int) -> Wish
         has_own_length=length in given,
         is_chat=is_chat,
     )
+
+
+def check_model(asked: Any, model: str) -> None:
+    """Raises Refused, 404, for another model than the one that is served."""
+    if asked != model:
+        raise Refused(
+            404, f"There is no model {_short(asked)}, only {model!r}.", code="model_not_found", param="model"
+        )
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:

@@ -40,7 +40,7 @@ class ChatRows:
         self.prompt = BoundedCache(model, memory_size, budgets=budgets)
         self._check_room(rows)
         self.cache = BoundedCache(model, memory_size, budgets=budgets)
-        self._check()
+        check_rows_come_and_go(model, self.cache)
         self.steps = 0  # since the last reset
         self._open = ExitStack()
         assert self.cache.decode_step is not None
@@ -61,21 +61,6 @@ class ChatRows:
             return (chats + 1) * row + chats * logits  # one more row reads prompts
 
         check_room("max_chats", rows, bytes_of, self.device, "for their rows and forecasts")
-
-    def _check(self) -> None:
-        others = sorted({type(layer).__name__ for layer in self.cache.layers if not isinstance(layer, EvictingLayer)})
-        if others:
-            raise ValueError(
-                f"{type(find_gated_model(self.model).model).__name__} has layers without a gate (their caches: "
-                f"{', '.join(others)}), and rows of those cannot join a batch that is under way: serve a model and an "
-                "adapter with a gate in every layer."
-            )
-        reasons = {layer.why_rows_stay or layer.why_rows_keep_columns for layer in self.cache.gated_layers} - {None}
-        if reasons:
-            raise ValueError(
-                f"budgets={self.cache.budgets_from!r} move between heads while text is read, which rows that come "
-                f"and go cannot do ({reasons.pop()}): serve with uniform, calibrated or pyramid budgets."
-            )
 
     @torch.inference_mode()
     def read(self, ids: list[int], start: int) -> torch.Tensor:
@@ -113,6 +98,23 @@ class ChatRows:
         self.steps = 0
         self.cache.reset()
         self.prompt.reset()
+
+
+def check_rows_come_and_go(model: nn.Module, cache: BoundedCache) -> None:
+    """Raises ValueError if a row of this cache cannot join a batch that is under way."""
+    others = sorted({type(layer).__name__ for layer in cache.layers if not isinstance(layer, EvictingLayer)})
+    if others:
+        raise ValueError(
+            f"{type(find_gated_model(model).model).__name__} has layers without a gate (their caches: "
+            f"{', '.join(others)}), and rows of those cannot join a batch that is under way: serve a model and an "
+            "adapter with a gate in every layer."
+        )
+    reasons = {layer.why_rows_stay or layer.why_rows_keep_columns for layer in cache.gated_layers} - {None}
+    if reasons:
+        raise ValueError(
+            f"budgets={cache.budgets_from!r} move between heads while text is read, which rows that come "
+            f"and go cannot do ({reasons.pop()}): serve with uniform, calibrated or pyramid budgets."
+        )
 
 
 def _context(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import uvicorn
 
+from retention_gates.recipes.serving.access import Rules
 from retention_gates.recipes.serving.admission import Admission
 from retention_gates.recipes.serving.app import build_app
 from retention_gates.recipes.serving.connections import GuardedServer, guarded_config
@@ -43,10 +44,17 @@ class Server(GuardedServer):
 
 
 def make_server(
-    engine: Engine, admission: Admission, *, host: str, port: int, shutdown_timeout: float, **options: Any
+    engine: Engine,
+    admission: Admission,
+    *,
+    host: str,
+    port: int,
+    shutdown_timeout: float,
+    rules: Rules,
+    **options: Any,
 ) -> Server:
     """A server that is ready to run; `options` are those of `guarded_config`."""
     config = guarded_config(
-        build_app(engine, admission), host=host, port=port, timeout_graceful_shutdown=LAST_WORDS, **options
+        build_app(engine, admission, rules), host=host, port=port, timeout_graceful_shutdown=LAST_WORDS, **options
     )
     return Server(config, engine, admission, shutdown_timeout)

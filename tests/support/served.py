@@ -44,11 +44,13 @@ class Client:
     def open(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        if data is not None:
+            headers = {"Content-Type": "application/json"} | headers
         connection.request(method, path, data, headers)
         return connection
 
     def ask(self, path: str, body: Any = None, **headers: str) -> Reply:
-        connection = self.open("GET" if body is None else "POST", path, body, **headers)
+        connection = self.open(headers.pop("method", "GET" if body is None else "POST"), path, body, **headers)
         with contextlib.closing(connection):
             response = connection.getresponse()
             return Reply(response.status, dict(response.getheaders()), response.read())
@@ -78,10 +80,12 @@ def served(
     memory_size: int = 8,
     most_waiting: int = 300,
     shutdown_timeout: float = 10.0,
+    rules: Any = None,
     **limits: Any,
 ):
     """Gives a client and the engine behind the endpoint."""
     from retention_gates.recipes.loading.models import load_model, load_tokenizer
+    from retention_gates.recipes.serving.access import Rules
     from retention_gates.recipes.serving.admission import Admission, Limits
     from retention_gates.recipes.serving.engine import Engine
     from retention_gates.recipes.serving.rows import ChatRows
@@ -93,9 +97,8 @@ def served(
     chat_rows = ChatRows(model, memory_size, rows=rows, chunk_size=16)
     engine = Engine(chat_rows, rows, tokenizer, eos=set(), most_waiting=most_waiting)
     admission = Admission(tokenizer, "tiny", Limits(chat_rows.context, **({"most_tokens": 100} | limits)))
-    server = make_server(
-        engine, admission, host="127.0.0.1", port=0, shutdown_timeout=shutdown_timeout, log_level="warning"
-    )
+    options = {"shutdown_timeout": shutdown_timeout, "rules": rules or Rules(), "log_level": "warning"}
+    server = make_server(engine, admission, host="127.0.0.1", port=0, **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

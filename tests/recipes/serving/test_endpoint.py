@@ -1,7 +1,9 @@
 """The endpoint over HTTP: its two forms, its errors, its limits, clients that leave, and many at once."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -12,11 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from gated_models import gated_model as make_gated_model
 from served import Client, served
 from tiny_adapter import make_files
 
 from retention_gates import BoundedCache
 from retention_gates.cli import main
+from retention_gates.recipes.serving import start
+from retention_gates.recipes.serving.rows import ChatRows
+from retention_gates.recipes.serving.start import check_memory, servable_row
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 ROWS = 4
@@ -136,7 +142,10 @@ def test_a_body_that_does_not_say_how_long_it_is(endpoint):
     client, _ = endpoint
     chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
     with socket.create_connection(("127.0.0.1", client.port), timeout=10) as line:
-        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 2)
+        line.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 2
+        )
         assert line.recv(1000).startswith(b"HTTP/1.1 413")
 
 
@@ -229,11 +238,44 @@ def test_too_many_clients_are_told_when_to_come_again(endpoint, monkeypatch):
         (["--port", "70000"], "--port 70000 must be from 0 to 65535"),
         (["--memory-size", "2"], "memory_size=2 must be at least"),
         (["--budgets", "adaptive"], "move between heads"),
+        (["--budgets", "half"], "budgets='half'"),
+        (["--api-key", "a b"], "--api-key must be of printable"),
+        (["--cors-origin", "example"], "--cors-origin 'example' must be such as"),
+        (["--max-chats", "100000000"], "takes"),
+        (["--device", "cuda:99"], "device='cuda:99' cannot be used here"),
     ],
 )
-def test_the_command_refuses(files, arguments, message, capsys):
+def test_the_command_refuses(files, arguments, message, capsys, monkeypatch):
+    """Before the base's weights are loaded."""
+    monkeypatch.setattr("retention_gates.recipes.serve.load_model", lambda *_, **__: pytest.fail("weights"))
     assert main(["serve", "--adapter", str(files.adapter), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_refused_before_weights_are_loaded(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("retention_gates.recipes.serve.load_model", lambda *_, **__: pytest.fail("weights"))
+    other = tmp_path / "other"
+    shutil.copytree(files.model, other)
+    (other / "model.safetensors").unlink()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    assert main(["serve", "--adapter", str(files.adapter), "--model", str(other)]) == 2
+    assert "hidden" in capsys.readouterr().err
+
+
+def test_memory_that_does_not_fit_is_refused_with_what_would(monkeypatch):
+    model = make_gated_model()
+    row = servable_row(model, 8, None, torch.float32)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    monkeypatch.setattr(start, "free_bytes", lambda _: int((weights + 5.5 * row) / (1 - start.SPARE)))
+    check_memory(model, row, 4, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=r"5 chats of .* do not fit .*: 4 chats would. Ask for --max-chats 4,"):
+        check_memory(model, row, 5, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(start, "free_bytes", lambda _: weights)
+    with pytest.raises(ValueError, match=r"0 chats would. Ask for a smaller model"):
+        check_memory(model, row, 1, torch.device("cpu"), torch.float32)
+    rows = ChatRows(model, 8, rows=1, chunk_size=16)
+    assert 0 <= rows.bytes_per_row - row < 2000  # what belongs to a layer and not to its entries
 
 
 @pytest.mark.slow  # a process that imports torch, 15 s
