@@ -26,11 +26,11 @@ def write_gguf(folder: Path, model: nn.Module, *, with_tokenizer: bool = False) 
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     if with_tokenizer:
-        letters = [*(chr(code) for code in range(33, 33 + config.vocab_size - 2)), "ab"]
+        letters = [*(chr(code) for code in range(33, 33 + config.vocab_size - 3)), "ab", "ca"]
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list([*letters, "<|end|>"])
         writer.add_token_types([gguf.TokenType.NORMAL] * len(letters) + [gguf.TokenType.CONTROL])
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(["a b", "c a"])
         writer.add_bos_token_id(len(letters))
         writer.add_eos_token_id(len(letters))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
