@@ -6,8 +6,9 @@
 
 writes answers.jsonl, one chat a line with the work that it belongs to, which a training run takes as it is:
 {source: out/maths/answers.jsonl, chat_field: messages, work_field: work}. Answers that had not ended, or are blank,
-lie beside it in left_out.jsonl. A command that was stopped goes on where it was; more samples or a higher limit add to
-what is there. An answer depends on its question, the seed and the number of the sample, not on what else is answered.
+lie beside it in left_out.jsonl and, with --solution-field, the data set's own answers in solutions.jsonl. A command
+that was stopped goes on where it was; more samples or a higher limit add to what is there. An answer depends on its
+question, the seed and the number of the sample, not on what else is answered.
 """
 
 import argparse
@@ -29,13 +30,14 @@ from retention_gates.gates.adapter.base_identity import fingerprint
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.cache.bounded_cache import BoundedCache
-from retention_gates.recipes.loading.line_file import LineFile
+from retention_gates.recipes.loading.line_file import LineFile, json_lines
 from retention_gates.recipes.loading.models import load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
 from retention_gates.trainers.evaluation.answer_batches import answer_prompts, ending_tokens
 from retention_gates.trainers.evaluation.written import check_samples, loops
 
 ANSWERS, LEFT_OUT, FACTS = "answers.jsonl", "left_out.jsonl", "answers.json"
+SOLUTIONS = "solutions.jsonl"
 KEYS = ("work", "question", "sample", "messages")
 
 
@@ -47,6 +49,7 @@ class Question:
     messages: list[dict[str, Any]]
     prompt_ids: list[int]
     digest: str  # of the messages
+    place: str  # where it stands in the data set
 
 
 def main(options: argparse.Namespace) -> None:
@@ -54,6 +57,7 @@ def main(options: argparse.Namespace) -> None:
     check_output(options.output)
     tokenizer = load_tokenizer(options.model, gguf_file=options.gguf_file)
     questions = load_questions(options, tokenizer)
+    solutions = load_solutions(options, questions)
     model = load_model(options.model, None, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     base = find_gated_model(model).model
     _check_fit(questions, options, getattr(text_config(base), "max_position_embeddings", None))
@@ -68,6 +72,8 @@ def main(options: argparse.Namespace) -> None:
     _check_facts(options.output / FACTS, facts)
     folder = claim_output(options.output)
     write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+    if solutions:
+        write_text(folder / SOLUTIONS, json_lines(solutions))
     answers, left_out = LineFile(folder / ANSWERS, KEYS), LineFile(folder / LEFT_OUT, KEYS)
     clock = time.monotonic()
     written, tokens = _write(model, tokenizer, questions, options, answers, left_out)
@@ -158,12 +164,31 @@ def load_questions(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
             too_long += 1
             continue
         work = digest if options.work_field is None else document.work
-        found.setdefault(digest, Question(work, messages, ids, digest))
+        found.setdefault(digest, Question(work, messages, ids, digest, document.place))
     if too_long:
         print(f"{too_long} of {len(documents)} questions have more than {options.longest_question} tokens: left out.")
     if not found:
         raise ValueError(f"{options.questions} has no question to answer: raise --longest-question, or name another.")
     return list(found.values())
+
+
+def load_solutions(options: argparse.Namespace, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Chats of the questions with the data set's own answers, where it has any; none if they are not asked for."""
+    if options.solution_field is None:
+        return []
+    documents = load_documents(
+        options.questions, split=options.split, subset=options.subset, text_field=options.solution_field
+    )
+    texts = {document.place: str(document.text).strip() for document in documents}
+    return [
+        {
+            "work": question.work,
+            "question": question.digest,
+            "messages": [*question.messages, {"role": "assistant", "content": texts[question.place]}],
+        }
+        for question in questions
+        if question.place in texts
+    ]
 
 
 def _asked(document: Document, instruction: str | None) -> list[dict[str, Any]]:

@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work-field", metavar="COLUMN",
         help="column that names the work of a question, as train splits by works (default: each question is a work)",
     )  # fmt: skip
+    data.add_argument(
+        "--solution-field", metavar="COLUMN",
+        help="column with the data set's own answers, which become chats of the same works in solutions.jsonl",
+    )  # fmt: skip
     data.add_argument("--instruction", metavar="TEXT", help="put behind every question, as a paragraph of its own")
     data.add_argument("--limit", type=int, metavar="N", help="random questions, by --seed (default: all)")
     data.add_argument(

@@ -58,7 +58,7 @@ class LineFile:
         if self.pending:
             with open(self.path, "ab") as file:
                 file.truncate(self.whole)
-                file.write(_lines(self.pending).encode())
+                file.write(json_lines(self.pending).encode())
                 file.flush()
                 os.fsync(file.fileno())
                 self.whole = file.tell()
@@ -67,9 +67,10 @@ class LineFile:
 
     def rewrite(self, objects: list[dict[str, Any]]) -> None:
         """Replaces the file by one with these objects."""
-        write_text(self.path, _lines(objects))
+        write_text(self.path, json_lines(objects))
         self.objects, self.pending, self.whole = objects, [], self.path.stat().st_size
 
 
-def _lines(objects: list[dict[str, Any]]) -> str:
+def json_lines(objects: list[dict[str, Any]]) -> str:
+    """Each object in a line of its own."""
     return "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in objects)

@@ -115,6 +115,26 @@ def test_answers_are_split_by_question(questions, model, tmp_path):
     assert asked[0] and asked[1] and not asked[0] & asked[1]
 
 
+def test_the_data_sets_own_answers_are_chats_of_the_same_works(model, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": q, "answer": f" {q} sleeps "} for q in QUESTIONS]
+    rows[2]["answer"] = " "  # there is none
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--limit", "5", "--seed", "2", "--solution-field", "answer", "--instruction", "and sings")
+    assert run(str(path), model, tmp_path / "out", *given) == 0
+    own = {r["work"]: r["messages"] for r in everything(tmp_path / "out")}
+    solutions = lines(tmp_path / "out" / "solutions.jsonl")
+    asked = {messages[0]["content"].removesuffix("\n\nand sings") for messages in own.values()}
+    assert len(own) == 5 and len(solutions) == 5 - (QUESTIONS[2] in asked)
+    for record in solutions:
+        user, assistant = record["messages"]
+        assert user == own[record["work"]][0]
+        question = user["content"].removesuffix("\n\nand sings")
+        assert assistant == {"role": "assistant", "content": f"{question} sleeps"} and question != QUESTIONS[2]
+    assert run(str(path), model, tmp_path / "other", "--solution-field", "solution") == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_chats_are_answered_up_to_the_last_users_turn(model, tmp_path):
     turns = [("user", "the king"), ("assistant", "sings"), ("user", "the queen"), ("assistant", "sleeps")]
     chat = [{"role": role, "content": content} for role, content in turns]
