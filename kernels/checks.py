@@ -45,8 +45,12 @@ def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+class LogBetaError(ValueError):
+    """log_beta holds numbers that are the log of no coefficient."""
+
+
 def check_log_beta(log_beta: torch.Tensor, *, values: bool = True) -> None:
-    """Raises ValueError unless log_beta is [B, H, T], fp32, finite and <= 0, with at least one token.
+    """Raises ValueError unless log_beta is [B, H, T], fp32, finite and <= 0 (LogBetaError), with at least one token.
 
     Args:
         values: look at the numbers too, for which the device has to finish what it is at.
@@ -61,7 +65,7 @@ def check_log_beta(log_beta: torch.Tensor, *, values: bool = True) -> None:
     if values and may_look_at_values(log_beta):
         allowed = (log_beta <= 0) & log_beta.isfinite()
         if not bool(allowed.all()):
-            raise ValueError(
+            raise LogBetaError(
                 f"log_beta must be finite and <= 0, the log of a coefficient in (0, 1], but holds "
                 f"{log_beta[~allowed][0].item()}: take the logsigmoid of the gate's output."
             )

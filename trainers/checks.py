@@ -1,8 +1,16 @@
 """What a model must be before its gates can be trained."""
 
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import record
@@ -12,6 +20,11 @@ from retention_gates.gates.adapter.placement import check_trainable_placement
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.distributed.layout import engine_of
 from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_layers
+
+LOADER = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")
+OPTIMIZER = ("optim", "optim_args", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+PREPARED = {"params", "model", "optimizer_dict"}  # what transformers gives optimizers that hold the model's modules
 
 
 def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
@@ -60,6 +73,44 @@ def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
             f"One process sees {args.n_gpu} GPUs, which transformers would drive with DataParallel: start the run "
             "with accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+
+
+def check_arguments(args: RetentionTrainingArguments, model: nn.Module, rows: Dataset) -> None:
+    """Raises ValueError for what torch and transformers would only refuse when training starts."""
+    workers = {name: getattr(args, f"dataloader_{name}") for name in LOADER if hasattr(args, f"dataloader_{name}")}
+    with _explained("data loader", args, [f"dataloader_{name}" for name in workers]):
+        DataLoader(rows, batch_size=args.train_batch_size, **workers)
+    with _explained("log", args, ["log_level", "log_level_replica"]):
+        args.get_process_log_level()
+    if args.torch_compile:
+        with _explained("compiled model", args, ["torch_compile_backend", "torch_compile_mode"]):
+            torch.compile(
+                nn.Identity(), backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode
+            )
+    with _explained("optimizer", args, OPTIMIZER):
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
+        if PREPARED & options.keys():  # made from the model's own modules
+            return
+        parameter = nn.Parameter(torch.zeros(2, 2, device=args.device))
+        optimizer = kind([{"params": [parameter], "weight_decay": args.weight_decay}], **options)
+    with _explained("learning rate schedule", args, SCHEDULE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule that goes on without the optimizer
+        warm_up = args.get_warmup_steps(args.max_steps)
+        options = {"num_warmup_steps": warm_up, "num_training_steps": args.max_steps}
+        given = cast(dict, args.lr_scheduler_kwargs)
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, **options, scheduler_specific_kwargs=given)
+        if isinstance(scheduler, LambdaLR):
+            scheduler.step()
+
+
+@contextmanager
+def _explained(what: str, args: RetentionTrainingArguments, names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        values = ", ".join(f"{name}={getattr(args, name)!r}" for name in names)
+        problem = str(error) or type(error).__name__
+        raise ValueError(f"No {what} can be made with these values: {problem} ({values}).") from error
 
 
 def keep_differentiable(model: nn.Module) -> None:

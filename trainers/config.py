@@ -160,6 +160,8 @@ class RetentionTrainingArguments(TrainingArguments):
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
         _check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
         _check_count("memory_size", self.memory_size)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _check_count(name, getattr(self, name))
         for name in ("loss_chunk_size", "rows_per_step", "ranks"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
@@ -185,8 +187,21 @@ class RetentionTrainingArguments(TrainingArguments):
         self._check_length_of_run()
         self._check_best_model()
         self._settle_objective()
-        for name in ("capacity_weight", "kl_weight", "next_token_weight", "learning_rate", "weight_decay"):
+        for name in (
+            "capacity_weight",
+            "kl_weight",
+            "next_token_weight",
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+        ):
             _check_weight(name, getattr(self, name))
+        if self.save_total_limit is not None and self.save_total_limit < 0:
+            raise ValueError(f"save_total_limit={self.save_total_limit} must be 0 or more; 0 or none: all are kept.")
+        for name in ("logging_steps", "save_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} must be above 0: steps, or their share of the run if below 1.")
         if not self.divergence_ratio > 1:
             raise ValueError(f"divergence_ratio={self.divergence_ratio!r} must be above 1, such as 10.")
         if self.kl_weight == 0 and self.next_token_weight == 0:
@@ -197,7 +212,13 @@ class RetentionTrainingArguments(TrainingArguments):
         self._settle_row_groups()
         self._settle_accumulation()
         is_given = self.accelerator_config is not None
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            problem = str(error) or type(error).__name__
+            raise ValueError(f"transformers refuses these training arguments: {problem}") from error
         check_launch(self.ranks, self.world_size)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
@@ -283,6 +304,11 @@ class RetentionTrainingArguments(TrainingArguments):
             self.activation_checkpointing = checkpointing
         # an older and a newer name in transformers
         names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(self, n)]
+        for name in names:
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be a mapping, such as {{determinism_check: none}}."
+                )
         given = {key: value for name in names for key, value in (getattr(self, name) or {}).items()}
         if given.get("use_reentrant"):
             raise ValueError(

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,20 +22,19 @@ from retention_gates.gates.adapter.gate_outputs import Recording, record
 from retention_gates.gates.adapter.model import RetentionGateModel, find_gated_model
 from retention_gates.gates.adapter.modes import temporarily
 from retention_gates.gates.attention.fading import Fading
+from retention_gates.kernels.checks import LogBetaError
 from retention_gates.kernels.distill_loss import distill_loss
 from retention_gates.trainers import checkpoint
 from retention_gates.trainers.adapter_dtype import store_as
-from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.callbacks import Averages, JsonLinesLog, LogWhenSaving, ProgressLine, describe
-from retention_gates.trainers.checks import check_model, check_packing, keep_differentiable
-from retention_gates.trainers.config import EVAL_METRICS, RetentionTrainingArguments
+from retention_gates.trainers.checks import check_arguments, check_model, check_packing, keep_differentiable
+from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.distributed.first_rank import on_first_rank
 from retention_gates.trainers.distributed.layout import check_engine, engine_of, run_facts
 from retention_gates.trainers.distributed.sequence_parallel import RowGroups
 from retention_gates.trainers.distributed.sharding import gathered, whole
-from retention_gates.trainers.evaluation.contenders import Contender
 from retention_gates.trainers.evaluation.forward_passes import check_length
-from retention_gates.trainers.evaluation.text import compare_rows
+from retention_gates.trainers.evaluation.while_training import score_rows
 from retention_gates.trainers.losses import capacity_loss
 from retention_gates.trainers.output_head import OutputHead
 from retention_gates.trainers.phases import PhaseClock, peak_memory
@@ -46,7 +44,12 @@ from retention_gates.trainers.run_folder.inputs import inputs_of
 from retention_gates.trainers.run_folder.resuming import find_start
 from retention_gates.trainers.run_folder.writing_alone import writing_alone
 from retention_gates.trainers.step_graph import WARM_UP_STEPS, StepGraph
-from retention_gates.trainers.stop_if_diverged import check_progress, diverged
+from retention_gates.trainers.stop_if_diverged import (
+    FiniteGradients,
+    check_progress,
+    check_update,
+    naming_divergence,
+)
 
 Batch = dict[str, Any]  # tensors [B, T], and the numbers of `RowCollator`
 Terms = dict[str, torch.Tensor]
@@ -95,13 +98,14 @@ class RetentionTrainer(Trainer):
         if eval_dataset is not None:
             check_eval_rows(eval_dataset, args.world_size)
             check_length(find_gated_model(model), eval_dataset.shape[1])
+        check_arguments(args, model, train_dataset)
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[LogWhenSaving(), JsonLinesLog(Path(str(args.output_dir))), *callbacks],
+            callbacks=[FiniteGradients(), LogWhenSaving(), JsonLinesLog(Path(str(args.output_dir))), *callbacks],
             optimizers=optimizers,
         )
         check_engine(args, self.accelerator)
@@ -121,6 +125,7 @@ class RetentionTrainer(Trainer):
         self._fading = Fading(gaussian=args.fade == "gaussian")
         self._graph: StepGraph | None = None
         self._eager_steps = 0
+        self._last_pass: tuple[Batch, torch.Tensor] | None = None  # with its loss
         self._dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
     # ---- the objective ----
@@ -133,6 +138,7 @@ class RetentionTrainer(Trainer):
         self._averages.start_clock()
         loss, terms = self._objective(model, inputs)
         self._averages.add(terms, inputs["input_ids"].numel())
+        self._last_pass = inputs, loss.detach()
         return loss
 
     def _objective(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Terms]:
@@ -156,16 +162,28 @@ class RetentionTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward pass of one batch."""
-        try:
-            gated = find_gated_model(model)
-            split, fading = gated.rows_split_over(self._row_groups.own), gated.fading_as(self._fading)
-            dropouts = temporarily(self._dropouts, training=False)  # off in each pass, and as before when it ends
-            with self._clock.phase("forward_and_backward"), split, fading, dropouts:
-                return self._pass(model, inputs, num_items_in_batch)
-        except ValueError as error:
-            if all(gate.isfinite().all() for gate in model.parameters() if gate.requires_grad):
-                raise
-            raise diverged("gates are no numbers", self.state.global_step + 1, self._output_dir) from error
+        diverging = naming_divergence(model, self.state.global_step + 1, self._output_dir)
+        with diverging, self._clock.phase("forward_and_backward"), self._as_in_training(model):
+            return self._pass(model, inputs, num_items_in_batch)
+
+    @contextmanager
+    def _as_in_training(self, model: nn.Module) -> Iterator[None]:
+        gated = find_gated_model(model)
+        dropouts = temporarily(self._dropouts, training=False)  # off in each pass, and as before when it ends
+        with gated.rows_split_over(self._row_groups.own), gated.fading_as(self._fading), dropouts:
+            yield
+
+    def _check_update(self, model: nn.Module) -> None:
+        """Raises TrainingDiverged if the gates after the last update are worse by far on the rows that made it."""
+        if self._last_pass is None:
+            return
+        (inputs, before), self._last_pass = self._last_pass, None
+        after = torch.full_like(before, math.nan)
+        with suppress(LogBetaError), torch.no_grad(), self._as_in_training(model), self.compute_loss_context_manager():
+            after, _ = self._objective(model, inputs)
+        both = self.accelerator.reduce(torch.stack([before, after]).float(), reduction="mean").tolist()
+        ratio, history = self.args.divergence_ratio, self.state.log_history
+        check_update(self.state.global_step, both, history, ratio=ratio, output_dir=self._output_dir)
 
     def _pass(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
         """As Trainer.training_step; with args.cuda_graph from the fourth one on as one graph."""
@@ -189,6 +207,7 @@ class RetentionTrainer(Trainer):
         share = 1 / self.current_gradient_accumulation_steps
         loss, terms = self._graph.run(inputs, share)
         self._averages.add(terms, inputs["input_ids"].numel())
+        self._last_pass = inputs, loss
         return loss * share
 
     def get_train_dataloader(self) -> DataLoader:
@@ -277,29 +296,13 @@ class RetentionTrainer(Trainer):
             raise ValueError("There is no eval_dataset: give the trainer one, or evaluate(eval_dataset=...).")
         check_eval_rows(rows, self.args.world_size)
         with self._clock.phase("evaluation"):
-            metrics = self._evaluate_rows(rows, metric_key_prefix)
+            scores = score_rows(self.model, rows, self.args, self.accelerator)
+            portrait = portray(self.model, rows[0])
+            if self.args.should_save:
+                show(portrait, self.callback_handler.callbacks, self.state.global_step)
+        metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _evaluate_rows(self, rows: torch.Tensor, metric_key_prefix: str) -> dict[str, float]:
-        # a sharded model is put together from all ranks in each pass: they pass through the same rows
-        mine = rows if self._sharded else rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        contenders = [Contender("retention", size, self.args.eval_budgets) for size in self.args.eval_memory_sizes]
-        config = find_gated_model(self.model).active_config
-        measured = measure_shares(self.model, rows) if self.args.eval_budgets == "calibrated" else None
-        with temporarily([config], budget_shares=measured or config.budget_shares):
-            records = compare_rows(self.model, mine, contenders, batch_size=self.args.per_device_eval_batch_size)
-        portrait = portray(self.model, rows[0])
-        if self.args.should_save:
-            show(portrait, self.callback_handler.callbacks, self.state.global_step)
-        if self.accelerator.num_processes > 1 and not self._sharded:
-            records = gather_object(records)
-        metrics: dict[str, float] = {}
-        for size in self.args.eval_memory_sizes:
-            scores = [record for record in records if record["memory_size"] == size]
-            for name in EVAL_METRICS:
-                metrics[f"{metric_key_prefix}_{name}_{size}"] = sum(score[name] for score in scores) / len(scores)
         return metrics
 
     # ---- checkpoints ----
@@ -320,7 +323,7 @@ class RetentionTrainer(Trainer):
         barrier = self.accelerator.wait_for_everyone
         source = find_start(resume_from_checkpoint, self.args, self._run_facts(), barrier)
         if source is None:
-            return super().train(None, *args, **kwargs)
+            return self._checked(super().train(None, *args, **kwargs))
         state = TrainerState.load_from_json(str(source / TRAINER_STATE_NAME))
         if 0 < self.args.max_steps <= state.global_step:  # transformers would train one more step
             self._load_from_checkpoint(str(source))
@@ -330,7 +333,11 @@ class RetentionTrainer(Trainer):
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
             return TrainOutput(state.global_step, math.nan, {})
-        return super().train(str(source), *args, **kwargs)
+        return self._checked(super().train(str(source), *args, **kwargs))
+
+    def _checked(self, output: TrainOutput) -> TrainOutput:
+        self._check_update(self.model_wrapped)  # the last step's, if it has not been saved
+        return output
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter to `folder` in adapter_dtype, as a whole or not at all."""
@@ -356,6 +363,7 @@ class RetentionTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_update(model)
         with self._clock.phase("saving"):
             self._write_checkpoint()
 

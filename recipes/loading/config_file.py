@@ -131,4 +131,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if not matches:
         wanted = " or ".join(kind.__name__ for kind in plain if kind is not type(None))
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}, where {wanted} is wanted.")
+    if type(value) is int and int not in plain:
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{name} is a number of {len(str(value))} digits, too large for a float.") from error
     return value

@@ -153,7 +153,7 @@ def test_overrides_replace_values_of_the_file(config: Path):
         (["training.adapter_dtype=fp16"], "adapter_dtype='fp16' is not one of float32, float16, bfloat16"),
         (["training.resume_from_checkpoint=x"], "resume=true on the command line"),
         (["training.output_dir="], "training.output_dir is missing"),
-        (["gate.initial_half_life=-1"], "initial_half_life=-1 must be a positive number"),
+        (["gate.initial_half_life=-1"], "initial_half_life=-1.0 must be a positive number"),
         (["gate.initial_half_life=.nan"], "initial_half_life=nan"),
         (
             ["data.row_length=1024", "data.test_works=null", "training.eval_strategy=no"],

@@ -10,7 +10,7 @@ from retention_gates import BoundedCache, find_gated_model
 from retention_gates.trainers import calibration, checks, pictures, trainer
 from retention_gates.trainers.calibration import measure_shares
 from retention_gates.trainers.distributed.sequence_parallel import RowGroups
-from retention_gates.trainers.evaluation import answers, text
+from retention_gates.trainers.evaluation import answers, text, while_training
 from retention_gates.trainers.evaluation.contenders import Contender
 
 ROWS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def test_shares_of_an_evaluation(tmp_path, fails, monkeypatch):
     config = find_gated_model(model).active_config
     config.budget_shares = SHARES
     if fails:
-        monkeypatch.setattr(trainer, "compare_rows", broken)
+        monkeypatch.setattr(while_training, "compare_rows", broken)
         with pytest.raises(Broken):
             one.evaluate()
     else:

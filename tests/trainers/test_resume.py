@@ -27,7 +27,7 @@ SCENARIOS = {
         death(TRAINER + "compute_loss", 4, "after"),  # in step 2, before any checkpoint
         death(TRAINER + "_save_optimizer_and_scheduler", 1),  # in the first save
         death("torch.optim:AdamW.step", 5),
-        death("retention_gates.trainers.trainer:compare_rows", 1),  # while evaluating, from step 3
+        death("retention_gates.trainers.evaluation.while_training:compare_rows", 1),  # while evaluating, from step 3
         death(TRAINER + "_save_rng_state", 1),  # in the second save
         None,
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_training import gated, trainer_of
 
 from retention_gates import find_gated_model
@@ -96,7 +97,8 @@ def test_the_last_good_checkpoint_is_named_and_no_bad_one_written(tmp_path: Path
 
     def poisoned(model, inputs):
         loss, terms = original(model, inputs)
-        return (loss * math.nan if trainer.state.global_step == 2 else loss), terms
+        is_third = trainer.state.global_step == 2 and torch.is_grad_enabled()
+        return (loss * math.nan if is_third else loss), terms
 
     trainer._objective = poisoned
     with pytest.raises(TrainingDiverged, match=r"At step [34] .*The last good checkpoint is .*checkpoint-2\."):
@@ -104,3 +106,62 @@ def test_the_last_good_checkpoint_is_named_and_no_bad_one_written(tmp_path: Path
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e20])
+@pytest.mark.parametrize("objective", ["layerwise", "end_to_end"])
+def test_an_update_that_ruins_the_gates_is_not_saved(tmp_path: Path, rate: float, objective: str):
+    """The loss of its own step does not show it, and each save would remove the checkpoint before."""
+    options = {"save_steps": 1, "save_total_limit": 1, "warmup_steps": 1, "objective": objective}
+    trainer = trainer_of(tmp_path, learning_rate=rate, **options)
+    said = r"At step 2 the update made a loss of .* out of .*checkpoint-1\..*lower learning_rate"
+    with pytest.raises(TrainingDiverged, match=said):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    saved = load_file(tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() < 100 for tensor in saved.values())
+
+
+def test_the_last_update_of_a_run_that_saves_nothing_is_looked_at(tmp_path: Path):
+    trainer = trainer_of(tmp_path, save_strategy="no", learning_rate=1e30, max_steps=2, warmup_steps=1)
+    with pytest.raises(TrainingDiverged, match="At step 2 the update made a loss of nan"):
+        trainer.train()
+
+
+def test_looking_at_an_update_changes_nothing(tmp_path: Path):
+    weights = []
+    for save_steps in (1, 6):
+        trainer = trainer_of(tmp_path / str(save_steps), gated(), save_steps=save_steps, gradient_accumulation_steps=2)
+        trainer.train()
+        weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    assert all((weights[0][name] == other).all() for name, other in weights[1].items())
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_a_step_without_numbers_is_not_taken(tmp_path: Path, spoilt: str, is_filtered: bool):
+    """transformers' filter logs the mean of the losses before in its place."""
+    trainer = trainer_of(tmp_path, logging_nan_inf_filter=is_filtered, logging_steps=6, save_steps=6)
+    original, seen = trainer._objective, {}
+
+    def poisoned(model, inputs):
+        loss, terms = original(model, inputs)
+        if trainer.state.global_step == 2:
+            seen.update({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+            if spoilt == "loss":
+                loss = loss * math.nan
+            else:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss, terms
+
+    trainer._objective = poisoned
+    with pytest.raises(TrainingDiverged, match=r"At step 3 the gradient's norm is (nan|inf)"):
+        trainer.train()
+    assert trainer.state.global_step == 2 and seen
+    assert all((p == seen[name]).all() for name, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "next_token_loss", "layer_error", "capacity_loss"])
+def test_parts_of_the_loss_are_looked_at_where_a_filter_hides_the_whole(tmp_path: Path, name: str):
+    with pytest.raises(TrainingDiverged, match=f"At step 7 {name} is nan"):
+        check_progress(7, {"loss": 0.0, name: math.nan}, [], ratio=10.0, output_dir=tmp_path)

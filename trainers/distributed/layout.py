@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 if TYPE_CHECKING:
     from retention_gates.trainers.config import RetentionTrainingArguments
 
+ON_CPUS = "without GPUs, start it with torchrun --nproc_per_node N and set training.use_cpu=true (both are needed)"
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,19 +30,19 @@ def check_launch(wanted: int | None, ranks: int) -> None:
     """
     if ranks == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "The launcher was asked for several processes and started this one alone, as accelerate launch does "
-            "on a CPU: start the run with torchrun --nproc_per_node N, or with accelerate launch --num_processes 1."
+            "The launcher was asked for several processes and started this one alone, as accelerate launch does on a "
+            f"CPU: {ON_CPUS}, or start one process, with accelerate launch --num_processes 1."
         )
     started = started_ranks()
     if started not in (1, ranks):
         raise ValueError(
             f"The launcher started {started} processes, but each of them would run alone, as they do where the engine "
-            "they are launched for finds no accelerator: launch on GPUs, or plainly on a CPU with use_cpu."
+            f"they are launched for finds no accelerator: launch on GPUs; {ON_CPUS}."
         )
     if wanted is not None and wanted != ranks:
         raise ValueError(
             f"ranks={wanted} processes are asked for and {ranks} run: start them with torchrun or accelerate launch "
-            f"--num_processes {wanted}, or set ranks to {ranks} or leave it out."
+            f"--num_processes {wanted}, or set ranks to {ranks} or leave it out; {ON_CPUS}."
         )
 
 
