@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -289,6 +290,11 @@ def _answer(
                     found=found,
                     spent=efforts.append,
                 )
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"--batch-size {options.batch_size} needs more memory than the device has ({str(error)[:80]}...): "
+                    "give a smaller one, and the run goes on from the answers that it has."
+                ) from error
             finally:
                 store.flush()
         if len(records) > (new := sum(effort.answers for effort in efforts)):

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_adapter import Files, make_files
 
 from retention_gates.cli import main
 from retention_gates.data.suites import SUITES
 from retention_gates.data.suites.base import Suite
 from retention_gates.recipes.comparison.answer_store import AnswerStore
+from retention_gates.trainers.evaluation.answer_rows import AnswerRows
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures" / "suites"
 
@@ -55,6 +57,26 @@ def test_a_local_copy_is_read_by_its_name(files, tmp_path):
     assert main([*arguments, "--max-new-tokens", "2", "--limit", "1", "--output", str(tmp_path / "out")]) == 0
     _, *records = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert [(r["task"], r["policy"]) for r in records] == [("aime24", "full"), ("aime24", "retention")]
+
+
+def test_a_batch_that_is_too_large_keeps_what_was_answered(files, tmp_path, monkeypatch, capsys):
+    copy = f"aime24={FIXTURES / 'aime24__default.jsonl'}"
+    arguments = ["evaluate", *files.arguments, "--suites", copy, "--memory-size", "8", "--policies", "retention"]
+    arguments += ["--max-new-tokens", "2", "--batch-size", "7", "--output", str(tmp_path / "out")]
+    taken, place = [], AnswerRows.place
+
+    def too_large(self, rows, jobs, logits):
+        if taken:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        taken.append(rows)
+        place(self, rows, jobs, logits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerRows, "place", too_large)
+        assert main(arguments) == 2
+    assert "--batch-size 7 needs more memory than the device has (CUDA out of memory." in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "2 of 4 answers were there already" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_goes_on_and_a_second_one_writes_nothing_anew(files, tmp_path, monkeypatch, capsys):
