@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 from retention_gates.data.suites.scoring import best, check_references
 
@@ -64,14 +65,20 @@ def same(answer: str, reference: str) -> bool:
 def _verified(answer: str, reference: str) -> bool:
     import math_verify  # 1 s, for sympy
 
-    # its limits are alarms, which only the main thread can set
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
+    return bool(math_verify.verify(_parsed(reference), _parsed(answer), timeout_seconds=_seconds()))
+
+
+@lru_cache(maxsize=10_000)  # 5 to 100 ms each, and references come once for every contender
+def _parsed(text: str) -> list[Any]:
+    import math_verify
+
     target = (math_verify.LatexExtractionConfig(boxed_match_priority=0),)
-    parsed = [
-        math_verify.parse(rf"\boxed{{{text}}}", extraction_config=target, parsing_timeout=seconds)
-        for text in (reference, answer)
-    ]
-    return bool(math_verify.verify(*parsed, timeout_seconds=seconds))
+    return math_verify.parse(rf"\boxed{{{text}}}", extraction_config=target, parsing_timeout=_seconds())
+
+
+def _seconds() -> int | None:
+    """The limit, as far as there is one: it is an alarm, which only the main thread can set."""
+    return SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 @best

@@ -32,7 +32,7 @@ Answers = Iterator[tuple[int, list[int]]]
 READ_TOKENS = 16_384  # of prompts that are read together, to join a batch that writes
 STEPS_BETWEEN_LOOKS = {"cpu": 1}  # by the type of device; others queue steps while they work, and a look waits
 STEPS_BETWEEN_LOOKS_ELSEWHERE = 8
-FREE_SHARE = 8  # prompts are read when a row in so many is free: few at a time take as long as many
+FREE_SHARE = 8  # prompts are read, or rows dropped, when one in so many has ended: few take as long as many
 
 
 def answer_prompts(
@@ -303,9 +303,10 @@ class _Writer:
                 yield from ended  # while the device works
 
     def _without_ended(self, rows: AnswerRows, cache: Any, mask: torch.Tensor) -> torch.Tensor:
-        """The mask after rows that have ended are dropped, once they are half of all: each step copies the cache."""
+        """The mask after rows that have ended are dropped, once they are an eighth: each step copies the cache."""
         going = [row for row, job in enumerate(rows.jobs) if job is not None]
-        if 2 * len(going) > len(rows.jobs) or not all(hasattr(x, "batch_select_indices") for x in cache.layers):
+        ended = len(rows.jobs) - len(going)
+        if FREE_SHARE * ended < len(rows.jobs) or not all(hasattr(x, "batch_select_indices") for x in cache.layers):
             return mask
         with torch.inference_mode():
             kept = torch.tensor(going, device=self.device)
