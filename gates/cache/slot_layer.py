@@ -269,6 +269,15 @@ class SlotLayer(EvictingLayer):
             getattr(self, name).index_copy_(0, rows, taken)
         self.is_empty = False
 
+    def share_rows(self, other: "SlotLayer", count: int) -> None:
+        """Becomes the first rows of another layer like this one, in its memory, its counter of columns included."""
+        self.dtype, self.device, self.batch_size = other.dtype, other.device, count
+        with torch.inference_mode(False):
+            for name in self.row_state:
+                setattr(self, name, getattr(other, name)[:count])
+        self.seen, self.recent, self.protected = other.seen, other.recent, other.protected
+        self.columns, self.is_empty, self.is_initialized = other.columns, other.is_empty, True
+
     def begin_at(self, column: int) -> None:
         assert self.is_empty
         self.columns = self.first_column = column

@@ -230,10 +230,12 @@ class Engine:
         self._take(chat, first)
 
     def _decode(self) -> None:
+        self._close_ranks()
         chats = {row: chat for row, chat in enumerate(self.running) if chat is not None}
         if not chats:
             return
-        tokens, positions = [0] * len(self.running), [0] * len(self.running)
+        count = self.rows.count_for(max(chats) + 1)
+        tokens, positions = [0] * count, [0] * count
         for row, chat in chats.items():
             tokens[row], positions[row] = chat.last, chat.position
         logits = self.rows.step(tokens, positions)
@@ -242,6 +244,16 @@ class Engine:
         self.counts.steps += 1
         for row, chat in chats.items():
             self._take(chat, chosen[row])
+
+    def _close_ranks(self) -> None:
+        """Moves the last chats to free rows where a step can then have fewer."""
+        while self.active:
+            last = max(row for row, chat in enumerate(self.running) if chat is not None)
+            if self.rows.count_for(self.active) == self.rows.count_for(last + 1):
+                return
+            free = self.running.index(None)
+            self.rows.move(last, free)
+            self.running[free], self.running[last] = self.running[last], None
 
     def _take(self, chat: Chat, token: int | None) -> None:
         """One more token of a chat's answer, which may be the last; what goes wrong with it is the chat's own."""

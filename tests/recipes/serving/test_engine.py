@@ -17,7 +17,7 @@ from retention_gates.recipes.loading.models import load_model, load_tokenizer
 from retention_gates.recipes.serving.chat import Chat, Ended, Refused
 from retention_gates.recipes.serving.engine import Engine
 from retention_gates.recipes.serving.protocol import read_wish
-from retention_gates.recipes.serving.rows import ChatRows
+from retention_gates.recipes.serving.rows import ChatRows, row_counts
 from retention_gates.recipes.serving.sampling import Sampling
 from retention_gates.recipes.serving.text import TextStream
 
@@ -294,16 +294,44 @@ def test_steps_are_captured_and_say_the_same(files, tokenizer, monkeypatch):
         if is_captured:
             monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
         rows = ChatRows(load_model(None, str(files.adapter)), MEMORY, rows=ROWS, chunk_size=16)
-        captures = list(rows.cache.decode_step.captures)
-        assert len(captures) == is_captured
+        steps = list(rows._decode.values())
+        captures = [capture for step in steps for capture in step.captures]
+        assert len(captures) == 3 * is_captured  # of 4, 2 and 1 rows
         engine = Engine(rows, ROWS, tokenizer, eos={tokenizer.eos_token_id}, most_waiting=30)
         engine.start()
         asked = [ask(engine, prompt, max_tokens=3 * n + 4) for n, prompt in enumerate(2 * PROMPTS)]
         answers.append([chat.answer()[0] for chat in asked])
-        assert all(map(operator.is_, captures, rows.cache.decode_step.captures))
+        after = [capture for step in steps for capture in step.captures]
+        assert len(after) == len(captures) and all(map(operator.is_, captures, after))
         engine.close()
-        assert not rows.cache.decode_step.is_open
+        assert not any(step.is_open for step in steps)
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
+
+
+def test_a_step_has_as_few_rows_as_hold_the_chats(engine, monkeypatch):
+    """Chats come, end and move to lower rows; each gets what it gets alone, and steps shrink and grow."""
+    alone = [ask(engine, prompt, max_tokens=60).answer() for prompt in PROMPTS[:4]]
+    step, sizes = engine.rows.step, []
+
+    def noted(tokens, positions):
+        sizes.append((len(tokens), engine.active))
+        return step(tokens, positions)
+
+    monkeypatch.setattr(engine.rows, "step", noted)
+    lengths = (12, 60, 30, 60)  # those of the first rows end first
+    chats = [ask(engine, prompt, max_tokens=n) for prompt, n in zip(PROMPTS[:4], lengths, strict=True)]
+    for chat, (text, _), n in zip(chats, alone, lengths, strict=True):
+        own, ended = chat.answer()
+        assert text.startswith(own) and (own == text or ended.completion_tokens == n)
+    assert all(size == engine.rows.count_for(active) for size, active in sizes)
+    assert {size for size, _ in sizes} == {1, 2, 4}
+    again = ask(engine, PROMPTS[2], max_tokens=60).answer()
+    assert again == alone[2] and sizes[-1] == (1, 1)
+
+
+@pytest.mark.parametrize("rows, counts", [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (4, (1, 2, 4)), (5, (1, 2, 4, 5))])
+def test_row_counts(rows, counts):
+    assert row_counts(rows) == counts
 
 
 def test_models_whose_rows_cannot_join_a_batch_are_refused():
@@ -325,8 +353,13 @@ def test_rows_of_other_families_go_on_as_if_alone(family):
     with torch.no_grad():
         for part in (ids[:16], ids[16:32], *([token] for token in ids[32:])):
             expected = model(input_ids=torch.tensor([part]), past_key_values=cache).logits[0, -1]
-    for position in range(32, 37):
-        logits = rows.step([5, ids[position], 7], [0, position, 0])[1]
+    for position, row in zip(range(32, 37), (1, 1, 0, 0, 0), strict=True):
+        if position == 34:
+            rows.move(1, 0)
+        count = rows.count_for(row + 1)
+        tokens, positions = [5] * count, [0] * count
+        tokens[row], positions[row] = ids[position], position
+        logits = rows.step(tokens, positions)[row]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -334,7 +367,7 @@ def test_rows_of_other_families_go_on_as_if_alone(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chats_on_a_gpu_get_the_same_in_any_company(files, tokenizer, dtype):
     model = load_model(None, str(files.adapter), device="cuda").to(dtype)
-    rows = ChatRows(model, MEMORY, rows=ROWS, chunk_size=16)
+    rows = ChatRows(model, MEMORY, rows=ROWS, chunk_size=16, counts=[ROWS])  # products of other shapes round otherwise
     engine = Engine(rows, ROWS, tokenizer, eos=set(), most_waiting=8)
     engine.start()
     try:
