@@ -34,7 +34,7 @@ from retention_gates.recipes.loading.line_file import LineFile, json_lines
 from retention_gates.recipes.loading.models import load_model, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
 from retention_gates.trainers.evaluation.answer_batches import answer_prompts, ending_tokens
-from retention_gates.trainers.evaluation.written import check_samples, loops
+from retention_gates.trainers.evaluation.written import check_sample_room, check_samples, loops
 
 ANSWERS, LEFT_OUT, FACTS = "answers.jsonl", "left_out.jsonl", "answers.json"
 SOLUTIONS = "solutions.jsonl"
@@ -58,6 +58,7 @@ def main(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.model, gguf_file=options.gguf_file)
     questions = load_questions(options, tokenizer)
     solutions = load_solutions(options, questions)
+    check_sample_room(options.samples, len(questions))
     model = load_model(options.model, None, gguf_file=options.gguf_file, device=options.device, dtype=options.dtype)
     base = find_gated_model(model).model
     _check_fit(questions, options, getattr(text_config(base), "max_position_embeddings", None))

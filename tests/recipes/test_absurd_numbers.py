@@ -111,7 +111,7 @@ def test_samples_that_no_machine_has_room_for(model):
         def score(self, answer: str) -> float:
             return 0.0
 
-    with pytest.raises(ValueError, match=rf"samples={10**12} takes .* GiB for a record of each answer"):
+    with pytest.raises(ValueError, match=rf"samples={10**12} takes .* GiB for a record of each answer to 2 questions"):
         compare_generations(
             model, None, [Asked()], [Contender("random", 8, "uniform")], samples=10**12, temperature=1.0
         )

@@ -189,3 +189,10 @@ def test_a_damaged_line_is_named(tmp_path, damage):
     path.write_text(f'{{"a": 1}}\n{damage}\n{{"a": 2}}\n')
     with pytest.raises(ValueError, match=r"Line 2 of .*answers.jsonl is damaged: delete that line"):
         LineFile(path, ["a"])
+
+
+def test_samples_that_no_machine_has_room_for(questions, model, tmp_path, capsys):
+    assert run(questions, model, tmp_path / "out", "--temperature", "1", "--samples", str(10**12)) == 2
+    told = capsys.readouterr().err
+    assert f"samples={10**12} takes " in told and "each answer to 6 questions, and cpu has" in told
+    assert not (tmp_path / "out").exists()

@@ -107,8 +107,7 @@ def compare_generations(
     if any(contender.pin for contender in chosen):
         raise ValueError("Questions have no spans to pin: give contenders with pin=False.")
     check_samples(samples, temperature)
-    each = ANSWER_BYTES * len(questions) * (1 + len(chosen))
-    check_room("samples", samples, partial(mul, each), torch.device("cpu"), "for a record of each answer")
+    check_sample_room(samples, len(questions) * (1 + len(chosen)))
     gated = find_gated_model(model)
     longest = [max_new_tokens or question.max_new_tokens for question in questions]
     for index, (question, new_tokens) in enumerate(zip(questions, longest, strict=True)):
@@ -160,6 +159,12 @@ def check_samples(samples: int, temperature: float) -> None:
         raise ValueError(
             f"samples={samples} of the likeliest tokens would all be alike: give a temperature above 0, or one sample."
         )
+
+
+def check_sample_room(samples: int, questions: int) -> None:
+    """Raises ValueError for more samples to so many questions than the host has memory for."""
+    why = f"for a record of each answer to {questions:,} questions"
+    check_room("samples", samples, partial(mul, ANSWER_BYTES * questions), torch.device("cpu"), why)
 
 
 def loops(ids: Sequence[int]) -> bool:

@@ -201,3 +201,10 @@ def test_measured_budgets_are_told_in_the_table(files, tmp_path, monkeypatch):
     assert header["calibrate_on"] == str(files.texts)
     assert [r["budgets"] for r in records] == [None, "uniform", "measured"]
     assert "| snapkv | measured |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_samples_that_no_machine_has_room_for(files, local_suites, tmp_path, capsys):
+    arguments = ["evaluate", *files.arguments, "--suites", "gsm8k", "--memory-size", "16", "--policies", "random"]
+    drawn = ["--samples", str(10**12), "--temperature", "1", "--max-new-tokens", "4", "--longest-prompt", "40"]
+    assert main([*arguments, *drawn, "--output", str(tmp_path / "out")]) == 2
+    assert f"samples={10**12} takes " in capsys.readouterr().err
