@@ -25,7 +25,7 @@ SOURCE = 'TRIM-KV, "Cache What Lasts", arXiv 2512.03324'
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card cannot know from the adapter's folder."""
+    """The parts of a card that the adapter's folder does not tell."""
 
     repository: str  # user/adapter
     base_model: str  # its name on the Hub

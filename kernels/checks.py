@@ -4,7 +4,7 @@ import torch
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], letters: str) -> None:
-    """Raises ValueError unless `tensor` has `shape`; `letters` says what its axes mean, such as "[B, H, T]"."""
+    """Raises ValueError unless `tensor` has `shape`; `letters` names its axes, such as "[B, H, T]"."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {letters} = {list(shape)}, not {list(tensor.shape)}.")
 

@@ -1,4 +1,4 @@
-"""Which form of an op runs: its fused kernel, written in Triton, or naive.py, the equation in plain torch."""
+"""Chooses the form of an op: its fused kernel, written in Triton, or naive.py, the equation in plain torch."""
 
 import logging
 import os
@@ -64,7 +64,7 @@ def on_own_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs the device runs side by side, or several times as many if they are small."""
+    """Returns the number of programs that the device runs side by side, or several times as many if they are small."""
     if device.type != "cuda":
         return ASSUMED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count

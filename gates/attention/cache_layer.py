@@ -112,7 +112,7 @@ class EvictingLayer(CacheLayerMixin):
 
     @property
     def step_kind(self) -> Any:
-        """What the next step of one token does otherwise than other steps; None if all are alike."""
+        """Names how the next step of one token differs from others; None if all are alike."""
         return None
 
     @abstractmethod
@@ -183,7 +183,7 @@ class EvictingLayer(CacheLayerMixin):
         return {name: getattr(self, name) for name in self.row_state}
 
     def check_saved(self, name: str, state: dict[str, torch.Tensor], columns: int) -> list[str]:
-        """What is wrong with a `saved_state` from a file, after so many columns; `name` is how messages call it."""
+        """Describes the faults of a `saved_state` from a file, after so many columns; messages call it `name`."""
         return []
 
     @abstractmethod
@@ -212,7 +212,7 @@ class EvictingLayer(CacheLayerMixin):
         if not 0 <= head < len(self.rule.budgets):
             raise ValueError(f"head={head} must be one of the layer's {len(self.rule.budgets)} KV heads, from 0.")
 
-    # ---- what transformers asks ----
+    # ---- what transformers calls ----
 
     def get_max_length(self) -> int:
         return -1  # bounded in entries, not in tokens

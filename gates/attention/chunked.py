@@ -138,7 +138,7 @@ def attend_in_blocks(
 
 
 def _of_heads(slots: Sequence[torch.Tensor], head_offsets: tuple[int, ...], own: slice) -> list[torch.Tensor]:
-    """What one head's slots hold, or those of all heads, filled up to the longest: each [B, h, S, ...]."""
+    """Returns the contents of one head's slots, or of all heads', filled up to the longest: each [B, h, S, ...]."""
     if own.stop - own.start == 1:
         return [tensor[:, None, head_offsets[own.start] : head_offsets[own.stop]] for tensor in slots]
     table = slot_table(head_offsets, slots[0].device)

@@ -1,4 +1,4 @@
-"""Which document of its row a token belongs to."""
+"""Finds the document of its row that each token belongs to."""
 
 import torch
 
@@ -59,7 +59,7 @@ def padding_in(attention_mask: torch.Tensor | None, batch_size: int, tokens: int
 
 @memo
 def document_offsets(document_ids: torch.Tensor) -> torch.Tensor:
-    """Position of every token inside its document [B, T]; what it says of padding has no meaning."""
+    """Position of every token inside its document [B, T]; without meaning for padding."""
     index = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)
     is_start = torch.ones_like(document_ids, dtype=torch.bool)
     is_start[:, 1:] = document_ids.diff(dim=-1) != 0

@@ -1,4 +1,4 @@
-"""How keys fade in the attention that gates are trained with."""
+"""Fading of keys in the attention that gates are trained with."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass
 class Fading:
-    """What the layers of a model share while it trains; see `RetentionTrainingArguments` for why.
+    """Settings that the layers of a model share while it trains; see `RetentionTrainingArguments` for why.
 
     Attributes:
         gaussian: whether a key loses the square of age * log_beta of its logit, instead of age * log_beta.

@@ -31,7 +31,7 @@ from retention_gates.kernels.retention_attention import retention_attention
 from retention_gates.kernels.softmax import Softmax
 
 PREFIX = "retention_gates_"
-MASKS = {  # base implementation -> what it is told of the places [B, W] that one token sees
+MASKS = {  # base implementation -> the mask it gets for the places [B, W] that one token sees
     "sdpa": lambda visible, dtype: visible[:, None, None],
     "eager": lambda visible, dtype: visible.new_zeros((), dtype=dtype).where(
         visible[:, None, None], torch.finfo(dtype).min
@@ -129,7 +129,7 @@ def _attend(
                 "retention-gates does not look for it. Install a transformers that it was tested with, or pass "
                 "use_cache=False."
             )
-        # what a gate says is a logsigmoid; that no number is NaN is checked once a step, by the capacity loss
+        # a gate's output is a logsigmoid; that no number is NaN is checked once a step, by the capacity loss
         output = retention_attention(
             query,
             key,

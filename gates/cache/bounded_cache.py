@@ -45,7 +45,7 @@ class BoundedCache(EvictingCache):
         policy: "retention" (the trained gates), or a rival by its name in `POLICIES`, or a Policy of your own.
         budgets: "uniform"; "calibrated" (by the adapter's budget shares); "pyramid" (PyramidKV, less and less from the
             first layer to the last); "adaptive" (AdaKV: the KV heads of a layer hold memory_size entries each in the
-            mean, divided anew at every eviction by who has the lowest priorities, and room is allocated for every
+            mean, divided anew at every eviction by the lowest priorities, and room is allocated for every
             division); "global" (DBTrimKV: as adaptive, of all layers, in one pool with room for the mean; for policies
             known ahead); or the entries of every gated layer and KV head, [layers][heads]. None: "calibrated" if the
             adapter has shares, else "uniform".

@@ -1,4 +1,4 @@
-"""What the arguments of a cache must be."""
+"""Checks of the arguments of a cache."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What caches that evict by a rule have in common: the bounded one and the simulated one."""
+"""The base of caches that evict by a rule: the bounded one and the simulated one."""
 
 import weakref
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One step of a policy that looks at what is held: what it learns, and who goes."""
+"""One step of a policy that looks at what is held: its numbers are updated and entries are evicted."""
 
 import torch
 
@@ -29,7 +29,7 @@ def priorities(policy: FeedbackPolicy, held: Held) -> torch.Tensor:
 
 
 def surplus(count: torch.Tensor, budgets: torch.Tensor, buffer_size: int, is_shared: bool) -> torch.Tensor:
-    """How many entries must go, int64 [B, H], or [B, 1] for all heads together if they share their budgets.
+    """Counts the entries to evict, int64 [B, H], or [B, 1] for all heads together if they share their budgets.
 
     Args:
         count, budgets: int64 [B, H], what each head holds, and may hold.
@@ -43,7 +43,7 @@ def surplus(count: torch.Tensor, budgets: torch.Tensor, buffer_size: int, is_sha
 
 
 def stays(held: Held, barred: torch.Tensor, recent: torch.Tensor | None) -> torch.Tensor:
-    """Which places nothing may be evicted from, bool [B, H, S]: empty, protected and recent ones.
+    """Returns the places that must stay as they are, bool [B, H, S]: empty, protected and recent ones.
 
     Args:
         barred: fp32 [B, H, S], inf for protected entries.

@@ -19,7 +19,7 @@ class FeedbackSlotLayer(SlotLayer):
 
     Beside the state of `SlotLayer`, of which `score` is only inf or 0, protected or not, and `pending` stays empty:
     state [B, N, K] fp32 and head_state [B, H, P] fp32, the policy's own; and, of a policy that gives priorities once
-    in several steps, the last priority [B, N] fp32, inf for who entered since.
+    in several steps, the last priority [B, N] fp32, inf for entries that entered since.
     """
 
     state: torch.Tensor

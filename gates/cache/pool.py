@@ -20,7 +20,7 @@ class Pool:
 
     The rule: after the last layer has attended at step t, while all heads of all layers together hold more than their
     budgets, the entry of lowest priority goes; of equals, the lowest position, then the first layer and head. A layer
-    holds at most `most` entries; beyond, its own lowest go first.
+    holds at most `most` entries; beyond, its own lowest are evicted first.
 
     State, allocated at the first token, for P slots, L layers and H heads: keys [B, P, D]; values [B, P, Dv]; score
     [B, P] fp32, inf for protected entries; slot_positions [B, P] int64, -1 for empty; owner [B, P], layer * H + head;
@@ -161,7 +161,7 @@ class Pool:
     def _victims(
         self, positions: torch.Tensor, owner: torch.Tensor, score: torch.Tensor, recent: torch.Tensor | None
     ) -> torch.Tensor:
-        """Who goes, bool [B, P + n], over the slots and the new entries."""
+        """Returns the entries to evict, bool [B, P + n], over the slots and the new entries."""
         inf, exists = float("inf"), positions >= 0
         age = self.seen - 1 - positions
         # a protected token's score is inf, which an age of 0 would turn into NaN
@@ -192,7 +192,7 @@ class Pool:
         return torch.zeros_like(layer, dtype=torch.bool).scatter_(1, order, rank < surplus.gather(1, in_order))
 
     def inside(self, span: Span) -> torch.Tensor:
-        """Which slots hold a token of the span, bool [B, P]."""
+        """Returns the slots that hold a token of the span, bool [B, P]."""
         offset = self.slot_positions - self.start[:, None]
         return (self.slot_positions >= 0) & (offset >= span[0]) & (offset < span[1])
 

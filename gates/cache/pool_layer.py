@@ -63,7 +63,7 @@ class PoolLayer(EvictingLayer):
         if self.index == 0:
             pool.begin(key, value, padding_mask)
         self._check_like_first(key, value)
-        self.keys, self.values = pool.keys, pool.values  # where they are, for who counts bytes
+        self.keys, self.values = pool.keys, pool.values  # where they are, for the count of bytes
         output = pool.attend(self.index, query, key, value, softmax)
         with torch.no_grad():
             pool.entering.append((key, value, self._score(log_beta, key, value)))

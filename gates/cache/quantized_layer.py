@@ -31,7 +31,7 @@ def pack(x: torch.Tensor, cache_dtype: str) -> torch.Tensor:
 
 
 def unpack(stored: torch.Tensor, cache_dtype: str, dtype: torch.dtype) -> torch.Tensor:
-    """What `pack` has stored, [..., D] in dtype."""
+    """Returns the numbers that `pack` has stored, [..., D] in dtype."""
     numbers, scale = stored.split([stored.shape[-1] - SCALE_BYTES, SCALE_BYTES], dim=-1)
     scale = scale.contiguous().view(torch.float32)
     return (numbers.contiguous().view(STORED[cache_dtype][0]).float() * scale).to(dtype)

@@ -1,4 +1,4 @@
-"""Memories on disk: what a bounded cache holds, in one safetensors file that says whose it is.
+"""Memories on disk: the entries of a bounded cache in one safetensors file, which names their model and gates.
 
 The file's metadata names the base model (with a fingerprint of its weights), the adapter (with a digest of its gates),
 and all that decides what is kept from here on. Any other model, adapter or dtype is refused.

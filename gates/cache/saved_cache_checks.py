@@ -28,7 +28,7 @@ DTYPES |= {torch.bool: "BOOL", torch.uint8: "U8"}
 
 @dataclass(frozen=True)
 class Description:
-    """What a memory file says of itself, as JSON in its metadata."""
+    """The description in a memory file's metadata, as JSON."""
 
     model: str  # its name, for people
     fingerprint: str  # of its weights, see adapter/base_identity.py
@@ -99,7 +99,7 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 
 def read_memory_header(path: str | Path) -> tuple[dict[str, Any], Description]:
-    """What a memory file says of its tensors, and of itself.
+    """Reads a memory file's list of tensors and its description.
 
     Raises:
         ValueError: if there is no such file, or none that holds a memory.
@@ -127,7 +127,7 @@ def check_shapes(header: dict[str, Any], expected: dict[str, tuple[list[int], to
 
 
 def check_numbers(name: str, tensor: torch.Tensor) -> list[str]:
-    """What is wrong with a floating tensor: an inf has a meaning in scores and priorities only, NaN nowhere."""
+    """Describes the faults of a floating tensor: an inf has a meaning in scores and priorities only, NaN nowhere."""
     if not tensor.is_floating_point():
         return []
     if name.rpartition(".")[2] in ("score", "priority"):
@@ -147,7 +147,7 @@ def _check_columns(name: str, state: dict[str, torch.Tensor], tokens: int) -> li
 
 
 def check_pool(name: str, state: dict[str, torch.Tensor], pool: Pool, tokens: int) -> list[str]:
-    """What is wrong with where the entries of a pool are said to stand, `tokens` columns having been read."""
+    """Describes the faults of the positions in a pool, after `tokens` columns have been read."""
     positions, owner = state["slot_positions"], state["owner"]  # [B, P]
     problems = _check_columns(name, state, tokens)
     owners = pool.layers * pool.heads
@@ -165,7 +165,7 @@ def check_pool(name: str, state: dict[str, torch.Tensor], pool: Pool, tokens: in
 
 
 def check_slots(name: str, state: dict[str, torch.Tensor], offsets: Sequence[int], tokens: int) -> list[str]:
-    """What is wrong with where the entries of a layer are said to stand, `tokens` columns having been read."""
+    """Describes the faults of the positions in a layer, after `tokens` columns have been read."""
     problems = _check_columns(name, state, tokens)
     if problems:
         return problems

@@ -79,7 +79,7 @@ class SlotLayer(EvictingLayer):
         self.is_initialized = True
 
     def _read_rule(self) -> None:
-        """What the rule says, as tensors on the device."""
+        """The rule as tensors on the device."""
         self.recent = self.rule.recent(self.device)
         self.protected = torch.tensor(self.rule.protected, dtype=torch.int64, device=self.device).view(-1, 2)
 
@@ -123,7 +123,7 @@ class SlotLayer(EvictingLayer):
         value: torch.Tensor,
         padding_mask: torch.Tensor | None,
     ) -> None:
-        """Nothing here waits for the device."""
+        """Runs without a synchronisation with the device."""
         policy = self.rule.policy
         assert isinstance(policy, ScoredPolicy)
         if policy.is_log_beta:

@@ -7,10 +7,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """What transformers keeps of such a layer, with the entry of column c in place c % window.
+    """Keeps what transformers does of such a layer, with the entry of column c in place c % window.
 
     State: keys [B, H, W, D]; values [B, H, W, Dv]; seen [], columns so far, which is cumulative_length on the device.
-    While a step is captured that reads no number of the host, `visible` says which places its one token sees.
+    While a step is captured that reads no number of the host, `visible` marks the places that its one token sees.
     """
 
     keys: torch.Tensor

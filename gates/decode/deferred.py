@@ -1,8 +1,9 @@
-"""Results of a captured step's layers that wait for what the model does next with them.
+"""Deferred results of a captured step's layers, which are computed in one launch with the operator that reads them.
 
-A layer gives a `Deferred`, a tensor that has no numbers yet. The dispatcher shows who reads it, and some readers are
-one launch together with the layer: the rotary embedding after a norm, an activation after a linear layer, its product
-with another one's result, a residual added to it. Any other reader finds the numbers, computed at that moment.
+A layer gives a `Deferred`, a tensor that has no numbers yet. The dispatcher shows the operator that reads it, and some
+readers are one launch together with the layer: the rotary embedding after a norm, an activation after a linear layer,
+its product with another one's result, a residual added to it. Any other reader finds the numbers, computed at that
+moment.
 """
 
 import weakref
@@ -30,7 +31,7 @@ WithNorm = tuple[torch.Tensor, tuple[torch.Tensor, float] | None]  # what a kern
 
 
 class Work:
-    """What is left to compute, once."""
+    """A computation that is still to be done, once."""
 
     def __init__(self, reads: torch.Tensor):
         self.reads = reads  # which must not change before
@@ -84,7 +85,7 @@ class Products:
 
 
 class Product(Work):
-    """What one of some linear layers gives."""
+    """The result of one of several linear layers."""
 
     def __init__(self, products: Products, index: int, has_silu: bool = False):
         super().__init__(products.x)
@@ -238,7 +239,7 @@ JOINS: dict[Any, Callable[..., Any]] = {
 
 
 def _plain(x: Any) -> Product | None:
-    """The work of a linear layer's result that nobody has asked for yet."""
+    """The work behind a linear layer's result that has not been read yet."""
     work = x.work if isinstance(x, Deferred) else None
     if not isinstance(work, Product) or work.has_silu or work.is_changed:
         return None

@@ -52,7 +52,7 @@ class Group:
 
 
 class FusedLayers:
-    """What of one model's steps is computed otherwise while they are captured."""
+    """The layers of one model's steps that are computed in another way while they are captured."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def replaced_forward(model: nn.Module) -> Iterator[None]:
-    """Inside the block, every forward pass of the model asks the step of the cache that it gets first."""
+    """Inside the block, every forward pass of the model first goes through the step of the cache that it gets."""
     with _lock:
         _patched[model] = _patched.get(model, 0) + 1
         if _patched[model] == 1:

@@ -14,7 +14,7 @@ Step = Callable[[], Any]
 
 
 class Recorder(Protocol):
-    """What a device needs for its steps to be captured."""
+    """Captures and replays steps on a device."""
 
     def warm_up(self, step: Step) -> tuple[Any, str | None]:
         """Runs the step as it is; its result, and what of it could not be captured, or None."""

@@ -68,7 +68,7 @@ class Capture:
 
 @dataclass
 class Known:
-    """How far steps of one kind have come: watched, then run as they will be captured, then captured."""
+    """The stage of steps of one kind: watched, then run as they will be captured, then captured."""
 
     is_watched: bool = False
     is_warm: bool = False
@@ -133,7 +133,7 @@ class DecodeStep:
 
         Args:
             model: the base model that has the gates, as `find_gated_model(model).model` gives it.
-            cache: whose step this is.
+            cache: the cache that the step belongs to.
             prompt_columns: columns of the padding mask that belong to the prompt: a pass with no more is no step.
         """
         self.cache, self.model = weakref.ref(cache), weakref.ref(model)
@@ -240,7 +240,7 @@ class DecodeStep:
             self.windows = Windows(layers, mask)
 
     def _count(self) -> None:
-        """What replayed and compiled steps do not do: count on the host."""
+        """Counts on the host, which replayed and compiled steps do not do."""
         evicting = self._evicting()
         evicting[0].check_count(1)
         for layer in evicting:
@@ -348,7 +348,7 @@ def _why_not(model: nn.Module, cache: Cache) -> str | None:
 
 
 def _weights(model: nn.Module) -> tuple[tuple, list[torch.Tensor]]:
-    """What a capture of the model depends on beside its inputs, and the tensors it reads."""
+    """Returns all that a capture of the model depends on beside its inputs, and the tensors it reads."""
     tensors = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
     adapters = [
         (

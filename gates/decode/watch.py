@@ -1,4 +1,4 @@
-"""Watches one decoding step: the layers that it calls, what they read and give, and who reads that."""
+"""Watches one decoding step: the layers that it calls, their inputs and outputs, and the readers of these."""
 
 import sys
 import weakref
@@ -71,7 +71,7 @@ class Watch:
         return output
 
     def found(self, model: nn.Module) -> FusedLayers:
-        """What was seen; the same object for the same layers."""
+        """Returns what was seen; the same object for the same layers."""
         groups: dict[int, list[nn.Module]] = {}
         norms = []
         for layer, x, output in self.calls:  # every tensor of these is alive, so that no two share an id

@@ -23,7 +23,7 @@ class SimulatedLayer(EvictingLayer):
     """Finds out when each token goes, then attends to what each query would have seen.
 
     Rows of several rules may stand side by side: the batch is divided equally among them, in their order. After the
-    forward pass `eviction_times` [B, H, T] says at which step each token was no longer seen.
+    forward pass `eviction_times` [B, H, T] has the step at which each token was no longer seen.
     """
 
     eviction_times: torch.Tensor | None = None
@@ -88,7 +88,9 @@ class SimulatedLayer(EvictingLayer):
     ) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
         """Eviction times [B, H, T] of all rules, and outputs [rows, HQ, T, Dv] where entries were merged."""
         share = self.batch_size // len(self.rules)
-        found: list[tuple[slice, torch.Tensor | Stepper]] = []  # of some rows the times, or who finds them
+        found: list[
+            tuple[slice, torch.Tensor | Stepper]
+        ] = []  # of some rows the times, or the stepper that finds them
         steppers: list[Stepper] = []
         first = 0
         for _, group in groupby(self.rules, key=_kind):
@@ -133,7 +135,9 @@ class SimulatedLayer(EvictingLayer):
         return 0
 
     def positions(self, head: int) -> torch.Tensor:
-        raise ValueError("A SimulatedCache holds no entries: eviction_times says at which step each token goes.")
+        raise ValueError(
+            "A SimulatedCache holds no entries: eviction_times has the step at which each token is evicted."
+        )
 
     def holds(self, span: tuple[int, int]) -> bool:
         """Pinning a sequence that has been read would change nothing any more."""
@@ -173,7 +177,7 @@ def _times_known_ahead(rules: Sequence[EvictionRule], new: NewTokens, valid: tor
 
 
 class SimulatedCache(EvictingCache):
-    """What a BoundedCache with the same arguments would do over a sequence fed token by token, in one forward pass.
+    """Does what a BoundedCache with the same arguments would over a sequence fed token by token, in one forward pass.
 
     For measuring: what is held at each step is exactly what the step-by-step decode holds, given the same scores;
     outputs are equal up to rounding, and nothing is bounded. Pass it as past_key_values to one forward pass over the

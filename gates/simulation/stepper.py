@@ -71,7 +71,7 @@ class Stepper:
     positions: torch.Tensor  # int64 [B, H, S], -1 for an empty place, -2 for one that the head does not have
     slots: dict[str, torch.Tensor]  # keys and values [B, H, S, D] as far as they are needed at every step
     output: torch.Tensor | None  # [B, HQ, T, Dv] if entries are merged
-    times: torch.Tensor  # int64 [B, H, T + 1]; the last column is nobody's
+    times: torch.Tensor  # int64 [B, H, T + 1]; the last column belongs to no token
     column: torch.Tensor  # int64 [1], the step
     kinds: list[tuple[bool, bool]]  # of each step, the arguments of `_step`
 
@@ -182,7 +182,7 @@ class Stepper:
         self.is_ready = True
 
     def _surplus(self, real: torch.Tensor) -> torch.Tensor:
-        """How many entries must go at each step, [B, H or 1, T]: known beforehand, because only numbers count."""
+        """Counts the entries to evict at each step, [B, H or 1, T]: known beforehand, because only numbers count."""
         read = real.cumsum(1)[:, None]  # [B, 1, T]
         budgets, buffer_size = self.setting.budgets[..., None], self.rule.buffer_size
         if self.rule.is_shared:

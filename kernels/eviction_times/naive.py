@@ -76,7 +76,7 @@ def _victims(
 
     Args:
         score, barred, age: [R, S], of which the last n columns are the new tokens; changed in place. `barred` is inf
-            for who may not go; `age` is as of the block's first step.
+            for entries that must stay; `age` is as of the block's first step.
         due: [R, n], the heads that evict at a step.
         recent: [R, 1] or None.
     """

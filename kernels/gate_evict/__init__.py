@@ -26,7 +26,7 @@ __all__ = [
 
 
 class GateOutput(NamedTuple):
-    """What is left of a gate to compute: log_beta = logsigmoid(hidden weight^T + bias)."""
+    """The last layer of a gate, still to be computed: log_beta = logsigmoid(hidden weight^T + bias)."""
 
     hidden: torch.Tensor  # [B, W], activations of the last hidden layer, of any floating dtype
     weight: torch.Tensor  # [H, W] fp32

@@ -6,7 +6,7 @@ import triton.language as tl
 # `seen` counts, above this bit, the programs that have read it: the last one leaves the next step's number there
 ARRIVAL: tl.constexpr = tl.constexpr(1 << 40)
 FAR: tl.constexpr = tl.constexpr(1 << 62)  # the position of a slot beyond a head's end: neither empty nor in a mask
-NOBODY: tl.constexpr = tl.constexpr((1 << 32) - 1)  # the rank of who may not go; their priority is inf
+NOBODY: tl.constexpr = tl.constexpr((1 << 32) - 1)  # the rank of entries that must stay; their priority is inf
 INF: tl.constexpr = tl.constexpr(float("inf"))
 
 
@@ -32,7 +32,7 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _priority(score, age, LINEAR_IN_AGE: tl.constexpr):
-    """What goes first: the lowest priority, and of equal ones the lowest rank, which is the lowest position."""
+    """Returns the entry to evict: the lowest priority, of equal ones the lowest rank, that is position."""
     if LINEAR_IN_AGE:
         priority = age.to(tl.float32) * score
     else:
@@ -66,7 +66,7 @@ def _merge(
 
 @triton.jit
 def _read(positions, pending, score, slot, size, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
-    """What the slots slot, slot + BLOCK, ... hold, ROUNDS tensors of each kind."""
+    """Returns the contents of the slots slot, slot + BLOCK, ...: ROUNDS tensors of each kind."""
     held: tl.tuple = ()
     marked: tl.tuple = ()
     scores: tl.tuple = ()
@@ -218,7 +218,7 @@ def evict_step(
         span_start = tl.load(protected + 2 * span, mask=span < SPANS, other=0)
         span_stop = tl.load(protected + 2 * span + 1, mask=span < SPANS, other=0)
 
-    # One atomic reads the step and says who is last to have read it, so that nobody reads what that one writes.
+    # One atomic reads the step and counts the readers: the last of them writes, after all others have read.
     programs = tl.num_programs(0) * tl.num_programs(1)
     clock = tl.atomic_add(seen, ARRIVAL, sem="relaxed")
     step = clock & (ARRIVAL - 1)

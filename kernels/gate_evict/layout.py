@@ -8,7 +8,7 @@ import torch
 
 
 class SlotState(NamedTuple):
-    """What a layer's slots hold; ops change these tensors in place."""
+    """The contents of a layer's slots; ops change these tensors in place."""
 
     keys: torch.Tensor  # [B, N, D]
     values: torch.Tensor  # [B, N, Dv]
@@ -25,7 +25,7 @@ class SlotTable(NamedTuple):
     slot: torch.Tensor  # [H, S] int64, where in the row a head's s-th slot lies, or its first if it has fewer
     exists: torch.Tensor  # [H, S] bool
     cell: torch.Tensor  # [N] int64, where in the flattened [H * S] a slot lies
-    head: torch.Tensor  # [N] int64, whose a slot is
+    head: torch.Tensor  # [N] int64, the KV head that a slot belongs to
     sizes: torch.Tensor  # [H] int64, slots of a head
     is_even: bool  # whether all heads have the same number, so that both ways are views
 

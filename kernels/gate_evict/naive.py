@@ -52,7 +52,7 @@ def gate_evict(
 
 
 def finished(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """What a gate says, log_beta [B, H], after its output layer."""
+    """Returns a gate's output, log_beta [B, H], after its last layer."""
     return F.logsigmoid(F.linear(hidden.float(), weight, bias))
 
 
@@ -153,7 +153,7 @@ def place_chunk(
 def _priority(
     score: torch.Tensor, positions: torch.Tensor, step: torch.Tensor, linear_in_age: bool, recent: torch.Tensor | None
 ) -> torch.Tensor:
-    """What decides who goes, lowest first; inf for who may not go. All [B, H, S]."""
+    """Returns the priorities, of which the lowest is evicted first; inf for entries that must stay. All [B, H, S]."""
     inf = float("inf")
     age = step - positions
     # a protected token's score is inf, which an age of 0 would turn into NaN

@@ -22,7 +22,7 @@ SHORT_PART = 128  # slots
 
 
 class Tile(NamedTuple):
-    """How one program works."""
+    """The sizes of one program's work."""
 
     block: int  # slots at a time
     warps: int

@@ -261,7 +261,7 @@ def sum_received(
     BLOCK: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """What each slot received of the G queries that read it."""
+    """Returns the attention that each slot received from the G queries that read it."""
     batch_row = tl.program_id(2)
     head, first_slot, size, begin = _find_part(tl.program_id(0), tl.program_id(1), table, size, length, UNIFORM)
     end = tl.minimum(begin + length, size)

@@ -59,7 +59,7 @@ def equal_heads(head_offsets: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _hidden_in_run(positions: torch.Tensor) -> torch.Tensor:
-    """What each query of a run does not see of it, bool [B, n, n]: padding, and tokens after its own."""
+    """Returns what is hidden in a run, bool [B, n, n]: from each query, padding and the tokens after its own."""
     tokens = positions.shape[1]
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=positions.device).triu(1)
     return later | (positions < 0)[:, None]

@@ -1,4 +1,4 @@
-"""How a layer's slots are divided among programs. It depends on the layout, the batch and the device only."""
+"""Divides a layer's slots among programs, by the layout, the batch and the device only."""
 
 from functools import cache
 from itertools import accumulate, pairwise

@@ -354,7 +354,7 @@ def _blocks(query: Tensor, value: Tensor) -> tuple[int, int, Tiles, str]:
 
 
 def _rates(log_beta: Tensor, scale: float, last: Tensor | None, gaussian: bool) -> Tensor:
-    """What age, or its square if gaussian, is multiplied with, over scale; [B, H, T, padded].
+    """The factor of age, or of its square if gaussian, over scale; [B, H, T, padded].
 
     Padding fades at once, so that no mask is needed where it lies inside.
     """
@@ -379,7 +379,7 @@ def _bounds(
     gaussian: bool,
     block_dim: int,
 ) -> Bounds | None:
-    """What lets the kernels skip blocks; None where it does not pay or cannot be."""
+    """Returns the lists by which the kernels skip blocks; None where skipping does not pay or is not possible."""
     tokens = key.shape[2]
     if until is not None or not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         return None

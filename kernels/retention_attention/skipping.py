@@ -1,4 +1,4 @@
-"""Which blocks of keys can weigh anything for which blocks of queries, as lists for the kernels to walk through.
+"""Lists the blocks of keys that can have any weight for each block of queries, for the kernels to walk through.
 
 A weight is at most exp(scale |q| |k| + age log_beta), and the largest weight of a row at least that of the
 token itself, which has no age. A block may be skipped if all its weights are below 2^-25 / T of the row's largest: not
@@ -133,7 +133,7 @@ def _list_blocks(
 
 
 class Bounds:
-    """What is known of every block of queries and keys, and the lists that follow from it."""
+    """The bounds of every block of queries and keys, and the lists that follow from them."""
 
     def __init__(
         self,

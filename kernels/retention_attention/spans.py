@@ -1,4 +1,4 @@
-"""Which stretch of a row each token sees, and by which stretch it is seen."""
+"""The stretch of a row that each token sees, and the stretch that sees it."""
 
 import torch
 

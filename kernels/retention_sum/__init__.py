@@ -1,4 +1,4 @@
-"""How much of the past is still held, in tokens. See README.md in this folder."""
+"""Retained mass: the part of the past that is still held, in tokens. See README.md in this folder."""
 
 import torch
 

@@ -12,7 +12,7 @@ SMALLEST = 2.0  # the rate, times T, that stands for "hardly decays": below it, 
 
 @dataclass(frozen=True)
 class Settings:
-    """What can be tuned. The accuracy depends on the first three, the speed on all."""
+    """The settings that can be tuned. The accuracy depends on the first three, the speed on all."""
 
     chunk: int = 32  # tokens; ages up to once or twice this are summed exactly, term by term
     order: int = 8  # nodes of an interval of rates, a power of 2

@@ -15,7 +15,7 @@ MOST_TOGETHER = 4  # weights of one launch
 
 
 class Tile(NamedTuple):
-    """How one program works."""
+    """The sizes of one program's work."""
 
     outputs: int
     columns: int  # of the weight, at a time
