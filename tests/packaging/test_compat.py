@@ -3,7 +3,9 @@
 import ast
 import inspect
 import re
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +144,24 @@ def test_the_search_finds(line):
 )
 def test_the_search_leaves_our_own(line):
     assert foreign(ast.parse(line), {"_ours", "_save"}) == []
+
+
+def test_private_methods_that_we_override_are_listed():
+    """A class of another package that calls one by another name would no longer call ours."""
+    import_module("retention_gates.trainers.trainer")
+    modules = [module for name, module in [*sys.modules.items()] if name.startswith("retention_gates.")]
+    ours = {each for module in modules for each in vars(module).values() if inspect.isclass(each)}
+    overridden = {
+        name
+        for each in ours
+        if each.__module__.startswith("retention_gates")
+        for base in each.__mro__[1:]
+        if base.__module__.split(".")[0] in ("torch", "transformers", "peft", "accelerate")
+        for name in vars(each).keys() & vars(base).keys()
+        if is_private(name)
+        and name not in ("_backward_cls", "_abc_impl")  # which torch and Python make for each class
+    }
+    assert {"_save", "_prepare_model", "_apply"} <= overridden <= LISTED
 
 
 def test_what_shares_memory_has_one_number_and_writes_are_counted():
