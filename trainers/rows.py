@@ -57,18 +57,6 @@ class RowCollator:
         batch["counts"] = (int(batch["counted"].sum()), int((batch["targets"] != NO_TARGET).sum()))
         return batch
 
-    def check_data_set(self, rows: Any) -> None:
-        """Raises ValueError unless there are rows, each of which can be found again by its number, to train on."""
-        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-            raise ValueError(
-                f"train_dataset is of the type {type(rows).__name__}, which gives its rows in turn only, so that a "
-                "resumed run could not go on with the right one, in a later epoch least of all: give rows with a "
-                "length, such as list(rows) or those of retention_gates.data.packing.pack_rows."
-            )
-        if len(rows) == 0:
-            raise ValueError("train_dataset is empty: it needs at least one row.")
-        self.check(rows[0])
-
     def check(self, row: dict[str, Any]) -> None:
         """Raises ValueError unless the row can be trained on."""
         row = complete_row(row)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -65,11 +64,6 @@ def test_a_base_that_does_not_keep_packed_documents_apart_trains_layer_by_layer_
         (Rows(labels=torch.full((48,), -100)), "has no target"),
         (Rows(positions=torch.zeros(48, dtype=torch.long)), "has no target"),  # 48 documents of one token
         (Rows(labels=torch.arange(3)), "differ in length"),
-        (iter([Rows()[0]]), "list_iterator, which gives its rows in turn only.*in a later epoch"),
-        (
-            datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(),
-            "IterableDataset, which gives its rows in",
-        ),
         ([{"labels": torch.arange(4)}], r"has the columns \['labels'\], but no input_ids: .*pack_rows"),
         ([{"input_ids": torch.ones(4)}], r"input_ids of torch.float32 \[4\]"),
         ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], r"input_ids of torch.int64 \[1, 4\]"),
