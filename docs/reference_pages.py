@@ -1,21 +1,25 @@
-"""Pages that are written when the documentation is built: the keys of the YAML files, and the policies."""
+"""Pages that are written when the documentation is built: keys of YAML files, options of commands, and policies."""
 
 import ast
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import tokenize
 from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, fields
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from repository_links import repository_pages
 from transformers import TrainingArguments
 
+from retention_gates.cli import COMMANDS, build_parser
 from retention_gates.gates import policies
 from retention_gates.gates.policies import POLICIES, FeedbackPolicy, Policy, ScoredPolicy
 from retention_gates.recipes.comparison import comparison_config
@@ -28,7 +32,7 @@ POLICY_TESTS = ROOT / "tests" / "gates" / "policies"
 
 def write(folder: Path) -> None:
     """Writes the pages into a folder, each only if it has changed, so that Sphinx reads no page twice."""
-    pages = {"configuration.md": configuration(), "policies.md": policy_page()}
+    pages = {"configuration.md": configuration(), "commands.md": commands(), "policies.md": policy_page()}
     pages |= {f"repository/{path}": text for path, text in repository_pages().items()}
     for name, text in pages.items():
         page = folder / name
@@ -68,6 +72,17 @@ def configuration() -> str:
     sections = {f"{name}.NAME": cls for name, cls in comparison_config.MANY.items()} | comparison_config.SINGLE
     for section, cls in sections.items():
         parts += [f"### `{section}`", paragraph(cls), table(cls, list(fields(cls)))]
+    return "\n\n".join(parts) + "\n"
+
+
+def commands() -> str:
+    """Returns the page with the help of every command."""
+    parts = ["# Commands", "As `retention-gates COMMAND --help` prints it."]
+    for name in COMMANDS:
+        printed = StringIO()
+        with redirect_stdout(printed), patch.dict(os.environ, COLUMNS="100"), suppress(SystemExit):
+            build_parser(name).parse_args([name, "--help"])
+        parts.append(f"## `{name}`\n\n```text\n{printed.getvalue().rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 

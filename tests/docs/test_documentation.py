@@ -12,6 +12,7 @@ import torch
 from tiny_models import FAMILIES
 from tiny_run import make_model
 
+from retention_gates.cli import COMMANDS
 from retention_gates.gates.policies import POLICIES, policy
 from retention_gates.recipes.comparison import comparison_config
 from retention_gates.recipes.loading import packaged_models, run_config
@@ -61,6 +62,13 @@ def test_the_reference_has_every_key():
             assert f"| `{key}` |" in page, f"{cls.__name__}.{key}"
     assert "| `package` | `str \\| None` | `None` | instead of both: an installed Python package" in page
     assert "required" in page and "MISSING" not in page and "<factory>" not in page
+
+
+def test_the_reference_has_every_command_with_its_options():
+    page = reference_pages.commands()
+    for command in COMMANDS:
+        assert f"## `{command}`" in page and f"usage: retention-gates {command}" in page
+    assert page.count("--memory-size") >= 3 and "section.key=value" in page
 
 
 def test_the_reference_has_every_policy_with_paper_and_tests(monkeypatch):
