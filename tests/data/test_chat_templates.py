@@ -7,6 +7,7 @@ from chat_templates import (
     BLOCKS,
     CHANNELS,
     CLOSED_REASONING,
+    HIDDEN_QUESTIONS,
     LAST_REASONING,
     NO_REASONING,
     OPENED_REASONING,
@@ -94,6 +95,11 @@ def test_turns_that_only_close_otherwise_share_a_row(controlled):
     channels = with_template(controlled, CHANNELS)
     final = "<|channel|>final<|message|>"
     assert targets_of(PLAIN, channels) == [[f"{final}old stone", f"{final}quiet", f"{final}green<|return|>"]]
+
+
+def test_a_turn_behind_other_words_than_in_the_whole_chat_gets_a_row_of_its_own(controlled):
+    hidden = with_template(controlled, HIDDEN_QUESTIONS)
+    assert targets_of(PLAIN[:4], hidden) == [["quiet<|end|>"], ["old stone<|end|>"]]
 
 
 def test_reasoning_in_a_channel_is_a_target_where_it_stands(controlled):

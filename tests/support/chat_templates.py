@@ -1,6 +1,9 @@
 """Chat templates that rewrite earlier turns, close the last in another way, or mark what the assistant wrote."""
 
+import re
+
 import numpy as np
+from chats import CONTROL
 from transformers import PreTrainedTokenizerFast
 
 from retention_gates.data.chat import encode_chat
@@ -57,6 +60,13 @@ NO_REASONING = (
     "{{ '<|assistant|>' + m.content.split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
+# Questions are hidden once they are answered, and nothing else moves.
+HIDDEN_QUESTIONS = (
+    "{% for m in messages %}{% set is_old = m.role == 'user' and loop.index < messages | length - 1 %}"
+    "{{ '<|' + m.role + '|>' + ('*' * (m.content | length) if is_old else m.content) + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
 TEMPLATES = {
     "last reasoning": LAST_REASONING,
     "opened reasoning": OPENED_REASONING,
@@ -64,6 +74,7 @@ TEMPLATES = {
     "token at the end": TOKEN_AT_THE_END,
     "channels": CHANNELS,
     "no reasoning": NO_REASONING,
+    "hidden questions": HIDDEN_QUESTIONS,
 }
 
 BLOCKS = (
@@ -74,10 +85,11 @@ BLOCKS = (
 
 
 def check_rows(messages: list[dict], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each row is a rendering; each of its targets follows what it follows when the model generates the turn."""
+    """Each row is a rendering; each of its targets ends the chat up to its turn, but for control tokens."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     texts = [tokenizer.apply_chat_template(messages[:n], tokenize=False) for n in range(1, len(messages) + 1)]
     renderings = [tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    control = re.compile("|".join(map(re.escape, CONTROL)))
     try:
         rows = encode_chat(messages, tokenizer)
     except BadRow:
@@ -89,5 +101,6 @@ def check_rows(messages: list[dict], tokenizer: PreTrainedTokenizerFast) -> None
         assert 1 <= len(edges) <= row.turns
         for first, last in edges.tolist():
             up_to = tokenizer.decode(row.ids[:last])
-            assert any(renderings[i].startswith(up_to) for i in turns), up_to
+            behind = [text[len(up_to) :] for text in (renderings[i] for i in turns) if text.startswith(up_to)]
+            assert any(not control.sub("", rest).strip() for rest in behind), up_to
             assert tokenizer.decode(row.ids[first:last]).strip()
