@@ -9,6 +9,8 @@ Both are the same run. Killed at any moment, the same command with `resume=true`
 import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from retention_gates.data.sources import split_by_work
 from retention_gates.data.tokens import TokenDocument, document_prefix
 from retention_gates.gates.adapter.base_identity import display_name
 from retention_gates.gates.adapter.model import find_gated_model
+from retention_gates.gates.adapter.placement import check_room
 from retention_gates.recipes.loading import config_file
 from retention_gates.recipes.loading.models import check_dtype, load_base, load_base_config, load_tokenizer
 from retention_gates.recipes.loading.output_folder import check_output, claim_output, write_text
@@ -37,6 +40,7 @@ from retention_gates.trainers.distributed.sequence_parallel import check_heads, 
 from retention_gates.trainers.evaluation.forward_passes import check_length
 from retention_gates.trainers.trainer import RetentionTrainer
 
+BYTES_PER_TOKEN = 24  # ids, positions and labels
 RUN_FILE = "run.yaml"
 ADAPTER = "adapter"
 # What may be changed when a run is resumed: it has no effect on what is learnt. How rows are spread over ranks and
@@ -142,6 +146,7 @@ def build(
     if args.ranks_per_row > 1:
         check_row_length(data.row_length, args.ranks_per_row)
         check_heads(load_base_config(config.model.name, config.model.gguf_file), args.ranks_per_row)
+    check_rows_of_a_step(config)
     texts = texts or load_texts(config)
     tokenizer = texts.tokenizer
     rows_needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
@@ -175,11 +180,36 @@ def build(
         stay=engine_of(args) != "replicated",
         quantization=config.model.quantization,
     )
+    check_rows_of_a_pass(config, base)
     set_seed(args.seed)
     model = get_peft_model(base, config.gate)
     if calibration_rows is not None:  # measured at the end of the run, too late to be refused
         check_length(find_gated_model(model), calibration.row_length)
     return RetentionTrainer(model, args, balanced, eval_dataset=eval_rows), calibration_rows, texts.readings
+
+
+def check_rows_of_a_step(config: "RunConfig") -> None:
+    """Raises ValueError for more rows than can be counted, or than the machine has room for in one step."""
+    args = config.training
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
+    if args.max_steps * rows > sys.maxsize:
+        raise ValueError(
+            f"training.max_steps={args.max_steps} of {rows} rows each are more rows than can be counted: choose at "
+            f"most {sys.maxsize // rows:,} steps."
+        )
+    each = config.data.row_length * BYTES_PER_TOKEN
+    rows_here = args.train_batch_size * args.gradient_accumulation_steps
+    named = "training.per_device_train_batch_size times gradient_accumulation_steps"
+    check_room(named, rows_here, partial(mul, each), torch.device("cpu"), "for the ids of a step's rows")
+
+
+def check_rows_of_a_pass(config: "RunConfig", base: "PreTrainedModel") -> None:
+    """Raises ValueError for more rows than the device has room for in one forward pass."""
+    args = config.training
+    hidden = 2 * base.config.get_text_config(decoder=True).hidden_size * base.dtype.itemsize  # with gates and without
+    each = config.data.row_length * (hidden + BYTES_PER_TOKEN) // args.ranks_per_row
+    named = "training.per_device_train_batch_size"
+    check_room(named, args.train_batch_size, partial(mul, each), args.device, "for the hidden states of its rows")
 
 
 def load_texts(config: "RunConfig") -> Texts:

@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from operator import mul
 from typing import cast
 
 import torch
@@ -16,11 +18,12 @@ from retention_gates.gates.adapter.families import text_config
 from retention_gates.gates.adapter.gate_outputs import record
 from retention_gates.gates.adapter.model import find_gated_model
 from retention_gates.gates.adapter.modes import evaluating
-from retention_gates.gates.adapter.placement import check_trainable_placement
+from retention_gates.gates.adapter.placement import check_room, check_trainable_placement
 from retention_gates.trainers.config import RetentionTrainingArguments
 from retention_gates.trainers.distributed.layout import engine_of
 from retention_gates.trainers.distributed.sequence_parallel import check_heads, check_layers
 
+WORKER_BYTES = 16 * 2**20  # what a worker's process has of its own at least
 LOADER = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")
 OPTIMIZER = ("optim", "optim_args", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
@@ -78,6 +81,8 @@ def check_model(model: nn.Module, args: RetentionTrainingArguments) -> None:
 def check_arguments(args: RetentionTrainingArguments, model: nn.Module, rows: Dataset) -> None:
     """Raises ValueError for what torch and transformers would only refuse when training starts."""
     workers = {name: getattr(args, f"dataloader_{name}") for name in LOADER if hasattr(args, f"dataloader_{name}")}
+    count = args.dataloader_num_workers
+    check_room("dataloader_num_workers", count, partial(mul, WORKER_BYTES), torch.device("cpu"), "for their processes")
     with _explained("data loader", args, [f"dataloader_{name}" for name in workers]):
         DataLoader(rows, batch_size=args.train_batch_size, **workers)
     with _explained("log", args, ["log_level", "log_level_replica"]):

@@ -160,6 +160,8 @@ class RetentionTrainingArguments(TrainingArguments):
         _check_choice("eval_budgets", self.eval_budgets, EVAL_BUDGETS)
         _check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
         _check_count("memory_size", self.memory_size)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check_count(name, getattr(self, name))
         for name in ("loss_chunk_size", "rows_per_step", "ranks"):

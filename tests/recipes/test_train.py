@@ -12,6 +12,7 @@ from tiny_run import logged, make_run, run_quietly
 from transformers import AutoModelForCausalLM
 
 from retention_gates import cli, find_gated_model
+from retention_gates.gates.adapter import placement
 from retention_gates.recipes import train
 from retention_gates.recipes.loading.run_config import load_config
 
@@ -171,6 +172,19 @@ def test_overrides_replace_values_of_the_file(config: Path):
         (["model.name=./nowhere"], "There is no folder ./nowhere"),
         (["model.gguf_file=no.gguf"], "has no no.gguf"),
         (["calibration.rows=-1"], "calibration.rows=-1 must be a whole number, 0 or more"),
+        (["gate.gate_width=1000000000"], "gate_width=1000000000 takes"),
+        (
+            ["training.per_device_train_batch_size=1000000000", "data.row_length=48"],
+            "gradient_accumulation_steps=1000000000 takes 1,072 GiB for the ids of a step's rows",
+        ),
+        (["training.gradient_accumulation_steps=1000000000"], "=2000000000 takes 2,145 GiB for the ids of a step's"),
+        ([f"training.rows_per_step={2 * 10**12}"], "GiB for the ids of a step's rows"),
+        ([f"training.max_steps={10**30}"], "of 2 rows each are more rows than can be counted: choose at most 4,611,"),
+        (
+            ["training.dataloader_num_workers=100000000"],
+            "dataloader_num_workers=100000000 takes 1,562,500 GiB for the",
+        ),
+        ([f"training.seed={10**30}"], f"seed={10**30} must be from 0 to 4294967295"),
         (["resume=maybe"], "resume='maybe' must be true or false"),
         (["training=3"], "must read section.key=value"),
     ],
@@ -180,6 +194,14 @@ def test_mistakes_are_explained_and_nothing_is_written(
 ):
     assert command(config, *overrides) == 2
     assert message in capsys.readouterr().err
+    assert not (config.parent / "out").exists()
+
+
+def test_a_pass_that_the_device_has_no_room_for_is_refused(config: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    monkeypatch.setattr(placement, "device_bytes", lambda device: 16 * 2**20)
+    assert command(config, "training.per_device_train_batch_size=4000") == 2
+    said = "training.per_device_train_batch_size=4000 takes 0 GiB for the hidden states of its rows, and cpu has 0 GiB"
+    assert said in capsys.readouterr().err
     assert not (config.parent / "out").exists()
 
 
