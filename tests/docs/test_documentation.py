@@ -1,5 +1,7 @@
 """The documentation's pages agree with the code, the records and each other. `make docs` builds them."""
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
@@ -12,7 +14,9 @@ import torch
 from tiny_models import FAMILIES
 from tiny_run import make_model
 
+from retention_gates import BoundedCache, RetentionGateConfig
 from retention_gates.cli import COMMANDS
+from retention_gates.gates.cache.evicting_cache import EvictingCache
 from retention_gates.gates.policies import POLICIES, policy
 from retention_gates.recipes.comparison import comparison_config
 from retention_gates.recipes.loading import packaged_models, run_config
@@ -83,6 +87,26 @@ def test_the_reference_has_every_policy_with_paper_and_tests(monkeypatch):
         reference_pages.all_facts()
 
 
+def test_signatures_that_are_written_out_are_the_real_ones():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    real = inspect.signature(BoundedCache).parameters | inspect.signature(EvictingCache).parameters
+    real = {name: each for name, each in real.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
+    config = inspect.signature(RetentionGateConfig).parameters
+    for name, parameters in (("BoundedCache", real), ("RetentionGateConfig", config)):
+        (written,) = re.findall(rf"autoclass:: {name}\((.*)\)", page)
+        (function,) = ast.parse(f"def f({written}): ...").body
+        assert isinstance(function, ast.FunctionDef)
+        arguments = function.args
+        plain = dict.fromkeys(each.arg for each in arguments.args)
+        plain |= dict(zip(reversed(plain), map(ast.literal_eval, reversed(arguments.defaults)), strict=False))
+        for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+            plain[each.arg] = ast.literal_eval(default) if default is not None else None
+        known = {each: parameters[each].default for each in plain}
+        assert plain == {each: None if value is inspect.Parameter.empty else value for each, value in known.items()}
+        if name == "BoundedCache":
+            assert plain.keys() == parameters.keys()
+
+
 def test_links_between_pages_and_files_exist():
     for page in sorted(DOCS.rglob("*.md")):
         if "generated" not in page.parts:
@@ -113,7 +137,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from retention_gates import RetentionGateConfig, RetentionTrainingArguments
+    from retention_gates import RetentionTrainingArguments
     from retention_gates.checkpoints import shipped
 
     folder = make_model(tmp_path / "model", layers=2)
