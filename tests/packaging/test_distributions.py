@@ -34,7 +34,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 def packaged_files() -> set[str]:
     """Gives what has to be in the wheel: every module and every file that a module or a user reads beside it."""
-    files = {"cli.py", "compat.py", "registration.py", "__init__.py", "__main__.py", "py.typed"}
+    files = {"cli.py", "compat.py", "process.py", "registration.py", "__init__.py", "__main__.py", "py.typed"}
     for folder in FOLDERS:
         found = (file for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES)
         files |= {str(file.relative_to(ROOT)) for file in found if "__pycache__" not in file.parts}
