@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for answers.jsonl")
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the model's own (default: auto)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: float32 on a CPU, else the model's own, 16 bits for GGUF (default: auto)",
     )
     data = parser.add_argument_group("questions")
     data.add_argument("--split", help="split of a Hub data set (default: train)")

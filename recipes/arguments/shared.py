@@ -22,7 +22,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter_required: bo
     )  # fmt: skip
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the model's own (default: auto)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: float32 on a CPU, else the model's own, 16 bits for GGUF (default: auto)",
     )
 
 

@@ -48,7 +48,8 @@ def load_base(
         gguf_file: the file in that folder with the weights, if they are GGUF.
         revision: branch, tag or commit of a model of the Hub.
         device: cuda where there is one, if not given.
-        dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own.
+        dtype: one of DTYPES; "auto" is float32 on a CPU, where 16-bit arithmetic is slow, and else the model's own, or
+            16 bits for a GGUF file, which names none.
         stay: leave the weights where they are loaded, for an engine that gives each device its part.
         quantization: "8bit" or "4bit": linear layers as bitsandbytes holds them, made from whole weights.
     """
@@ -56,8 +57,7 @@ def load_base(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown: choose among {', '.join(DTYPES)}.")
     place = chosen_device(device)
-    if dtype == "auto" and place.type == "cpu":
-        dtype = "float32"
+    dtype = working_dtype(dtype, place, is_gguf=gguf_file is not None)
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     # False: a base that needs code of its own is refused at once, rather than asked about; adapters name bases
     options: dict[str, Any] = {"trust_remote_code": False}
@@ -84,6 +84,18 @@ def load_base(
     note_commit(model.config, _commit_in_cache(name, revision))  # as older transformers note it: adapters record it
     placed = stay or quantization is not None
     return (model if placed else model.to(place)).eval()  # type: ignore[arg-type]
+
+
+def working_dtype(dtype: str, device: torch.device, *, is_gguf: bool) -> str:
+    """What "auto" means on a device, which remains "auto" where the model's config says it."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cpu":
+        return "float32"
+    if not is_gguf:
+        return "auto"
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bf16 else "float16"
 
 
 def check_quantization(quantization: str | None, gguf_file: str | None) -> None:
