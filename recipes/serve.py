@@ -21,6 +21,7 @@ from retention_gates.recipes.loading.models import base_name, chosen_device, loa
 from retention_gates.recipes.serving.access import LOCAL, Rules
 from retention_gates.recipes.serving.admission import Admission, Limits
 from retention_gates.recipes.serving.engine import Engine
+from retention_gates.recipes.serving.pace import fitting_chunk
 from retention_gates.recipes.serving.rows import ChatRows
 from retention_gates.recipes.serving.start import check_memory, client_name, servable_row, skeleton
 
@@ -41,6 +42,9 @@ def main(options: argparse.Namespace) -> None:
     rows = ChatRows(
         model, options.memory_size, rows=count, chunk_size=options.prefill_chunk_size, budgets=options.budgets
     )
+    if options.max_pause_ms is not None:
+        rows.chunk_size = fitting_chunk(rows, options.max_pause_ms / 1e3)
+        print(f"Prompts are read {rows.chunk_size} tokens at a time", file=sys.stderr)
     eos = end_tokens(model.generation_config, tokenizer)
     engine = Engine(rows, count, tokenizer, eos=eos, most_waiting=options.max_waiting)
     limits = Limits(
@@ -123,7 +127,7 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be {least} or more.")
-    for name in ("timeout", "cache_gib", "shutdown_timeout"):
+    for name in ("timeout", "cache_gib", "shutdown_timeout", "max_pause_ms"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0, and finite.")

@@ -34,8 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of an answer, and if it says nothing (default: 1024)",
     )
-    parser.add_argument(
+    chunk = parser.add_mutually_exclusive_group()
+    chunk.add_argument(
         "--prefill-chunk-size", type=int, default=512, metavar="T", help="tokens of a prompt read at a time (512)"
+    )
+    chunk.add_argument(
+        "--max-pause-ms",
+        type=float,
+        metavar="MS",
+        help="as many tokens instead as, measured at the start, let running chats pause no longer",
     )
     parser.add_argument("--max-body-kib", type=int, default=1024, metavar="KIB", help="of a request (default: 1024)")
     parser.add_argument(

@@ -54,16 +54,24 @@ class ServedChat:
             raise self.ended.error
         return text
 
+    async def _news(self) -> str:
+        """What has come since: more than one piece, where clients are many and steps short."""
+        text, one = "", await self.events.get()
+        while not isinstance(one, Ended):
+            text += one
+            if self.events.empty():
+                return text
+            one = self.events.get_nowait()
+        self.ended = one
+        return text
+
     async def stream(self, form: Form, text: str, watcher: "asyncio.Task[None]") -> AsyncIterator[str]:
         """The answer as server-sent events, from its first piece on."""
         try:
             yield event(form.piece(text, is_first=True))
             while self.ended is None:
-                one = await self.events.get()
-                if isinstance(one, Ended):
-                    self.ended = one
-                else:
-                    yield event(form.piece(one))
+                if text := await self._news():
+                    yield event(form.piece(text))
             if self.ended.error is not None:
                 yield event(error_object(self.ended.error))
             else:

@@ -63,8 +63,10 @@ def quiet(engine):
         time.sleep(0.01)
 
 
-def test_a_chat_whole_and_streamed(endpoint):
+def test_a_chat_whole_and_streamed(endpoint, monkeypatch):
     client, engine = endpoint
+    step = engine.rows.step  # pieces that come at once are one event
+    monkeypatch.setattr(engine.rows, "step", lambda *arguments: time.sleep(0.03) or step(*arguments))
     reply = client.ask(CHAT, message("king", model="tiny", **GREEDY))
     text = expected_text(engine, "king", 14)
     (choice,) = reply.json["choices"]
@@ -232,6 +234,7 @@ def test_too_many_clients_are_told_when_to_come_again(endpoint, monkeypatch):
     "arguments, message",
     [
         (["--max-chats", "0"], "--max-chats 0 must be 1 or more"),
+        (["--max-pause-ms", "0"], "--max-pause-ms 0.0 must be above 0"),
         (["--timeout", "nan"], "--timeout nan must be above 0"),
         (["--cache-gib", "1e-6"], "has no room for two rows"),
         (["--max-connections", "100000000000"], "needs more open files than"),
@@ -250,6 +253,12 @@ def test_the_command_refuses(files, arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("retention_gates.recipes.serve.load_model", lambda *_, **__: pytest.fail("weights"))
     assert main(["serve", "--adapter", str(files.adapter), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pause_and_a_chunk_size_contradict_each_other(files, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--adapter", str(files.adapter), "--max-pause-ms", "50", "--prefill-chunk-size", "64"])
+    assert stopped.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_base_is_refused_before_weights_are_loaded(files, tmp_path, capsys, monkeypatch):
