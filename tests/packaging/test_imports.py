@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("src", "kernels", "gates", "trainers", "data", "checkpoints", "recipes")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")) if "results" not in path.parts]
+KNOWN = packages_distributions()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEPENDENCIES = {canonicalize_name(Requirement(each).name) for each in PROJECT["project"]["dependencies"]}
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -41,8 +42,7 @@ def names(path: Path, *, inside: bool) -> set[str]:
 
 
 def distributions(modules: set[str]) -> set[str]:
-    known = packages_distributions()
-    return {canonicalize_name(each) for name in modules for each in known.get(name, [name])}
+    return {canonicalize_name(each) for name in modules for each in KNOWN.get(name, [name])}
 
 
 def test_what_is_imported_at_the_top_is_a_dependency():
