@@ -1,4 +1,4 @@
-"""Which rank computes which row of a step, so that no rank waits long for another."""
+"""Assigns the rows of a step to ranks, so that no rank waits long for another."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

@@ -143,7 +143,7 @@ class _Chat:
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
-        """What matches the tokens that are one string each, such as the end of a turn."""
+        """Gives a pattern for the tokens that are one string each, such as the end of a turn."""
         words = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, words)) if words else r"(?!)")
 

@@ -1,4 +1,4 @@
-"""What documents a run trains on, in a form that a checkpoint can hold and a later start can compare."""
+"""Facts about a run's documents, in a form that a checkpoint can hold and a later start can compare."""
 
 import hashlib
 from collections.abc import Sequence

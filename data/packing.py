@@ -75,7 +75,7 @@ class PackedRows(Dataset[Row]):
         return document_facts(self.documents)
 
     def pieces(self, index: int) -> list[Piece]:
-        """What row `index` is made of."""
+        """The pieces that make up row `index`."""
         return [Piece(*piece) for piece in self._pieces[self._starts[index] : self._starts[index + 1]].tolist()]
 
     def __getitem__(self, index: int) -> Row:

@@ -18,7 +18,7 @@ EXAMPLES = 3  # bad rows of which a report says what is wrong
 
 @dataclass
 class Reading:
-    """What was read of a source."""
+    """The rows that were read of a source, and those that were not."""
 
     source: str
     documents: int = 0

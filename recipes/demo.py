@@ -74,7 +74,7 @@ def near(path: str | Path) -> str:
 
 
 def find_model(wanted: str | None, output: Path) -> Source:
-    """What was asked for, else what an earlier start has used, else the Hub's if it answers, else the package's."""
+    """Chooses the model: as asked for, else an earlier start's, else the Hub's if it answers, else the package's."""
     if wanted:
         return Source(wanted)
     if (output / RUN_FILE).exists():
@@ -168,7 +168,7 @@ def introduce(source: Source, output: Path, steps: list[Step], is_default: bool)
 
 
 def standing(output: Path) -> str:
-    """How far training has come, in words that end no sentence."""
+    """Says how far training has come, as part of a sentence."""
     if (output / ADAPTER / CONFIG_NAME).exists():
         return "the gates are trained, and what is scored is kept"
     checkpoints = checkpoints_in(output)

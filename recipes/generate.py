@@ -192,7 +192,7 @@ def _figures(held: str, tokens: int, times: list[float]) -> str:
 
 
 def _agreement(bounded: list[int], full: list[int]) -> str:
-    """How long two continuations stay the same."""
+    """Counts the tokens for which two continuations stay the same."""
     if bounded == full:
         return f"both continuations have the same {len(full)} tokens"
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(bounded, full, strict=False)))

@@ -1,1 +1,1 @@
-"""How gates are trained and judged: arguments, losses, the trainer and evaluation under real eviction."""
+"""Training and evaluation of gates: arguments, losses, the trainer and evaluation under real eviction."""

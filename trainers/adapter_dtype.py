@@ -1,4 +1,4 @@
-"""How an adapter's numbers are stored: gates work in fp32, and 16 bits are enough to keep them."""
+"""Storage of an adapter's numbers: gates work in fp32, and 16 bits are enough to keep them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How many tokens each head keeps alive: what calibrated budgets are divided by."""
+"""Measures how many tokens each head keeps alive; calibrated budgets are in proportion to it."""
 
 import torch
 from torch import nn

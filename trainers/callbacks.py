@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress line, log.jsonl, and averages over the steps between two logs."""
+"""Reports a run's progress: a progress line, log.jsonl, and averages over the steps between two logs."""
 
 import json
 import math

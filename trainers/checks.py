@@ -1,4 +1,4 @@
-"""What a model must be before its gates can be trained."""
+"""Checks of a model before its gates are trained."""
 
 import warnings
 from collections.abc import Iterator, Sequence

@@ -229,12 +229,12 @@ class RetentionTrainingArguments(TrainingArguments):
 
     @property
     def longest_stretch(self) -> float:
-        """How many times longer than its gate says a token is seen at most."""
+        """The most times longer than its gate says that a token is seen."""
         return 1.0 if self.largest_memory_size is None else self.largest_memory_size / self.memory_size
 
     @property
     def row_groups(self) -> int:
-        """How many ranks, or groups of ranks that share rows, see rows of their own."""
+        """The number of ranks, or of groups of ranks that share rows, with rows of their own."""
         return self.world_size // self.ranks_per_row
 
     def _settle_row_groups(self) -> None:

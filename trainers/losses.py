@@ -25,7 +25,7 @@ def capacity_loss(
     normalisation: CapacityNormalisation = "length",
     scope: CapacityScope = "head",
 ) -> CapacityLoss:
-    """What the gates would hold above `memory_size` entries per KV head, relative to what there is to hold.
+    """The mass that the gates retain above `memory_size` entries per KV head, relative to the tokens so far.
 
     "length": the mean over layers, KV heads and steps of max(0, S_t - M) / t, t the step's 1-based position in its
     document (TRIM-KV, arXiv 2512.03324). "excess", as in the authors' released code: the mean of

@@ -1,4 +1,4 @@
-"""What the gates have learnt, as two pictures: retained mass per layer and head, and the half-lives of tokens."""
+"""Draws what the gates have learnt: retained mass per layer and head, and the half-lives of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

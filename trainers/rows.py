@@ -135,7 +135,7 @@ def packed_documents(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def next_token_targets(labels: torch.Tensor, documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each position has to predict.
+    """Gives the token that each position has to predict.
 
     Args:
         labels: [B, T], the row's own tokens or -100.
@@ -168,7 +168,7 @@ def set_shares(batches: Sequence[dict[str, Any]], accelerator: Accelerator) -> N
 
 
 def forward_arguments(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a gated model is called with, to give hidden states [B, T, C]."""
+    """Gives the arguments with which a gated model returns hidden states [B, T, C]."""
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],

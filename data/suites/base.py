@@ -1,4 +1,4 @@
-"""What the suites share: a record of a data set becomes questions with reference answers and a scorer."""
+"""The common part of all suites: a record of a data set becomes questions with reference answers and a scorer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

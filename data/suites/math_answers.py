@@ -23,7 +23,7 @@ def check_installed(suite: str) -> None:
 
 
 def boxed(answer: str) -> str | None:
-    r"""What stands in the last \boxed{...} or \fbox{...}, with braces inside it; None if there is none."""
+    r"""Gives the content of the last \boxed{...} or \fbox{...}, with braces inside it; None if there is none."""
     start = max(answer.rfind(r"\boxed{"), answer.rfind(r"\fbox{"))
     if start < 0:
         return None

@@ -16,7 +16,7 @@ STAY = re.compile(r"\b(\d+)-(\d+)\b")
 
 
 def tagged(answer: str, tag: str) -> str | None:
-    """What stands between <tag> and </tag>."""
+    """Gives the text between <tag> and </tag>."""
     found = re.search(rf"<{tag}>(.*?)</{tag}>", answer, flags=re.DOTALL)
     return found.group(1).strip() if found else None
 

@@ -1,4 +1,4 @@
-"""What the recall tasks share: examples of an exact length, made from a seed and filler text."""
+"""The common part of the recall tasks: examples of an exact length, made from a seed and filler text."""
 
 import zlib
 from abc import ABC, abstractmethod
@@ -92,7 +92,7 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
-        """What `build_task` takes: the kind, and each setting that is not the usual one."""
+        """The name that `build_task` takes: the kind, and each setting that is not the usual one."""
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
         return self.kind + (":" if changed else "") + ",".join(f"{name}={value}" for name, value in changed)
 

@@ -116,7 +116,7 @@ def leaks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _key(record: dict[str, Any], part: str) -> tuple[Any, ...]:
-    """What names a part's example and contender; `length` and `seed` may tell runs apart."""
+    """The fields that name a part's example and contender; `length` and `seed` may tell runs apart."""
     task = record["task"].removesuffix(f"/{part}")
     return task, *(record.get(name) for name in ("length", "seed", "row", "policy", "memory_size", "budgets"))
 

@@ -1,4 +1,4 @@
-"""What an adapter of retention gates is, apart from its weights."""
+"""The configuration of an adapter of retention gates."""
 
 import copy
 import difflib

@@ -12,7 +12,7 @@ from retention_gates.gates.adapter.modes import temporarily
 
 @dataclass
 class Recording:
-    """What gated layers said in one forward pass, in the order of the layers."""
+    """Outputs of the gates in one forward pass, in the order of the layers."""
 
     layerwise: bool
     log_beta: list[torch.Tensor] = field(default_factory=list)  # [B, H, T] each, protected tokens at 0

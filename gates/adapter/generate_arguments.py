@@ -1,4 +1,4 @@
-"""What `generate` is asked, before it runs: what a cache that forgets cannot do, and how a long prompt is read."""
+"""Checks the arguments of `generate`: requests that a bounded cache cannot serve, and chunks of long prompts."""
 
 import hashlib
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Who is evicted: the trained gates, and the untrained rivals that they are measured against."""
+"""Eviction policies: the trained gates, and the untrained rivals that they are measured against."""
 
 import difflib
 

@@ -1,4 +1,4 @@
-"""What one layer of a cache keeps: the policy, with everything that a run chooses."""
+"""The rule by which one layer of a cache keeps entries: the policy, with everything that a run chooses."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class EvictionRule:
 
     @property
     def instruction(self) -> tuple[Span, ...]:
-        """What the caller pinned beside the first tokens."""
+        """Spans that the caller pinned beside the first tokens."""
         return self.protected[1:]
 
     def setting(self, rows: int, scale: float, device: torch.device) -> Setting:
@@ -110,7 +110,7 @@ class EvictionRule:
     def new_tokens(
         self, log_beta: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: torch.Tensor
     ) -> NewTokens:
-        """What the policy gets to see of log_beta [B, H, T], key and value [B, H, T, D] and offset [B, T]."""
+        """Gives the policy its view of log_beta [B, H, T], key and value [B, H, T, D] and offset [B, T]."""
         return NewTokens(log_beta, key, value, offset, self.seed, self.layer)
 
 

@@ -1,4 +1,4 @@
-"""What a layer's KV heads hold, as a policy sees it."""
+"""The entries of a layer's KV heads, as a policy sees them."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -8,7 +8,7 @@ import torch
 
 
 class Setting(NamedTuple):
-    """What does not change from step to step."""
+    """Settings that stay the same from step to step."""
 
     budgets: torch.Tensor  # int64 [B, H], entries per KV head
     scale: float  # what q k is multiplied with
@@ -59,7 +59,7 @@ class Held:
 
     @property
     def exists(self) -> torch.Tensor:
-        """Which places hold an entry, bool [B, H, S]."""
+        """True where a place holds an entry, bool [B, H, S]."""
         return self.positions >= 0
 
     @property
@@ -86,7 +86,7 @@ class Held:
         return inside
 
     def along_positions(self, change: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """What `change` makes of x [B, H, S] with the entries in order of position, the empty places first."""
+        """Applies `change` to x [B, H, S] with the entries in order of position, the empty places first."""
         order = self.positions.argsort(dim=2)
         changed = change(x.masked_fill(~self.exists, 0.0).gather(2, order))
         return torch.empty_like(changed).scatter_(2, order, changed)

@@ -10,7 +10,7 @@ WINDOW = 32  # queries
 
 
 def priority(held: Held) -> torch.Tensor:
-    """What the window's queries gave an entry when they attended, added up (the paper's sum fusion).
+    """The attention that the window's queries gave an entry, added up (the paper's sum fusion).
 
     The window is the last 32 tokens, which stay (half of the budget if that is less).
 

@@ -1,4 +1,4 @@
-"""What a policy is: the rule that decides which entry of a head goes first."""
+"""The form of a policy: the rule that decides which entry of a head goes first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def first_of_state(held: Held) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What all policies say. The entry of lowest priority goes first; of equals, the lowest position."""
+    """The fields that all policies share. The entry of lowest priority goes first; of equals, the lowest position."""
 
     name: str
     needs_gates: bool = False  # trained ones, that is; without, log_beta is ignored

@@ -1,4 +1,4 @@
-"""What the last queries attend to, and its neighbours."""
+"""Entries that the last queries attend to stay, and their neighbours."""
 
 import torch
 import torch.nn.functional as F

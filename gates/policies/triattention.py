@@ -21,7 +21,7 @@ def observe(held: Held, weights: torch.Tensor) -> torch.Tensor:
 
 
 def priority(held: Held) -> torch.Tensor:
-    """What queries 1, 2, 4, ... 65,536 tokens ahead will give a key, from the centre of the queries so far.
+    """Estimates what queries 1, 2, 4, ... 65,536 tokens ahead will give a key, from the centre of the queries so far.
 
     For each pair of channels that the rotary embedding turns together, with q its query and k its key as complex
     numbers before rotation, w its frequency and d the distance: |E q| |k| cos(w d + arg E q - arg k), plus

@@ -1,4 +1,4 @@
-"""Which choices make better gates: variants of one recipe, several seeds each, scored under real eviction.
+"""Compares choices that may make better gates: variants of one recipe, several seeds each, scored under real eviction.
 
     python recipes/bench/ablation.py recipes/bench/ablation.yaml            # trains and scores; wants a GPU
     python recipes/bench/ablation.py recipes/bench/ablation.yaml --table    # what has been measured so far
@@ -49,7 +49,7 @@ RESULTS = "results.jsonl"
 
 @dataclass
 class Evaluation:
-    """What every run is scored on."""
+    """The data that every run is scored on."""
 
     memory_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256])  # mean entries per KV head
     budgets: list[str] = field(default_factory=lambda: ["calibrated"])
@@ -177,7 +177,7 @@ class Bench:
 
 
 def _texts_of(config: RunConfig) -> list[Any]:
-    """What decides which documents there are, and which of them are for tests."""
+    """Gives the settings that decide which documents there are, and which of them are for tests."""
     data = config.data
     drawn = any(source.limit is not None or source.token_budget is not None for source in data.sources)
     seed = config.training.seed if drawn else None

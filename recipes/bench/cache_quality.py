@@ -1,4 +1,4 @@
-"""What bounded memory loses on a real model, through the cache that users have: budgets, and entries of 8 bits.
+"""Measures what bounded memory loses on a real model, through `BoundedCache`: budgets, and entries of 8 bits.
 
     python recipes/bench/cache_quality.py --adapter out/demo/adapter --memory-size 64
 
@@ -66,7 +66,7 @@ def recalled(model: Any, cache: Any, prompt: list[int], answer: list[int]) -> bo
 
 
 def spread_of(cache: BoundedCache) -> str:
-    """How differently the heads and the layers of global budgets hold at the end."""
+    """Measures how unequal the heads and the layers of global budgets are at the end."""
     counts = torch.stack(
         [
             torch.stack([(layer.positions(head) >= 0).sum(1) for head in range(layer.pool.heads)])

@@ -226,7 +226,7 @@ def contenders(
 
 
 def setting(name: str, model: PeftModel, memory_size: int) -> AbstractContextManager[Any]:
-    """What a contender of this name runs in."""
+    """Gives the settings in which a contender of this name runs."""
     if name.startswith("kvpress"):
         return pressed(model, memory_size)
     return model.disable_adapter() if name.startswith("full") else nullcontext()

@@ -112,6 +112,6 @@ def pressed(model: PeftModel, memory_size: int, interval: int = 16) -> Iterator[
 
 
 def _with_cache_position(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """What transformers from 5.3 on leaves out and kvpress 0.5.5 looks at; on the host, as it waits for it."""
+    """Adds an argument that kvpress 0.5.5 reads and transformers leaves out from 5.3 on; on the host."""
     past, tokens = find_cache(kwargs).get_seq_length(module.layer_idx), kwargs["hidden_states"].shape[1]
     return args, kwargs | {"cache_position": torch.arange(past, past + tokens)}

@@ -107,7 +107,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def products(inputs: tuple[torch.Tensor, ...], chunk_size: int = 1536) -> None:
-    """What is left of the loss without the passes over the logits."""
+    """Computes the rest of the loss, without the passes over the logits."""
     student, teacher, weight, _ = inputs
     hidden = student.detach()
     first, second = (weight.new_empty(chunk_size, len(weight)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""How long it takes to compare 10 policies at 4 budgets on 16 rows of 2,048 tokens of a model of SmolLM2-135M's shape.
+"""Measures the time to compare 10 policies at 4 budgets on 16 rows of 2,048 tokens of a model of SmolLM2-135M's shape.
 
     python recipes/bench/evaluation.py                        # on a GPU, bf16: the goal is 60 s
     python recipes/bench/evaluation.py --rows 2 --length 512  # a smaller one

@@ -1,4 +1,4 @@
-"""What every benchmark does in the same way: device time, memory, one printed table, JSON lines."""
+"""The common part of every benchmark: device time, memory, one printed table, JSON lines."""
 
 import json
 import time

@@ -104,7 +104,7 @@ def random_death(rng: random.Random, duration: float, output_dir: Path) -> Calla
 
 
 def outcome(output_dir: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """What a run logged of its steps and evaluations, and the adapter's file."""
+    """Gives the log of a run's steps and evaluations, and the adapter's file."""
     lines = [json.loads(line) for line in (output_dir / LOG_NAME).read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line or any(key.startswith("eval_") for key in line)]
     told = [{key: value for key, value in line.items() if not key.startswith(UNREPEATABLE)} for line in steps]

@@ -86,7 +86,7 @@ class Expected(NamedTuple):
 
 
 def expect(log_beta: torch.Tensor, *, positive: bool = False) -> Expected:
-    """What [1, R, T] should give for a normal gradient of S, or with `positive` for its absolute value."""
+    """Expected results for [1, R, T], given a normal gradient of S, or with `positive` its absolute value."""
     generator = torch.Generator(log_beta.device).manual_seed(1)
     gradient = torch.randn(log_beta.shape, generator=generator, device=log_beta.device)
     gradient = gradient.abs() if positive else gradient

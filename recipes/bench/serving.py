@@ -44,7 +44,7 @@ TICK = 0.005  # seconds between two looks at the engine
 
 @dataclass
 class Stream:
-    """What one client saw."""
+    """The events that one client saw."""
 
     tokens: int = 0
     failure: str | None = None

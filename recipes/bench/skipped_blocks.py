@@ -1,4 +1,4 @@
-"""What trained gates gain from skipping blocks that cannot weigh anything, on the queries and keys of a real text.
+"""Measures what trained gates gain from skipping blocks without weight, on the queries and keys of a real text.
 
     python recipes/bench/skipped_blocks.py --adapter out/run/adapter --length 8192
 

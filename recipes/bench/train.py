@@ -1,4 +1,4 @@
-"""What training costs: one case per figure.
+"""Measures what training costs: one case per figure.
 
     python recipes/bench/train.py --case step       # tokens/s at T = 16,384 and its share of the matrix limit
     python recipes/bench/train.py --case long       # one row of 131,072 tokens: seconds and peak memory

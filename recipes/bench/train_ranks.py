@@ -1,4 +1,4 @@
-"""What a second GPU brings: training on one and on two, over NCCL, started by accelerate launch as users start it.
+"""Measures what a second GPU brings: training on one and on two, over NCCL, started by accelerate launch.
 
     python recipes/bench/train_ranks.py --case scaling                # rows of 16,384 tokens, one per GPU
     python recipes/bench/train_ranks.py --case scaling --file zero2   # with recipes/runs/accelerate/zero2.yaml
@@ -79,7 +79,7 @@ def train(case: str, tokens: int, layers: int, found: Path) -> None:
 
 
 def launched(file: str, ranks: int, *arguments: str) -> dict[str, Any]:
-    """What the first of `ranks` processes saw started with a file of recipes/runs/accelerate."""
+    """Runs `ranks` processes and gives what the first of them saw, started with a file of recipes/runs/accelerate."""
     say(f"{ranks} with {file}.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
     launch += ["--config_file", str(RECIPES / "runs" / "accelerate" / f"{file}.yaml"), "--main_process_port", "0"]

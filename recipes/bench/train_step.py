@@ -88,7 +88,7 @@ def make_trainer(model: PeftModel, batch: Batch, folder: Path) -> RetentionTrain
 
 
 def gated_step(trainer: RetentionTrainer, batch: Batch) -> Tensor:
-    """What the trainer does in a step, with the loss that it logs."""
+    """Does what the trainer does in a step, with the loss that it logs."""
     optimizer = trainer.optimizer
     assert optimizer is not None
     loss = trainer.compute_loss(trainer.model, dict(batch))

@@ -52,7 +52,7 @@ class TextSection:
 
 @dataclass
 class TaskEntry:
-    """How long a recall task's examples are, and how many there are for each length and seed."""
+    """The lengths of a recall task's examples, and their number for each length and seed."""
 
     lengths: list[int] | None = None  # tokens; None: as long as the text's passages
     examples: int = 16
@@ -60,7 +60,7 @@ class TaskEntry:
 
 @dataclass
 class ContenderSection:
-    """Who is compared: every policy with every kind of budgets that has a meaning for it, at every memory size."""
+    """The contenders: every policy with every kind of budgets that has a meaning for it, at every memory size."""
 
     policies: list[str] | None = None  # None: all that can run with the model
     budgets: list[str] | None = None  # None: all that the adapter has
@@ -142,7 +142,7 @@ class ComparisonConfig:
 
     @property
     def held_out(self) -> str | None:
-        """Which works the text is from, in words."""
+        """Says in words which works the text is from."""
         if self.text.test_works:
             return ", ".join(self.text.test_works)
         if self.text.test_fraction is not None:
@@ -156,7 +156,7 @@ SECTIONS = ("models", "text", "tasks", "contenders", "run")
 
 
 def read_comparison(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """What a YAML file says, changed by overrides such as `text.rows=2` or `models.small.adapter=out/adapter`.
+    """Reads a YAML file, changed by overrides such as `text.rows=2` or `models.small.adapter=out/adapter`.
 
     Raises:
         ValueError: for a file that is no YAML mapping, and an override that is none.

@@ -127,7 +127,7 @@ def run_lm_eval(
     batch_size: int = 1,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """What each contender, and the full cache, scores: one record per document, metric and contender.
+    """Scores each contender and the full cache: one record per document, metric and contender.
 
     A record's task is "TASK/METRIC", or "TASK/FILTER/METRIC" where the task filters answers; its `score` is the
     metric's value for this document, and `answer` what was written, if anything was. Metrics of a corpus as a whole,

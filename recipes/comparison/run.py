@@ -180,7 +180,7 @@ def _compare(source: Source, config: ComparisonConfig, start: int, store: Result
 
 
 def _unfit(policies: list[str], model: "nn.Module") -> dict[str, str]:
-    """Which of the policies cannot run with a model that is loaded, and why."""
+    """Gives the policies that cannot run with a model that is loaded, and why."""
     reasons = {}
     for name in policies:
         policy = find_policy(name)
@@ -218,7 +218,7 @@ def _blocks(config: ComparisonConfig, tokenizer: "PreTrainedTokenizerBase", star
 
 
 def _shown(model: "nn.Module", rows: "Sequence[torch.Tensor]", chosen: "Sequence[Contender]") -> Shown | None:
-    """What heat maps show: half-lives over some rows, and what is kept of the first, at the middle memory size."""
+    """Content of the heat maps: half-lives over some rows, and entries kept of the first, at the middle size."""
     gated = [contender for contender in chosen if find_policy(contender.policy).needs_gates]
     if not gated:
         return None

@@ -28,7 +28,7 @@ from retention_gates.trainers.evaluation.text import compare_rows
 
 @dataclass(frozen=True)
 class Block:
-    """What is drawn together: rows of text or examples of a task, of one length and seed."""
+    """A group that is drawn together: rows of text or examples of a task, of one length and seed."""
 
     task: str
     length: int  # tokens

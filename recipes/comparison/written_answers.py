@@ -155,7 +155,7 @@ def markdown(header: dict[str, Any], summaries: "Sequence[Summary]", reference: 
 
 
 def facts_of(header: dict[str, Any]) -> list[str]:
-    """What was run, a line each; names are in backticks."""
+    """Lists what was run, a line each; names are in backticks."""
     name = without_folders(header["model"])
     file = f" (`{header['gguf_file']}`)" if header["gguf_file"] else ""
     drawn = "the likeliest token each time"

@@ -1,1 +1,1 @@
-"""What commands share: YAML files, models, texts, output folders, and where results come from."""
+"""Shared by the commands: YAML files, models, texts, output folders, and where results come from."""

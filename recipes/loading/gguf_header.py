@@ -1,4 +1,4 @@
-"""What a GGUF file says of positions, and transformers' loader leaves out without a word."""
+"""Reads what a GGUF file says of positions and transformers' loader silently leaves out."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ class GgufFacts(NamedTuple):
 
 
 def check_gguf(path: str | Path, load_config: Callable[[], PreTrainedConfig]) -> GgufFacts:
-    """What the file says; raises ValueError if the model would attend to other positions than that.
+    """Returns what the file says; raises ValueError if the model would attend to other positions than that.
 
     Gates would be trained, and texts written, at wrong angles or across the edge of a window.
 

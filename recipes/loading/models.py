@@ -87,7 +87,7 @@ def load_base(
 
 
 def working_dtype(dtype: str, device: torch.device, *, is_gguf: bool) -> str:
-    """What "auto" means on a device, which remains "auto" where the model's config says it."""
+    """Resolves "auto" for a device; it remains "auto" where the model's config says it."""
     if dtype != "auto":
         return dtype
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What is said of written answers: how contenders compare, how long answers are, and which of them differ."""
+"""Tables of written answers: how contenders compare, how long answers are, and which of them differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the reports are made of, and what both of them say of it."""
+"""The content of the reports, and the words that both of them use."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ Key = tuple[str, int, str]  # policy, memory size, budgets
 
 @dataclass
 class Shown:
-    """What the heat maps show of the gates."""
+    """The parts of the gates that heat maps show."""
 
     half_lives: "torch.Tensor"  # [layers, H], tokens
     rows: int  # that the medians are over
@@ -81,12 +81,12 @@ class ModelReport:
 
 
 def metric_of(task: str) -> str:
-    """What contenders are ranked and paired by."""
+    """The metric by which contenders are ranked and paired."""
     return "kl" if task == TEXT else "token_accuracy"
 
 
 def metric_in(summaries: "Sequence[Summary]") -> str:
-    """What contenders of one panel are ranked and paired by: their task's metric, or the score of written answers."""
+    """The metric that ranks and pairs one panel's contenders: their task's, or the score of written answers."""
     first = summaries[0]
     return "score" if "score" in first.scores else metric_of(first.task)
 

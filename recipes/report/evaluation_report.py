@@ -84,7 +84,7 @@ def markdown(header: dict[str, Any], models: Sequence[ModelReport]) -> str:
 
 
 def introduction(models: Sequence[ModelReport]) -> str:
-    """What is measured, and its unit, for somebody who has never heard of it."""
+    """Explains what is measured, and its unit, for somebody who has never heard of it."""
     sizes = sorted({size for model in models for size in memory_sizes(model.summaries)})
     return (
         f"Every policy keeps the same number of entries per KV head at every step, {' or '.join(map(str, sizes))} on "
@@ -97,7 +97,7 @@ def introduction(models: Sequence[ModelReport]) -> str:
 
 
 def facts(header: dict[str, Any], models: Sequence[ModelReport]) -> list[str]:
-    """What was run, a line each; names are in backticks."""
+    """Lists what was run, a line each; names are in backticks."""
     seeds = ", ".join(map(str, header["seeds"]))
     lines = []
     for model in models:
@@ -126,7 +126,7 @@ def facts(header: dict[str, Any], models: Sequence[ModelReport]) -> list[str]:
 
 
 def legend(models: Sequence[ModelReport]) -> list[str]:
-    """How numbers are to be read, a line each."""
+    """Explains how numbers are to be read, a line each."""
     reference = next((model.reference for model in models if model.reference), None)
     lines = [
         "Entries per head: the mean number of cached tokens that a KV head keeps, prefill and decode alike. Uniform "

@@ -1,4 +1,4 @@
-"""What all pictures are made with: a figure of its own, saved as PNG or as SVG that takes on a page's colours."""
+"""Makes the figures of all pictures, saved as PNG or as SVG that takes on a page's colours."""
 
 import html
 import io

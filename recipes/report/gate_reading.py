@@ -1,4 +1,4 @@
-"""What gates say of a text, and what a bounded cache does with it."""
+"""Reads a text with the gates, and follows what a bounded cache does with it."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NEAR_THE_MEAN = 1.5  # a head's budget times or by this is still near the mean o
 
 @dataclass
 class Reading:
-    """What the gates say of one text, and what a bounded cache does with it."""
+    """The gates' outputs for one text, and what a bounded cache does with it."""
 
     half_lives: "torch.Tensor"  # [layers, H, T], in tokens; infinite where protected
     eviction_times: "torch.Tensor"  # [layers, H, T], first step at which a token is no longer seen; T: never

@@ -36,7 +36,7 @@ TICKS = (1, 2, 3, 5, 7)  # of each power of ten
 
 @dataclass(frozen=True)
 class Style:
-    """How a policy with one kind of budgets is drawn, in every picture."""
+    """The style of a policy with one kind of budgets, in every picture."""
 
     colour: str
     marker: str
@@ -75,7 +75,7 @@ def colours_of(panels: "Sequence[tuple[str, Sequence[Summary]]]") -> dict[str, s
 
 
 def style_of(policy: str, budgets: str | None, colours: dict[str, str]) -> Style:
-    """How a contender is drawn: gates broad, dashed or not; others by their place among the policies.
+    """The style of a contender: gates broad, dashed or not; others by their place among the policies.
 
     Args:
         colours: by name, as `colours_of` gives them.

@@ -1,4 +1,4 @@
-"""Who may ask: keys, hosts, origins of pages, and the content type."""
+"""Access control: keys, hosts, origins of pages, and the content type."""
 
 import secrets
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ METHODS = "GET, HEAD, POST, OPTIONS"
 
 @dataclass(frozen=True)
 class Rules:
-    """What a request must bring.
+    """The conditions that a request must meet.
 
     Args:
         keys: one of them as a bearer token; none: no key is needed.

@@ -27,7 +27,7 @@ CHARACTERS_PER_TOKEN = 16  # of the context; texts in a natural language have 1 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may take."""
+    """Limits on one request."""
 
     context: int  # tokens of prompt and answer together
     most_tokens: int  # of an answer

@@ -21,7 +21,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a chat ended: reason "stop", "length" or "cancelled", or an error; counts in tokens."""
+    """The end of a chat: reason "stop", "length" or "cancelled", or an error; counts in tokens."""
 
     reason: str
     prompt_tokens: int

@@ -23,7 +23,7 @@ UNHEALTHY = 3  # steps that fail in a row
 
 @dataclass
 class Counts:
-    """What has happened since the start."""
+    """Counts of events since the start."""
 
     ended: dict[str, int] = field(default_factory=dict)  # chats by how they ended
     refused: int = 0  # chats for which there was no place

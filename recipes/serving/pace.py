@@ -1,4 +1,4 @@
-"""How much of a prompt is read between two steps, by what running chats may notice of it."""
+"""Chooses how much of a prompt is read between two steps, by how long running chats may pause."""
 
 import time
 

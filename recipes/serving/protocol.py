@@ -1,4 +1,4 @@
-"""What a request's JSON may say: everything is checked, and nothing that was asked for is left out in silence."""
+"""The fields that a request's JSON may have: all are checked, and none that was asked for is silently left out."""
 
 import secrets
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ LEAST_TEMPERATURE = 1e-20  # in fp32 logits differ by more, so that below it onl
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks for. A temperature of 0 takes the likeliest token."""
+    """The sampling that a request asks for. A temperature of 0 takes the likeliest token."""
 
     max_tokens: int
     temperature: float = 1.0

@@ -55,7 +55,7 @@ class ServedChat:
         return text
 
     async def _news(self) -> str:
-        """What has come since: more than one piece, where clients are many and steps short."""
+        """Gives the pieces that have come since: more than one piece, where clients are many and steps short."""
         text, one = "", await self.events.get()
         while not isinstance(one, Ended):
             text += one

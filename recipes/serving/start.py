@@ -1,4 +1,4 @@
-"""What can be known of a model and its memory before its weights are loaded."""
+"""Checks of a model and its memory before its weights are loaded."""
 
 from pathlib import Path
 
@@ -73,6 +73,6 @@ def check_memory(model: nn.Module, row: int, chats: int, device: torch.device, d
 
 
 def client_name(adapter: str) -> str:
-    """What clients call the model if nothing else was said: a name of the Hub, of a folder its last part only."""
+    """The name by which clients call the model by default: a name of the Hub, of a folder its last part only."""
     folder = Path(adapter)
     return folder.resolve().name if folder.exists() else adapter

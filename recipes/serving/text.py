@@ -47,7 +47,7 @@ class TextStream:
         self._taken = 0  # characters of the open tokens' text that are in `text`
 
     def add(self, token: int) -> str:
-        """What the token makes certain; sets `is_stopped` if a stop string is complete, of which nothing is given."""
+        """Returns the text that the token makes certain; a complete stop string sets `is_stopped` instead."""
         if token in self.stop_ids:
             self.is_stopped = True
             return self._give(len(self.text))
@@ -71,7 +71,7 @@ class TextStream:
         return self._give(len(self.text))
 
     def _settle(self, *, is_text: bool) -> None:
-        """What is open becomes the context of what comes next; not if it is unknown, which would make that unknown."""
+        """Makes the open text the context of the next tokens, unless it is unknown, as those would then be too."""
         if is_text:
             alone = self._decoded(self._open)  # nothing, of special tokens; unknown, at the end of a character
             is_context = alone and UNKNOWN not in alone

@@ -41,7 +41,7 @@ MIB = 2**20
 
 
 class RunsCode:
-    """What a malicious pickle looks like: unpickling it makes a file."""
+    """An object like that of a malicious pickle: unpickling it makes a file."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -228,7 +228,7 @@ def _huge_gate(rng: random.Random, folder: Path) -> None:
 
 
 def _hostile_pattern(rng: random.Random, folder: Path) -> None:
-    """What PEFT would match with the names of all modules."""
+    """Gives a pattern that PEFT would match with the names of all modules."""
     pattern = rng.choice(["(", "\\", "(a|a)" * 40 + "b", r"(\w|\w)" * 4000, "[", "a|" * 40_000, r"a\.(0)\.b" * 9000])
     write_config(folder, {**read_config(folder), "target_modules": pattern})
 

@@ -127,7 +127,7 @@ def _difference(model: Any, adapter: Path) -> str | None:
 
 
 def _state(base: Any) -> tuple:
-    """What the base model is made of, and the attention it names."""
+    """Gives the base model's tensors, and the attention it names."""
     return tuple((name, type(module)) for name, module in base.named_modules()), attention_implementation(base.config)
 
 

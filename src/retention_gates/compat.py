@@ -1,4 +1,4 @@
-"""What this package needs to know of other packages: the releases it was tested with, and their private names."""
+"""Facts about other packages that this one depends on: the releases it was tested with, and their private names."""
 
 import sys
 import warnings

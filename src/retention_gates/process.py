@@ -1,4 +1,4 @@
-"""How this process was started: as the command, or as a program that imports the package."""
+"""Tells whether this process was started as the command or as a program that imports the package."""
 
 import sys
 from pathlib import Path

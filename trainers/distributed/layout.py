@@ -1,4 +1,4 @@
-"""How a run is spread over processes, what of that must stay the same, and launches that are not what they seem."""
+"""The layout of a run over processes, the parts of it that must stay the same, and checks of the launch."""
 
 import logging
 import os
@@ -81,7 +81,7 @@ def accumulation_steps(rows_per_step: int, rows_per_pass: int, ranks: int) -> in
 
 
 def engine_of(args: TrainingArguments) -> str:
-    """What holds the optimiser's state: "deepspeed", "fsdp", or "replicated" where every rank has all of it."""
+    """Names what holds the optimiser's state: "deepspeed", "fsdp", or "replicated" where every rank has all of it."""
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return "deepspeed"
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -114,7 +114,7 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
 
 
 def run_facts(args: "RetentionTrainingArguments", base_model: str | None) -> dict[str, Any]:
-    """What a checkpoint notes of the run that wrote it.
+    """Gives the facts that a checkpoint notes of the run that wrote it.
 
     Row i of a run is the same whoever computes it, and step s takes the rows from s * rows_per_step on, so that a
     resumed run sees the same rows in the same order as long as rows_per_step and seed stay the same.

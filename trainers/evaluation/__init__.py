@@ -1,1 +1,1 @@
-"""How memories of bounded size are scored, and compared."""
+"""Scores and compares memories of bounded size."""

@@ -27,7 +27,7 @@ def with_pinned(chosen: Sequence[Contender], examples: Sequence["Example"]) -> l
 
 
 class Example(Protocol):
-    """What a recall task gives: token ids of the prompt, and of the answer that belongs behind it.
+    """An example of a recall task: token ids of the prompt, and of the answer that belongs behind it.
 
     It may also have `parts`, named spans of the answer, outside of which nothing is scored; and `pinned`, spans of the
     prompt for contenders that pin.

@@ -1,4 +1,4 @@
-"""What a cache takes in memory, measured on the caches themselves."""
+"""Bytes that a cache takes in memory, measured on the caches themselves."""
 
 from collections.abc import Sequence
 

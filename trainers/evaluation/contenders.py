@@ -93,7 +93,7 @@ def _fits(policy: Policy, budgets: str) -> bool:
 
 
 def name_of(contender: Contender | None) -> dict[str, Any]:
-    """What names a contender in a record; None is the full cache."""
+    """Gives the fields that name a contender in a record; None is the full cache."""
     if contender is None:
         return {"policy": FULL_CACHE, "memory_size": None, "budgets": None}
     name = find_policy(contender.policy).name + ("+pin" if contender.pin else "")

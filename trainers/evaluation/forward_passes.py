@@ -43,7 +43,7 @@ def hidden_states(
     progress: Progress,
     pinned: Sequence[tuple[int, int]] = (),
 ) -> Iterator[tuple[Sequence[Contender | None], Sequence[torch.Tensor]]]:
-    """What lm_head would get, [B, T, C] each: from the full cache, None, and then from some contenders at a time."""
+    """Gives lm_head's inputs, [B, T, C] each: from the full cache, None, and then from some contenders at a time."""
     gated = find_gated_model(model)  # passes go through what it lies in, which may put a sharded model together
     caches = [_cache_of(gated, contender, pinned) for contender in chosen]  # refused before anything is computed
     with evaluating(gated):

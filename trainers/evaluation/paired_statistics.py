@@ -23,7 +23,7 @@ LOWER_IS_BETTER = {
 
 @dataclass(frozen=True)
 class Pairing:
-    """How a contender compares with a rival on the very same rows; ties count for neither."""
+    """The comparison of a contender with a rival on the very same rows; ties count for neither."""
 
     wins: int
     losses: int

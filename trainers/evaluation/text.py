@@ -41,7 +41,7 @@ def compare_rows(
     progress: Progress = lambda count: None,
     found: Callable[[Records], Any] = lambda records: None,
 ) -> Records:
-    """What each contender loses to the full cache on text: one record per row and contender, the full cache included.
+    """Measures each contender's loss to the full cache on text: one record per row and contender, the full cache too.
 
     A record has `kl`, the mean KL(full || contender) in nats per token; `nll` and `full_nll`, the mean negative log
     likelihood of the next token; and `agreement`, the share of tokens whose most likely successor is the same.

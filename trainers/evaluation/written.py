@@ -55,7 +55,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Effort:
-    """What the answers of one contender have cost, those that were known before left out."""
+    """The cost of one contender's answers, without those that were known before."""
 
     contender: Contender | None
     answers: int
@@ -79,7 +79,7 @@ def compare_generations(
     found: Callable[[Ask, Record], Any] = lambda ask, record: None,
     spent: Callable[[Effort], Any] = lambda effort: None,
 ) -> list[Record]:
-    """What each contender, and the full cache, answers: one record per question, contender and sample.
+    """Writes and scores the answers of the full cache and each contender: a record per question, contender and sample.
 
     A record has `score`, the `answer`, `new_tokens`, its length with the end-of-sequence token, `is_cut`, whether it
     had not ended by then, and `loops`, whether its end says the same again and again.

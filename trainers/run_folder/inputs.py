@@ -1,4 +1,4 @@
-"""What a run reads: a checkpoint notes it, and a resumed run is refused if it is not the same."""
+"""The inputs of a run: a checkpoint notes them, and a resumed run is refused if they are not the same."""
 
 import hashlib
 import logging
