@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budgets",
-        help="uniform, calibrated, pyramid or adaptive (default: calibrated if the adapter has been, else uniform)",
+        help="uniform, calibrated, pyramid, adaptive or global (default: calibrated if the adapter has been, else "
+        "uniform)",
     )
     parser.add_argument(
         "--cache-dtype", metavar="KIND", help="int8 or fp8: keys and values in 8 bits (default: as the model has them)"
