@@ -154,7 +154,7 @@ def _heat_maps(model: ModelReport) -> str:
         f"With {shown.memory_size} entries per head on average, {shown.budgets} budgets; every line is a head.",
     )
     drawn = [
-        figure(svg_of(figure, title), html.escape(caption))
-        for figure, title, caption in zip((lives, kept), titles, captions, strict=True)
+        figure(svg_of(drawing, title), html.escape(caption))
+        for drawing, title, caption in zip((lives, kept), titles, captions, strict=True)
     ]
     return f'<h3>What the gates have learnt</h3><div class="panels">{"".join(drawn)}</div>'

@@ -198,7 +198,14 @@ def start(config: Path, output: Path) -> subprocess.Popen:
     )
     model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["name"]
     command = [sys.executable, "-c", script, "--model", model, "--output", str(output)]
-    return subprocess.Popen(command, cwd=output.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=output.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells ignore in the background
+    )
 
 
 def last_step(output: Path) -> int:
