@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from retention_gates import cli
 from retention_gates.recipes import train  # noqa: F401  what every start needs is imported once, here
@@ -48,6 +50,8 @@ def start_ranks(arguments: list[str], ranks: int, output: Path) -> list[int]:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             torch.set_num_threads(1)
+            # tqdm's own lock is shared by forked processes: one that is killed while it draws a bar leaves it locked
+            tqdm.set_lock(threading.RLock())
             code = 1
             try:
                 code = cli.main(["train", *arguments])

@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import sys
+import threading
 
 import torch
+from tqdm import tqdm
 
 from retention_gates import cli
 from retention_gates.recipes import train  # noqa: F401  what every start needs
@@ -46,6 +48,7 @@ def start(arguments: list[str], death: dict | None) -> int:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own is shared by forked processes, and a killed one may leave it locked
         if death is not None:
             kill_at(**death)
         code = 1
