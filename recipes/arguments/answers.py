@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from retention_gates.recipes.arguments.shared import DTYPES
+from retention_gates.recipes.arguments.shared import add_device_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,13 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="base model that answers: Hub name or folder")
     parser.add_argument("--gguf-file", metavar="NAME", help="the file inside --model that holds the weights as GGUF")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for answers.jsonl")
-    parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="auto: float32 on a CPU, else the model's own, 16 bits for GGUF (default: auto)",
-    )
+    add_device_arguments(parser)
     data = parser.add_argument_group("questions")
     data.add_argument("--split", help="split of a Hub data set (default: train)")
     data.add_argument("--subset", help="configuration of a Hub data set that has several")

@@ -20,6 +20,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter_required: bo
         "--strict-base", action="store_true",
         help="make it an error, not a warning, if the adapter was trained on a base model of another name or revision",
     )  # fmt: skip
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
     parser.add_argument(
         "--dtype",

@@ -65,13 +65,6 @@ def started(client, length, sent):
         yield line
 
 
-def wait_for(happens):
-    deadline = time.monotonic() + 10
-    while not happens():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @contextlib.contextmanager
 def served(
     files: Files,

@@ -15,16 +15,8 @@ def write_gguf(folder: Path, model: nn.Module, *, with_tokenizer: bool = False) 
     config = model.config
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_sizes(writer, config)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
     if with_tokenizer:
         letters = [*(chr(code) for code in range(33, 33 + config.vocab_size - 3)), "ab", "ca"]
         writer.add_tokenizer_model("gpt2")
@@ -40,8 +32,24 @@ def write_gguf(folder: Path, model: nn.Module, *, with_tokenizer: bool = False) 
             kind = gguf.GGMLQuantizationType.Q4_1
             array = gguf.quants.quantize(np.ascontiguousarray(array), kind)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array, raw_dtype=kind)
+    finish(writer)
+    return "tiny.gguf"
+
+
+def add_sizes(writer, config) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def finish(writer) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return "tiny.gguf"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import make_run, run_quietly
 from tqdm import tqdm
+from waiting import wait_for
 
 from retention_gates.recipes.bench import kill_resume
 
@@ -26,13 +27,6 @@ def test_two_ranks_survive_kills(tmp_path: Path, kills: int):
         assert "while saving" in done.stdout
 
 
-def wait_for(condition, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_process_killed_while_it_draws_a_bar_leaves_no_lock(tmp_path, monkeypatch):
     def main(arguments: list[str]) -> int:
         with tqdm.get_lock():
@@ -43,12 +37,12 @@ def test_a_process_killed_while_it_draws_a_bar_leaves_no_lock(tmp_path, monkeypa
     monkeypatch.setattr(kill_resume.cli, "main", main)
     tqdm.get_lock()  # the one that forked processes would share
     (held,) = kill_resume.start_ranks([str(tmp_path / "held"), "60"], 1, tmp_path / "said")
-    wait_for(lambda: (tmp_path / "held").exists())
+    wait_for(lambda: (tmp_path / "held").exists(), 20)
     os.kill(held, signal.SIGKILL)
     os.waitpid(held, 0)
     (free,) = kill_resume.start_ranks([str(tmp_path / "free"), "0"], 1, tmp_path / "said")
     try:
-        wait_for(lambda: (tmp_path / "free").exists())
+        wait_for(lambda: (tmp_path / "free").exists(), 20)
     finally:
         os.kill(free, signal.SIGKILL)
         os.waitpid(free, 0)

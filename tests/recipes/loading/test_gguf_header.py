@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tiny_gguf import add_sizes, finish
 from tiny_models import tiny_model
 
 from retention_gates.recipes.loading.gguf_header import check_gguf
@@ -34,25 +35,14 @@ def write(folder, add, architecture="llama"):
     model = tiny_model("gemma3_text" if architecture == "gemma3" else "llama")
     config = model.config
     writer = gguf.GGUFWriter(folder / "tiny.gguf", architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    add_sizes(writer, config)
     writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
     add(writer)
     if architecture == "llama":
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
         for name, tensor in model.state_dict().items():
             writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(tensor.numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return folder
 
 

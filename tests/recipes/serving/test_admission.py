@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import served, started, wait_for
+from served import served, started
 from tiny_adapter import make_files
+from waiting import wait_for
 
 from retention_gates.recipes.serving.admission import Admission, Limits, parsed
 from retention_gates.recipes.serving.chat import Refused

@@ -9,6 +9,7 @@ import torch
 from gated_models import gated_model
 from tape import TapeRecorder
 from tiny_adapter import make_files
+from waiting import wait_for
 
 from retention_gates import BoundedCache
 from retention_gates.gates.decode.recorder import RECORDERS
@@ -16,7 +17,6 @@ from retention_gates.kernels.dispatch import VARIABLE
 from retention_gates.recipes.loading.models import load_model, load_tokenizer
 from retention_gates.recipes.serving.chat import Chat, Ended, Refused
 from retention_gates.recipes.serving.engine import Engine
-from retention_gates.recipes.serving.protocol import read_wish
 from retention_gates.recipes.serving.rows import ChatRows, row_counts
 from retention_gates.recipes.serving.sampling import Sampling
 from retention_gates.recipes.serving.text import TextStream
@@ -75,13 +75,6 @@ def slow_and_endless(engine, monkeypatch):
     step = engine.rows.step
     monkeypatch.setattr(engine.rows, "step", lambda *arguments: time.sleep(0.02) or step(*arguments))
     engine.eos = set()
-
-
-def wait_until(happens):
-    deadline = time.monotonic() + 10
-    while not happens():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_alone_and_in_company_the_text_is_that_of_generate(engine, rows, tokenizer):
@@ -223,7 +216,7 @@ def test_a_prompt_that_is_being_read_when_a_step_fails_is_read_again(engine, mon
     monkeypatch.setattr(engine.rows, "step", failing)
     engine.eos = set()
     first = ask(engine, PROMPTS[1], max_tokens=10_000)
-    wait_until(lambda: engine.active == 1)
+    wait_for(lambda: engine.active == 1)
     second = ask(engine, PROMPTS[3])
     assert first.answer()[1].error.status == 500 and second.answer() == expected and calls == [16]
 
@@ -237,14 +230,14 @@ def test_a_device_that_is_lost_shows(engine, monkeypatch):
     for _ in range(3):
         assert engine.is_healthy
         assert ask(engine, PROMPTS[0]).answer()[1].error.status == 500
-    wait_until(lambda: not engine.is_healthy)
+    wait_for(lambda: not engine.is_healthy)
     assert engine._thread.is_alive()
 
 
 def test_those_that_find_no_place_are_refused_and_those_that_leave_make_room(engine, monkeypatch):
     slow_and_endless(engine, monkeypatch)
     chats = [ask(engine, "king", max_tokens=10_000, temperature=2.0) for _ in range(ROWS)]
-    wait_until(lambda: engine.active == ROWS)
+    wait_for(lambda: engine.active == ROWS)
     waiting = [ask(engine, "queen") for _ in range(3)]
     with pytest.raises(Refused) as refused:
         ask(engine, "castle")
@@ -379,54 +372,3 @@ def test_chats_on_a_gpu_get_the_same_in_any_company(files, tokenizer, dtype):
             assert torch.cuda.memory_allocated() <= before + 2**20
     finally:
         engine.close()
-
-
-@pytest.mark.parametrize(
-    "body, param",
-    [
-        ([], None),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0]"),
-        ({"n": 2}, "n"),
-        ({"n": True}, "n"),
-        ({"temperature": 2.1}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": "1"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 101}, "max_tokens"),
-        ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
-        ({"seed": 2**63}, "seed"),
-        ({"stop": ""}, "stop"),
-        ({"stop": ["a"] * 5}, "stop"),
-        ({"stream": 1}, "stream"),
-        ({"stream_options": {"what": 1}}, "stream_options"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"top_k": 5}, "top_k"),
-        ({"model": "another"}, "model"),
-    ],
-)
-def test_wishes_that_are_refused_name_their_field(body, param):
-    message = {"messages": [{"role": "user", "content": "the sea"}]}
-    if isinstance(body, dict):
-        body = message | body
-    with pytest.raises(Refused) as refused:
-        read_wish(body, is_chat=True, model="tiny", most_tokens=100)
-    assert refused.value.param == param and refused.value.status == (404 if param == "model" else 400)
-
-
-def test_wishes_that_are_taken():
-    body = {"prompt": ["the sea"], "n": 1, "logprobs": None, "user": "u", "frequency_penalty": 0.0, "seed": -1}
-    wish = read_wish(body | {"stop": "x", "stream": True}, is_chat=False, model="tiny", most_tokens=100)
-    assert wish.prompt == "the sea" and wish.sampling == Sampling(100, 1.0, 1.0, 2**63 - 1, ("x",))
-    assert wish.is_streamed and not wish.wants_usage and not wish.has_own_length
-    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "sea"}]
-    body = {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]}
-    wish = read_wish(body | {"max_completion_tokens": 7}, is_chat=True, model="tiny", most_tokens=100)
-    assert wish.messages == [{"role": "system", "content": "x"}, {"role": "user", "content": "the sea"}]
-    assert wish.sampling.max_tokens == 7 and wish.has_own_length

@@ -6,8 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from served import served, started, wait_for
+from served import served, started
 from tiny_adapter import make_files
+from waiting import wait_for
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 TEXT = "/v1/completions"
